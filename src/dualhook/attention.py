@@ -1,0 +1,196 @@
+"""What a prediction attends to: the answer object of :meth:`DualMemory.attend`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualhook.errors import DualHookError, LayerError
+from dualhook.query import Collector, GroupSums, LayerQuery, Receipt, TopPatterns, scan
+from dualhook.query.collectors import CRITERIA, Criterion
+from dualhook.records import Rows, RowSource
+from dualhook.table import Table
+
+__all__ = ["Attention", "Grouping"]
+
+
+class Grouping:
+    """A column as groups: ``code(rows)`` [n] numbers the group of every pattern, ``labels`` name them."""
+
+    def __init__(self, labels: Sequence[Any], code: Callable[[Rows], Tensor]) -> None:
+        self.labels = labels
+        self.code = code
+
+
+class Attention:
+    """The attention of some queries over every training pattern, computed when asked.
+
+    The first answer of any kind also brings the receipt (:attr:`receipt`): each question is one pass over the
+    patterns of its layers, in memory that does not grow with their number.
+
+    - attention weight: ``key · query``, the constant 1 of a trained bias included; signed
+    - contribution: ``direction · value (key · query)``: what the pattern put into the prediction, in logits
+    """
+
+    def __init__(
+        self, source: RowSource, layers: Sequence[LayerQuery], grouping: Callable[[str, str], Grouping]
+    ) -> None:
+        self._source = source
+        self._layers = {asked.name: asked for asked in layers}
+        self._grouping = grouping
+        self._receipts: dict[str, Receipt] = {}
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers asked."""
+        return list(self._layers)
+
+    def __len__(self) -> int:
+        return len(next(iter(self._layers.values())))
+
+    def top(
+        self,
+        k: int = 10,
+        *,
+        by: Criterion = "contribution",
+        largest: bool = True,
+        layers: str | Iterable[str] | None = None,
+    ) -> Table:
+        """The ``k`` patterns per query and layer that come first (``largest=False``: last) by a criterion.
+
+        ``by`` is ``"weight"``, ``"abs_weight"``, ``"contribution"`` or ``"abs_contribution"``. Columns query, layer,
+        rank, pattern, sample (-1: not known), step, position, weight, contribution.
+
+        Raises:
+            DualHookError: an unknown criterion, layer, or a ``k`` below 1.
+        """
+        if by not in CRITERIA:
+            raise DualHookError(f"by={by!r}: expected one of {', '.join(CRITERIA)}")
+        if k < 1:
+            raise DualHookError(f"k={k}: expected at least 1")
+        found = []
+        for asked in self._asked(layers):
+            top = TopPatterns(k, by, largest)
+            self._pass(asked, top)
+            result = {name: values.numpy() for name, values in top.result(len(asked)).items()}
+            queries, ranks = np.indices(result["pattern"].shape)
+            head = {"query": queries, "layer": np.full(queries.shape, asked.name, dtype=object), "rank": ranks + 1}
+            found.append({name: values.reshape(-1) for name, values in (head | result).items()})
+        return self._by_query(
+            found,
+            title=f"{k} patterns {'largest' if largest else 'smallest'} by {by}",
+            bars=(("layer", "sample", "step"), by.removeprefix("abs_")),
+        )
+
+    def sum_by(self, column: str, *, layers: str | Iterable[str] | None = None) -> Table:
+        """Totals of weight and contribution per group of patterns.
+
+        ``column`` is ``"step"``, ``"sample"``, ``"position"``, a column given to ``recorder.batch`` or one added by
+        ``memory.add_column``. Columns query, layer, the column, weight, abs_weight, contribution, abs_contribution;
+        the contributions of a query and layer add up to what the patterns put into the prediction.
+
+        Raises:
+            DualHookError: an unknown column.
+        """
+        found = []
+        for asked in self._asked(layers):
+            group = self._grouping(asked.name, column)
+            sums = GroupSums(len(asked), len(group.labels), group.code)
+            self._pass(asked, sums)
+            there = sums.counts.numpy() > 0
+            labels = np.empty(len(group.labels), dtype=object)
+            labels[:] = list(group.labels)
+            shape = (len(asked), int(there.sum()))
+            head = {
+                "query": np.broadcast_to(np.arange(shape[0])[:, None], shape),
+                "layer": np.full(shape, asked.name, dtype=object),
+                column: np.broadcast_to(_typed(labels[there]), shape),
+            }
+            totals = {name: total.numpy()[:, there] for name, total in sums.totals.items()}
+            found.append({name: values.reshape(-1) for name, values in (head | totals).items()})
+        return self._by_query(found, title=f"totals by {column}", bars=(("layer", column), "contribution"))
+
+    @property
+    def receipt(self) -> Table:
+        """Does it add up? Columns query, layer, explained, cancellation.
+
+        explained: ``1 - |W q - a W_0 q - sum| / |W q - a W_0 q|``, 1 where origin and patterns are the whole output.
+        cancellation: sum of absolute contributions over the absolute value of their sum; 100 to 700 is normal, and
+        says that single contributions are large terms of a small difference.
+        """
+        for asked in self._layers.values():
+            if asked.name not in self._receipts:
+                self._pass(asked)
+        parts = [
+            {
+                "query": np.arange(len(asked)),
+                "layer": np.full(len(asked), name, dtype=object),
+                "explained": self._receipts[name].explained.numpy(),
+                "cancellation": self._receipts[name].cancellation.numpy(),
+            }
+            for name, asked in self._layers.items()
+        ]
+        return self._by_query(parts, title="receipt", bars=(("query", "layer"), "explained"), footer=False)
+
+    @property
+    def explained(self) -> Table:
+        """The receipt's explained share: columns query, layer, explained."""
+        return self._of_receipt("explained")
+
+    @property
+    def cancellation(self) -> Table:
+        """The receipt's cancellation: columns query, layer, cancellation."""
+        return self._of_receipt("cancellation")
+
+    def __repr__(self) -> str:
+        return f"Attention of {len(self)} queries in {', '.join(self._layers)}: ask .top(10), .sum_by(...), .receipt"
+
+    def _of_receipt(self, name: str) -> Table:
+        whole = self.receipt
+        return Table({c: whole[c] for c in ("query", "layer", name)}, title=name, bars=(("query", "layer"), name))
+
+    def _asked(self, layers: str | Iterable[str] | None) -> list[LayerQuery]:
+        names = list(self._layers) if layers is None else [layers] if isinstance(layers, str) else list(layers)
+        for name in names:
+            if name not in self._layers:
+                raise LayerError(f"layer {name!r} was not asked: this attention has {', '.join(self._layers)}")
+        return [self._layers[name] for name in names]
+
+    def _pass(self, asked: LayerQuery, *collectors: Collector) -> None:
+        receipt = None if asked.name in self._receipts else Receipt(asked)
+        scan(self._source, asked, [*collectors, *([receipt] if receipt else [])])
+        if receipt:
+            self._receipts[asked.name] = receipt
+
+    def _by_query(
+        self,
+        parts: Sequence[Mapping[str, np.ndarray]],
+        *,
+        title: str,
+        bars: tuple[Sequence[str], str],
+        footer: bool = True,
+    ) -> Table:
+        """One table of the layers' parts, ordered by query."""
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        order = np.argsort(columns["query"], kind="stable")
+        note = ""
+        if footer:
+            receipts = [self._receipts[name] for name in dict.fromkeys(columns["layer"])]
+            explained = torch.cat([receipt.explained for receipt in receipts])
+            cancelled = torch.cat([receipt.cancellation for receipt in receipts])
+            note = (
+                f"receipt: explained at least {explained.min():.6f}, "
+                f"cancellation {cancelled.min():.3g} to {cancelled.max():.3g}"
+                if len(explained)
+                else ""
+            )
+        return Table({n: values[order] for n, values in columns.items()}, title=title, footer=note, bars=bars)
+
+
+def _typed(labels: np.ndarray) -> np.ndarray:
+    """Numbers as a numeric array, anything else as it is."""
+    return np.array(labels.tolist()) if all(isinstance(label, (int, float)) for label in labels) else labels

@@ -1,0 +1,143 @@
+"""From a row that was seen to a row that counts: only what a parameter's gradient has accumulated.
+
+A row arrives in a backward pass. It is kept once the pass accumulates into the layer's parameters (``autograd.grad``
+never does), and dropped again when the gradient is zeroed before an optimiser step used it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dualhook.capture.autograd import at_task_end, current_task
+from dualhook.capture.linear import as_rows
+from dualhook.records import Batch, LayerSpec, Rows
+
+__all__ = ["Intake", "Sink"]
+
+
+class Sink(Protocol):
+    """Where rows go that have been accumulated; the recorder is one."""
+
+    recording: bool  # whether anything is captured at all
+    batch: Batch | None  # what the training loop is working on
+
+    def take(self, layer: str, rows: Rows) -> None:
+        """Keep rows as pending: accumulated, used by no step yet."""
+        ...
+
+    def drop(self, layer: str) -> None:
+        """Forget the layer's pending rows."""
+        ...
+
+    def holds(self, layer: str) -> bool:
+        """Whether the layer has pending rows."""
+        ...
+
+
+@dataclass
+class Arrival:
+    """One call's rows, between their arrival in a backward pass and their accumulation."""
+
+    task: int
+    key: Tensor
+    output_grad: Tensor
+    batch: Batch | None
+
+
+class Intake:
+    """The gate of one layer: decides which of its rows are in the gradients."""
+
+    def __init__(self, spec: LayerSpec, module: nn.Module, sink: Sink) -> None:
+        self.spec = spec
+        self.module = module
+        self._sink = sink
+        self._arrived: list[Arrival] = []
+        self._versions: dict[str, int] = {}  # of every gradient, after the last accumulation
+        self._watched: dict[str, tuple[nn.Parameter, RemovableHandle, bool]] = {}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The layer's parameters by their names in the model."""
+        named = {self.spec.weight: self.module.weight, self.spec.bias: self.module.bias}
+        return {name: parameter for name, parameter in named.items() if name is not None}  # type: ignore[misc]
+
+    def on_call(self, key: Tensor, output: Tensor) -> Callable[[Tensor], None] | None:
+        """A differentiable call of the layer; returns what its output gradient is to do."""
+        trains = [parameter.requires_grad for parameter in self.parameters.values()]
+        if not (self._sink.recording and any(trains)):
+            return None
+        self._watch()
+        # autograd refuses in-place changes of x only if it needs x for the weight's gradient
+        key = key.detach() if trains[0] else key.detach().clone()
+        batch = self._sink.batch
+
+        def on_grad(output_grad: Tensor) -> None:
+            self._arrive(key, output_grad.detach(), batch)
+
+        return on_grad
+
+    def detach(self) -> None:
+        """Take the hooks off the parameters."""
+        for parameter, handle, untouched in self._watched.values():
+            handle.remove()
+            if untouched and not parameter._post_accumulate_grad_hooks:
+                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        self._watched = {}
+
+    def settle(self) -> None:
+        """An optimiser is about to step.
+
+        Outside a backward pass, what still waits belongs to one that an exception cut off. Inside one (optimisers that
+        step as soon as a gradient is there), what has arrived is in the gradient.
+        """
+        if current_task() < 0:
+            self._arrived = []
+        else:
+            self.accumulate()
+
+    def accumulate(self) -> None:
+        """The current backward pass has accumulated: its rows are in the gradient."""
+        task = current_task()
+        ready = [arrival for arrival in self._arrived if arrival.task == task]
+        if ready:
+            self._arrived = [arrival for arrival in self._arrived if arrival.task != task]
+            for arrival in ready:
+                self._sink.take(self.spec.name, as_rows(arrival.key, arrival.output_grad, arrival.batch))
+        self._versions = {name: p.grad._version for name, p in self.parameters.items() if p.grad is not None}
+
+    def discard_if_zeroed(self) -> None:
+        """Drop pending rows whose gradient has been zeroed since they were accumulated."""
+        if not self._sink.holds(self.spec.name):
+            return
+        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
+        if any(g is not None and g._version == self._versions.get(name) for name, g in gradients.items()):
+            return  # untouched since
+        # all-zero gradients without rows are as exact as with them, so a zero that came by chance costs nothing
+        if all(gradient is None or not bool(gradient.any()) for gradient in gradients.values()):
+            self._sink.drop(self.spec.name)
+
+    def _watch(self) -> None:
+        """Hook the parameters that train: their gradients' accumulation is what makes rows count."""
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad and not (name in self._watched and self._watched[name][0] is parameter):
+                untouched = parameter._post_accumulate_grad_hooks is None
+                handle = parameter.register_post_accumulate_grad_hook(self._on_accumulated)  # type: ignore[no-untyped-call]
+                self._watched[name] = (parameter, handle, untouched)
+
+    def _on_accumulated(self, parameter: Tensor) -> None:
+        self.accumulate()
+
+    def _arrive(self, key: Tensor, output_grad: Tensor, batch: Batch | None) -> None:
+        self.discard_if_zeroed()
+        task = current_task()
+        if not any(arrival.task == task for arrival in self._arrived):
+            at_task_end(lambda: self._forget(task))
+        self._arrived.append(Arrival(task, key, output_grad, batch))
+
+    def _forget(self, task: int) -> None:
+        self._arrived = [arrival for arrival in self._arrived if arrival.task != task]

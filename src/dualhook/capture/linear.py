@@ -1,0 +1,113 @@
+"""The tap on ``nn.Linear``: a forward hook that hooks its own output's gradient.
+
+Pairing is by closure: the gradient hook holds the input of the very call that made the output, so a module may be
+called any number of times, its output modified in place, half of its calls unused. A full backward hook would break
+on the in-place ReLUs of torchvision's AlexNet and VGG heads.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dualhook.records import NO_SAMPLE, Batch, Rows
+
+__all__ = ["LinearTap", "as_rows", "call_input", "tapped"]
+
+OnCall = Callable[[Tensor, Tensor], "Callable[[Tensor], None] | None"]
+
+
+class LinearTap:
+    """Reports every differentiable call of one linear map.
+
+    ``on_call(x, y)`` gets input and output and returns what is to be done with ∂L/∂y when it arrives, or None.
+    A copy of the tap (in a deep-copied or pickled model) reports nothing.
+    """
+
+    def __init__(self, module: nn.Module, on_call: OnCall) -> None:
+        self._module = weakref.ref(module)
+        self._on_call = on_call
+
+    def attach(self) -> RemovableHandle:
+        """Hook the module, before any other forward hook could replace its output."""
+        module = self._module()
+        assert module is not None
+        return module.register_forward_hook(self, prepend=True, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        if module is not self._module() or not (torch.is_grad_enabled() and output.requires_grad):
+            return
+        on_grad = self._on_call(call_input(args, kwargs), output)
+        if on_grad is not None:
+            output.register_hook(on_grad)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return silent
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_silent, ()
+
+
+def silent(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+    """What a tap becomes in a copy of the model: a hook that does nothing."""
+
+
+def _make_silent() -> Callable[..., None]:
+    return silent
+
+
+def tapped(model: nn.Module) -> bool:
+    """Whether a recorder is attached to any part of the model."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return any(isinstance(hook, LinearTap) for hook in hooks)
+
+
+def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a call to a linear map, however it was passed."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(x, Tensor)
+    return x
+
+
+def as_rows(key: Tensor, output_grad: Tensor, batch: Batch | None) -> Rows:
+    """The rows of one call: ``key`` [..., i] and ``output_grad`` [..., o] flattened, with their coordinates.
+
+    The first dimension counts the samples if its length is the batch's; the dimensions between are the position.
+    Rows whose output gradient is exactly zero are left out: they add nothing to any weight.
+    """
+    count = output_grad.numel() // output_grad.shape[-1] if output_grad.numel() else 0
+    samples = output_grad.shape[0] if output_grad.dim() > 1 else 1
+    positions = count // samples if samples else 0
+    sample = torch.full((count,), NO_SAMPLE)
+    columns = {}
+    if batch is not None and batch.samples.numel() == samples:
+        sample = batch.samples.repeat_interleave(positions)
+        columns = {name: values.repeat_interleave(positions) for name, values in batch.columns.items()}
+    rows = Rows(
+        # under autocast the map ran on the input cast to the output's dtype
+        key.reshape(count, key.shape[-1]).to(output_grad.dtype),
+        output_grad.reshape(count, output_grad.shape[-1]),
+        torch.zeros_like(sample),  # the step is known when one uses the rows
+        sample,
+        torch.arange(positions).repeat(samples),
+        columns,
+    )
+    used = rows.output_grad.any(dim=1)
+    return rows if bool(used.all()) else _chosen(rows, used.nonzero().squeeze(1))
+
+
+def _chosen(rows: Rows, index: Tensor) -> Rows:
+    there = index.cpu()
+    return Rows(
+        rows.key[index],
+        rows.output_grad[index],
+        rows.step[there],
+        rows.sample[there],
+        rows.position[there],
+        {name: values[there] for name, values in rows.columns.items()},
+    )

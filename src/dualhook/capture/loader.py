@@ -1,0 +1,194 @@
+"""Which dataset row every sample of a batch is, for any loader, without touching batches, order or random numbers.
+
+A map-style ``DataLoader`` draws its indices in the main process, in the order in which it later yields the batches:
+a tape beside its sampler is all that is needed. Streams are counted in order of arrival.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset
+
+from dualhook.errors import DualHookError
+from dualhook.records import Batch
+
+__all__ = ["TrackedLoader", "as_batch"]
+
+Announce = Callable[["Batch | None"], None]
+
+
+def as_batch(samples: Any, columns: Mapping[str, Any]) -> Batch:
+    """A batch from the sample numbers [b] and columns [b] (a single number stands for all samples).
+
+    Raises:
+        DualHookError: samples that are no whole numbers, or a column of another length or of no numbers.
+    """
+    numbers = torch.as_tensor(samples).detach().cpu()
+    if numbers.dim() > 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise DualHookError(
+            f"samples= of shape {list(numbers.shape)} and {numbers.dtype}: expected the dataset row of every sample "
+            "of the batch, a one-dimensional sequence of whole numbers"
+        )
+    numbers = numbers.reshape(-1).long().clone()
+    values = {}
+    for name, column in columns.items():
+        try:
+            value = torch.as_tensor(column).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DualHookError(
+                f"column {name!r}: expected one number per sample; put texts into memory.add_column"
+            ) from error
+        value = value.double() if value.is_floating_point() else value.long()
+        if value.dim() == 0:
+            value = value.expand(numbers.numel())
+        if value.shape != numbers.shape:
+            raise DualHookError(
+                f"column {name!r} has shape {list(value.shape)}: expected one value for each of the batch's "
+                f"{numbers.numel()} samples"
+            )
+        values[name] = value.clone()
+    return Batch(numbers, values)
+
+
+class TrackedLoader:
+    """Yields what ``loader`` yields and announces the samples of every batch before it is used.
+
+    Everything else (length, ``dataset``, ``sampler.set_epoch``, …) is the loader's own.
+    """
+
+    def __init__(self, loader: Iterable[Any], announce: Announce) -> None:
+        self._loader = loader
+        self._announce = announce
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            for samples, batch in _numbered(self._loader):
+                self._announce(None if samples is None else Batch(samples))
+                yield batch
+        finally:
+            self._announce(None)
+
+
+def _numbered(loader: Iterable[Any]) -> Iterator[tuple[Tensor | None, Any]]:
+    if not isinstance(loader, DataLoader):
+        return _counted(loader)
+    if isinstance(loader.dataset, IterableDataset):
+        return _counted_stream(loader)
+    if loader.num_workers and not getattr(loader, "in_order", True):
+        warnings.warn(
+            "a DataLoader with in_order=False yields batches in an order that cannot be followed: patterns get no "
+            "sample; use in_order=True, or name the rows with recorder.batch(samples=...)",
+            stacklevel=3,
+        )
+        return ((None, batch) for batch in loader)
+    return _taped(loader)
+
+
+class _Tape:
+    """A sampler that notes what it hands out."""
+
+    def __init__(self, sampler: Iterable[Any]) -> None:
+        self.sampler = sampler
+        self.drawn: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        inner = iter(self.sampler)  # at once: some samplers draw random numbers here
+        self.drawn = deque()
+        return map(self._note, inner, itertools.repeat(self.drawn))
+
+    @staticmethod
+    def _note(indices: Any, drawn: deque[Any]) -> Any:
+        drawn.append(indices)
+        return indices
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+
+_TWINS: weakref.WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = weakref.WeakKeyDictionary()
+"""The shadow of every tracked loader: kept, since it owns the persistent workers."""
+
+
+def _twin(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
+    """A copy of the loader that shares everything but what is ``changed``; the loader itself stays untouched."""
+    twin = _TWINS.get(loader)
+    if twin is None:
+        twin = copy.copy(loader)
+        # DataLoader forbids setting these by attribute after its construction
+        twin.__dict__.update(changed, _iterator=None)
+        _TWINS[loader] = twin
+    return twin
+
+
+def _taped(loader: DataLoader[Any]) -> Iterator[tuple[Tensor | None, Any]]:
+    which = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    twin = _twin(loader, **{which: _Tape(getattr(loader, which))})
+    batches = iter(twin)
+    drawn = getattr(twin, which).drawn  # of this pass over the loader
+    for batch in batches:
+        indices = drawn.popleft()
+        yield _row_numbers(indices if isinstance(indices, (Sequence, Tensor)) else [indices]), batch
+
+
+def _row_numbers(indices: Any) -> Tensor | None:
+    """The indices [b] as a tensor, or None for a dataset whose indices are no whole numbers."""
+    try:
+        numbers = torch.as_tensor([int(index) for index in indices])
+    except (TypeError, ValueError):
+        return None
+    return numbers.long()
+
+
+class _Counting:
+    """A collate function that says how many samples it was given."""
+
+    def __init__(self, collate: Callable[[Any], Any], batched: bool) -> None:
+        self.collate = collate
+        self.batched = batched
+
+    def __call__(self, items: Any) -> tuple[int, Any]:
+        return (len(items) if self.batched else 1), self.collate(items)
+
+
+def _counted_stream(loader: DataLoader[Any]) -> Iterator[tuple[Tensor | None, Any]]:
+    batched = loader.batch_size is not None or loader.batch_sampler is not None
+    twin = _twin(loader, collate_fn=_Counting(loader.collate_fn, batched))
+    arrived = 0
+    for count, batch in twin:
+        count = count if batched else _length(batch) or 1
+        yield torch.arange(arrived, arrived + count), batch
+        arrived += count
+
+
+def _counted(batches: Iterable[Any]) -> Iterator[tuple[Tensor | None, Any]]:
+    arrived = 0
+    for batch in batches:
+        count = _length(batch)
+        yield (None if count is None else torch.arange(arrived, arrived + count)), batch
+        arrived += count or 0
+
+
+def _length(batch: Any) -> int | None:
+    """The number of samples in a batch: the length of the first tensor in it."""
+    tensors = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+    first = next(tensors, None)
+    return None if first is None else int(first.shape[0])

@@ -1,0 +1,59 @@
+"""Finds optimisers at their first step, through torch's hooks on every optimiser's step."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+__all__ = ["StepWatcher"]
+
+
+class StepWatcher:
+    """Calls ``before(optimizer, has_closure)`` and ``after(optimizer)`` around every optimiser step in the process.
+
+    A subclass that calls ``super().step()`` makes torch's hooks fire twice; only the outer step counts. The callbacks
+    are bound methods, held weakly: a watcher keeps no recorder and no model alive.
+    """
+
+    def __init__(self, before: Callable[[Optimizer, bool], None], after: Callable[[Optimizer], None]) -> None:
+        self._before = weakref.WeakMethod(before)
+        self._after = weakref.WeakMethod(after)
+        self._depth: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._handles = [register_optimizer_step_pre_hook(self._pre), register_optimizer_step_post_hook(self._post)]
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+
+    # torch takes what a hook returns for changed arguments, so both return None
+
+    def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        depth = self._depth.get(optimizer, 0)
+        if depth and not _steps_inside_itself(optimizer):
+            depth = 0  # the step before ended in an exception, past torch's post hooks
+        self._depth[optimizer] = depth + 1
+        before = self._before()
+        if depth == 0 and before is not None:
+            before(optimizer, any(callable(a) for a in (*args[1:], *kwargs.values())))
+
+    def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        depth = self._depth.get(optimizer, 1) - 1
+        self._depth[optimizer] = depth
+        after = self._after()
+        if depth == 0 and after is not None:
+            after(optimizer)
+
+
+def _steps_inside_itself(optimizer: Optimizer) -> bool:
+    """Whether this thread is in more than one ``step`` of the optimiser: ``super().step()`` of a subclass."""
+    steps, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        steps += frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer  # torch's profile hook
+    return steps > 1

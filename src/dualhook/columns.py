@@ -1,0 +1,99 @@
+"""What patterns can be grouped by: their coordinates, columns recorded with them, and values of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualhook.attention import Grouping
+from dualhook.errors import DualHookError
+from dualhook.records import NO_SAMPLE, Rows
+from dualhook.store import Store
+
+__all__ = ["Columns"]
+
+COORDINATES = ("step", "sample", "position")
+
+
+class Columns:
+    """The columns of one memory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._recorded = store.row_columns()
+        self._added = {
+            name: values if categories is None else np.asarray(categories, dtype=object)[values]
+            for name, (values, categories) in store.sample_columns().items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Coordinates, then recorded and added columns."""
+        return [*COORDINATES, *self._recorded, *(name for name in self._added if name not in self._recorded)]
+
+    def samples(self, layers: Sequence[str]) -> np.ndarray:
+        """The samples that any of the layers has patterns of, ascending."""
+        parts = [torch.unique(part) for layer in layers for part in self._store.coordinates(layer, "sample")]
+        found = torch.unique(torch.cat(parts)) if parts else torch.zeros(0, dtype=torch.int64)
+        known: np.ndarray = found[found != NO_SAMPLE].numpy()
+        return known
+
+    def add(
+        self, name: str, values: Sequence[Any] | np.ndarray | Tensor | Mapping[int, Any], samples: np.ndarray
+    ) -> None:
+        """Keep a value for every sample, in memory and beside the segments."""
+        if name in COORDINATES or name in self._recorded:
+            raise DualHookError(f"column {name!r} is recorded with the patterns: choose another name")
+        length = int(samples[-1]) + 1 if len(samples) else 0
+        if isinstance(values, Mapping):
+            missing = [sample for sample in samples.tolist() if sample not in values]
+            if missing:
+                raise DualHookError(
+                    f"column {name!r} has no value for sample {missing[0]} ({len(missing)} are missing)"
+                )
+            listed: Any = [values.get(sample) for sample in range(max([length, *(k + 1 for k in values)]))]
+            first = next(iter(values.values()))
+            listed = [first if value is None else value for value in listed]  # rows that no pattern refers to
+        else:
+            listed = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+        array = np.asarray(listed)
+        if array.ndim != 1 or len(array) < length:
+            raise DualHookError(
+                f"column {name!r} of shape {list(array.shape)}: expected one value for each dataset row, at least "
+                f"{length}, since the memory holds patterns of sample {length - 1}"
+            )
+        if array.dtype.kind in "biuf":
+            numbers = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+            self._store.write_column(name, torch.from_numpy(numbers), None)
+            self._added[name] = torch.from_numpy(numbers)
+        else:
+            categories, codes = np.unique(array.astype(str), return_inverse=True)
+            self._store.write_column(name, torch.from_numpy(codes.astype(np.int64)), categories.tolist())
+            self._added[name] = categories.astype(object)[codes]
+
+    def grouping(self, layer: str, column: str) -> Grouping:
+        """A column as groups of one layer's patterns, in ascending order; samples that are not known come first.
+
+        Raises:
+            DualHookError: there is no such column.
+        """
+        if column in COORDINATES or column in self._recorded:
+            stored = column if column in COORDINATES else f"column/{column}"
+            parts = [torch.unique(part) for part in self._store.coordinates(layer, stored)]
+            values = torch.unique(torch.cat(parts)) if parts else torch.zeros(0)
+            return Grouping(values.tolist(), lambda rows: torch.searchsorted(values, _of_rows(rows, column)))
+        if column not in self._added:
+            raise DualHookError(f"no column {column!r}: expected one of {', '.join(self.names)}; see memory.add_column")
+        labels, codes = np.unique(np.asarray(self._added[column]), return_inverse=True)
+        known = torch.from_numpy(codes.astype(np.int64) + 1)
+        code = torch.cat([torch.zeros(1, dtype=torch.int64), known])  # group 0: the sample is not known
+        return Grouping(["unknown", *labels.tolist()], lambda rows: code[rows.sample + 1])
+
+
+def _of_rows(rows: Rows, column: str) -> Tensor:
+    values: Tensor = getattr(rows, column) if column in COORDINATES else rows.columns[column]
+    return values

@@ -1,0 +1,79 @@
+"""Asks a user's model: any way of passing inputs, any usual form of output, the model left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualhook.errors import LayerError
+
+__all__ = ["Target", "predicted_scores", "run_model"]
+
+Target = int | Sequence[int] | Tensor | Callable[[Any], Tensor] | None
+
+
+def run_model(model: nn.Module, inputs: Any) -> Any:
+    """Run the model in evaluation mode on a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    with _evaluating(model):
+        if isinstance(inputs, Mapping):  # what tokenisers return is one
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def predicted_scores(output: Any, target: Target) -> Tensor:
+    """One number per query [q]: the logit of ``target``, or of the predicted class where ``target`` is None.
+
+    The logits are the output itself, its ``logits``, or the first tensor of a tuple; of a sequence's logits
+    [q, position, class] the last position counts. A function is given the whole output and returns the numbers.
+
+    Raises:
+        LayerError: an output without logits, or a target that does not fit it.
+    """
+    if callable(target):
+        scores = target(output)
+        if not isinstance(scores, Tensor) or scores.dim() != 1:
+            raise LayerError("target=: expected the function to return a tensor of one number per query")
+        return scores
+    logits = _logits(output)
+    chosen = logits.argmax(-1) if target is None else torch.as_tensor(target, device=logits.device).long()
+    if chosen.dim() == 0:
+        chosen = chosen.expand(logits.shape[0])
+    if chosen.shape != logits.shape[:1] or int(chosen.min()) < 0 or int(chosen.max()) >= logits.shape[1]:
+        raise LayerError(
+            f"target= of shape {list(chosen.shape)}: expected one class from 0 to {logits.shape[1] - 1}, "
+            f"or one for each of the {logits.shape[0]} queries"
+        )
+    return logits.gather(1, chosen[:, None]).squeeze(1)
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    output = getattr(output, "logits", output)
+    if isinstance(output, (tuple, list)):
+        output = next((part for part in output if isinstance(part, Tensor)), None)
+    if not isinstance(output, Tensor) or output.dim() < 2:
+        found = f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise LayerError(
+            f"the model gave {found}, expected logits [query, class]: pass target= a function that takes the model's "
+            "output and returns one number per query"
+        )
+    logits: Tensor = output
+    while logits.dim() > 2:
+        logits = logits[:, -1]
+    return logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

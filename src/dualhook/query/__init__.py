@@ -1,0 +1,19 @@
+"""Questions: streaming passes over the patterns, and what they add up to."""
+
+from __future__ import annotations
+
+from dualhook.query.collectors import Collector, GroupSums, Receipt, TopPatterns
+from dualhook.query.rebuild import rebuild
+from dualhook.query.scan import BLOCK_ROWS, LayerQuery, dual_output, scan
+
+__all__ = [
+    "BLOCK_ROWS",
+    "Collector",
+    "GroupSums",
+    "LayerQuery",
+    "Receipt",
+    "TopPatterns",
+    "dual_output",
+    "rebuild",
+    "scan",
+]

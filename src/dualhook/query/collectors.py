@@ -1,0 +1,119 @@
+"""What a pass gathers: the strongest patterns, totals per group, the receipt. All of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dualhook.query.scan import LayerQuery, Scores, origin_output
+from dualhook.records import Rows
+
+__all__ = ["Collector", "Criterion", "GroupSums", "Receipt", "TopPatterns"]
+
+Criterion = Literal["weight", "abs_weight", "contribution", "abs_contribution"]
+CRITERIA = ("weight", "abs_weight", "contribution", "abs_contribution")
+
+
+class Collector(Protocol):
+    """Something that sees every block of a pass once."""
+
+    def add(self, scores: Scores) -> None:
+        """Take one block."""
+        ...
+
+
+def criterion(scores: Scores, by: Criterion) -> Tensor:
+    """One of the four ways to rank patterns [q, n]."""
+    values: Tensor = getattr(scores, by.removeprefix("abs_"))
+    return values.abs() if by.startswith("abs_") else values
+
+
+class TopPatterns:
+    """The ``k`` patterns per query that a criterion puts first; equal ones in the order of their recording."""
+
+    FIELDS = ("pattern", "sample", "step", "position", "weight", "contribution")
+
+    def __init__(self, k: int, by: Criterion, largest: bool) -> None:
+        self.k = k
+        self.by = by
+        self.largest = largest
+        self._best: dict[str, Tensor] = {}
+
+    def add(self, scores: Scores) -> None:
+        found = self._candidates(scores)
+        if self._best:
+            found = {name: torch.cat([self._best[name], values], 1) for name, values in found.items()}
+        # stable: earlier patterns stand first among equals
+        order = found["rank"].sort(dim=1, descending=self.largest, stable=True).indices[:, : self.k]
+        self._best = {name: values.gather(1, order) for name, values in found.items()}
+
+    def result(self, queries: int) -> dict[str, Tensor]:
+        """The fields, each [q, at most k], best first."""
+        empty = torch.zeros((queries, 0))
+        return {name: self._best.get(name, empty) for name in self.FIELDS}
+
+    def _candidates(self, scores: Scores) -> dict[str, Tensor]:
+        rank = criterion(scores, self.by)
+        k = min(self.k, rank.shape[1])
+        limit, index = rank.topk(k, dim=1, largest=self.largest)
+        limit = limit[:, -1:]
+        level = rank == limit
+        if int(level.sum()) > int((rank.gather(1, index) == limit).sum()):  # equals were cut off: keep the earliest
+            better = rank > limit if self.largest else rank < limit
+            index = torch.where(better, 2, level.long()).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        index = index.sort(dim=1).values
+        rows = scores.rows
+        fields = {
+            "rank": rank.gather(1, index),
+            "pattern": index + rows.first,
+            "weight": scores.weight.gather(1, index),
+            "contribution": scores.contribution.gather(1, index),
+        }
+        return fields | {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
+
+
+class GroupSums:
+    """Totals of weight and contribution, signed and absolute, per group of patterns."""
+
+    FIELDS = ("weight", "abs_weight", "contribution", "abs_contribution")
+
+    def __init__(self, queries: int, groups: int, group_of: Callable[[Rows], Tensor]) -> None:
+        self._group_of = group_of
+        self.totals = {name: torch.zeros((queries, groups), dtype=torch.float64) for name in self.FIELDS}
+        self.counts = torch.zeros(groups, dtype=torch.int64)
+
+    def add(self, scores: Scores) -> None:
+        group = self._group_of(scores.rows)
+        self.counts.index_add_(0, group, torch.ones_like(group))
+        for name, total in self.totals.items():
+            total.index_add_(1, group, criterion(scores, name).double())  # type: ignore[arg-type]
+
+
+class Receipt:
+    """Does the sum add up? The share of the trained output that origin and patterns explain, and the cancellation."""
+
+    def __init__(self, asked: LayerQuery) -> None:
+        self._trained = asked.output.double() - origin_output(asked.made_of, asked.query)
+        self._rebuilt = torch.zeros_like(self._trained)
+        self._signed = torch.zeros(len(asked), dtype=torch.float64)
+        self._absolute = torch.zeros(len(asked), dtype=torch.float64)
+
+    def add(self, scores: Scores) -> None:
+        self._rebuilt += scores.output()
+        self._signed += scores.contribution.sum(1, dtype=torch.float64)
+        self._absolute += scores.contribution.abs().sum(1, dtype=torch.float64)
+
+    @property
+    def explained(self) -> Tensor:
+        """``1 - |W q - a W_0 q - sum| / |W q - a W_0 q|`` per query [q]; 1 where training changed nothing."""
+        left = (self._trained - self._rebuilt).flatten(1).norm(dim=1)
+        whole = self._trained.flatten(1).norm(dim=1)
+        return torch.where((whole == 0) & (left == 0), 1.0, 1.0 - left / whole)
+
+    @property
+    def cancellation(self) -> Tensor:
+        """Sum of absolute contributions over the absolute value of their sum [q]."""
+        return torch.where(self._absolute == 0, 1.0, self._absolute / self._signed.abs())

@@ -1,0 +1,397 @@
+"""``instrument`` and the recorder that users hold."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import shutil
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dualhook.capture import (
+    LinearTap,
+    Selection,
+    StepWatcher,
+    TrackedLoader,
+    as_batch,
+    coverage_table,
+    observe,
+    select_layers,
+    tapped,
+    unwrapped,
+)
+from dualhook.capture.selection import LayerChoice
+from dualhook.errors import BudgetError, DualHookError, LayerError, RuleError, StoreError
+from dualhook.memory import DualMemory
+from dualhook.model import run_model
+from dualhook.optimizers import class_name, rule_for
+from dualhook.recorder.folding import fold
+from dualhook.recorder.scope import BatchScope, TemporaryRoot
+from dualhook.recorder.steps import StepBook
+from dualhook.records import Batch, LayerSpec
+from dualhook.store import Layout, Manifest, Writer
+from dualhook.store.writer import SEGMENT_BYTES
+from dualhook.table import Table
+
+__all__ = ["Recorder", "instrument"]
+
+T = TypeVar("T")
+OnFull = Literal["fold", "stop", "error"]
+COORDINATE_BYTES = 3 * 8  # step, sample and position beside every row
+
+
+def instrument(
+    model: nn.Module,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    layers: LayerChoice | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    dtype: torch.dtype | None = None,
+    max_bytes: int | None = None,
+    on_full: OnFull = "fold",
+    overwrite: bool = False,
+    verbose: bool = True,
+) -> Recorder:
+    """Record the dual memory of ``model`` from now on: the one line in an existing script.
+
+    Args:
+        model: trained by any loop; its results are bit-identical with and without the recorder.
+        path: directory of the memory; None keeps it in a temporary directory that goes with the recorder and the
+            memory it returns (:meth:`Recorder.save` keeps a copy).
+        layers: names, globs, module types, a predicate ``(name, module) -> bool`` or a preset (``"all"``,
+            ``"head"``); default every ``nn.Linear``. A frozen layer is recorded from the moment it trains.
+        optimizer: not needed, optimisers are found at their first step; named ones show in ``coverage`` before.
+        dtype: dtype of the stored rows; default the one they were computed in (lossless).
+        max_bytes: budget on disk; default half of what is free there.
+        on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
+            exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop.
+        overwrite: replace a memory that is already at ``path``.
+        verbose: say in one line on standard error, after the first step, what is recorded and what it costs.
+
+    Raises:
+        LayerError: the model has no linear map, ``layers`` matches none, or the model is already instrumented.
+        StoreError: ``path`` holds a memory (without ``overwrite``) or something else.
+        DualHookError: an argument of a wrong kind.
+    """
+    inner = unwrapped(model)
+    if tapped(inner):
+        raise LayerError(f"this {type(inner).__name__} is already instrumented: close() its recorder first")
+    if dtype is not None and not dtype.is_floating_point:
+        raise DualHookError(f"dtype={dtype}: expected a floating-point dtype for the stored rows, or None")
+    if on_full not in ("fold", "stop", "error"):
+        raise DualHookError(f"on_full={on_full!r}: expected 'fold', 'stop' or 'error'")
+    if max_bytes is not None and max_bytes <= 0:
+        raise DualHookError(f"max_bytes={max_bytes}: expected a number of bytes above 0, or None")
+    given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    for one in given:
+        if not isinstance(one, Optimizer):
+            raise DualHookError(f"optimizer={type(one).__name__}: expected a torch.optim.Optimizer or several")
+    selection = select_layers(inner, layers)
+    temporary = TemporaryRoot() if path is None else None
+    layout = Layout((temporary.path if temporary else Path(cast(str, path))).absolute())
+    layout.create(overwrite=overwrite)
+    Manifest(selection.specs, _versions()).write(layout)
+    budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
+    return Recorder(
+        inner, selection, layout, optimizers=given, dtype=dtype, budget=budget, on_full=on_full, verbose=verbose,
+        temporary=temporary,
+    )  # fmt: skip
+
+
+class Recorder:
+    """Records a model's dual memory until it is closed; :func:`instrument` makes one.
+
+    .. code-block:: python
+
+        with dualhook.instrument(model, "runs/fmnist") as recorder:
+            for images, labels in recorder.track(loader):
+                ...  # the loop as it was
+        memory = recorder.close()  # closing again returns the same memory
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        layout: Layout,
+        *,
+        optimizers: Sequence[Optimizer],
+        dtype: torch.dtype | None,
+        budget: int,
+        on_full: OnFull,
+        verbose: bool,
+        temporary: TemporaryRoot | None,
+    ) -> None:
+        self._model = model
+        self._selection = selection
+        self._layout = layout
+        self._dtype = dtype
+        self._budget = budget
+        self._on_full = on_full
+        self._verbose = verbose
+        self._temporary = temporary
+        self._memory: DualMemory | None = None
+        self._closed = False
+        self._stopped = False
+        self._pid = os.getpid()
+        self._writer = Writer(
+            layout,
+            segment_bytes=max(1, min(SEGMENT_BYTES, budget // 8)),  # folding goes by segments
+            after_write=self._fold if on_full == "fold" else None,
+        )
+        self._book = StepBook(
+            model, selection, self._writer, dtype=dtype, optimizers=optimizers, on_step=_weakly(self._on_step)
+        )
+        self._handles = []
+        for intake in self._book.intakes:
+            self._handles.append(LinearTap(intake.module, intake.on_call).attach())
+        self._watcher = StepWatcher(self._before_step, self._after_step)
+        self._at_exit = _weakly(self.close)  # a script that forgets to close loses nothing
+        atexit.register(self._at_exit)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "stopped" if self._stopped else "recording"
+        return f"Recorder({state}, {len(self._selection.specs)} layers, {self.steps} steps, {self.path})"
+
+    @property
+    def path(self) -> Path:
+        """The memory's directory."""
+        return self._layout.root
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been recorded; optimisers that step on the same backward pass share one."""
+        return self._book.step
+
+    def track(self, loader: Iterable[T]) -> Iterable[T]:
+        """Iterate over ``loader`` and let every pattern know its dataset row.
+
+        Any ``DataLoader``; an ``IterableDataset`` or another iterable is counted in order of arrival, from 0 in
+        every pass. Batches, their order and the random numbers stay as they are.
+        """
+        return TrackedLoader(loader, self._announce)
+
+    def batch(self, samples: Any, **columns: Any) -> BatchScope:
+        """Name the dataset rows [b] of the batch that comes next, with further columns [b] or single numbers.
+
+        Holds until the next call; as a context manager, until the end of the block.
+
+        Raises:
+            DualHookError: samples that are no whole numbers, or a column that does not fit them.
+        """
+        scope = BatchScope(self._announce, self._book.batch)
+        self._announce(as_batch(samples, columns))
+        return scope
+
+    def pause(self) -> None:
+        """Stop capturing, for backward passes that no optimiser step uses. Steps meanwhile are marked inexact."""
+        self._check_open("pause")
+        self._book.recording = False
+
+    def resume(self) -> None:
+        """Capture again after :meth:`pause`."""
+        self._check_open("resume")
+        self._book.recording = not self._stopped
+
+    @property
+    def coverage(self) -> Table:
+        """Every trainable parameter: recorded in which layer, by which rule, at how many bytes a row, or why not."""
+        rules: dict[str, str] = {}
+        for optimizer in self._book.optimizers:
+            name = class_name(type(optimizer))
+            rule = rule_for(name)
+            label = f"{rule.name} (exact)" if rule is not None else f"none yet for {name}"
+            rules |= {watched.name: label for watched, _ in self._book.members(optimizer)}
+        sizes = {spec.name: self._row_bytes(spec) for spec in self._selection.specs}
+        return coverage_table(self._model, self._selection, rules, sizes)
+
+    def estimate(self, inputs: Any) -> Table:
+        """What one training step on ``inputs`` (a tensor, a tuple of arguments or a mapping) will write.
+
+        Runs the model once in evaluation mode; random state and gradients stay as they are. Columns layer, patterns
+        (rows whose output gradient turns out zero will be dropped), bytes.
+        """
+        with torch.random.fork_rng(), torch.no_grad(), observe(self._selection.modules) as calls:
+            run_model(self._model, inputs)
+        rows = {name: sum(call.query[..., 0].numel() for call in seen) for name, seen in calls.items()}
+        sizes = [rows[spec.name] * self._row_bytes(spec) for spec in self._selection.specs]
+        return Table(
+            {"layer": list(rows), "patterns": list(rows.values()), "bytes": sizes},
+            title="one step",
+            footer=f"{_human(sum(sizes))} a step; the budget of {_human(self._budget)} holds "
+            f"{self._budget // max(sum(sizes), 1):,} steps",
+            bars=(("layer",), "bytes"),
+        )
+
+    def flush(self) -> None:
+        """Put every finished step on disk, so that ``dualhook.load`` sees it.
+
+        Raises:
+            StoreError: the disk refused.
+        """
+        self._check_open("flush")
+        self._writer.flush()
+        self._write_latest()
+
+    def close(self) -> DualMemory:
+        """Take every hook off the model, write what is left, and return the memory.
+
+        Raises:
+            StoreError: the disk refused.
+        """
+        if not self._closed:
+            self._closed = True
+            self._detach()
+            if os.getpid() == self._pid:  # not in a forked worker: the files are the parent's
+                self._writer.close()
+                if not self._stopped:
+                    self._write_latest()
+        if self._memory is None:
+            self._memory = DualMemory(self._layout.root, keep=self._temporary)
+        return self._memory
+
+    def save(self, path: str | os.PathLike[str]) -> DualMemory:
+        """Copy the memory to ``path``: how one without a path of its own outlives the process.
+
+        Raises:
+            StoreError: ``path`` exists and is not empty.
+        """
+        if not self._closed:
+            self.flush()
+        target = Path(path)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise StoreError(f"{target} exists and is not empty: choose another path for the copy of the memory")
+        shutil.copytree(self._layout.root, target, dirs_exist_ok=True)
+        return DualMemory(target)
+
+    # ---- inside ----------------------------------------------------------------------------------------------
+
+    def _announce(self, batch: Batch | None) -> None:
+        self._book.batch = batch
+
+    def _before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
+        if not self._stopped:
+            self._book.before(optimizer, has_closure)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if self._stopped:
+            return
+        self._book.after(optimizer)
+        if self._writer.error is not None:
+            self._stop(f"{self._writer.error} while writing to {self.path}: free the disk and record again")
+        elif self._on_full != "fold" and self._writer.recorded_bytes > self._budget:
+            message = (
+                f"the memory at {self.path} has used its budget of {_human(self._budget)}: "
+                "raise max_bytes=, choose fewer layers=, or let on_full='fold' keep the newest patterns"
+            )
+            self._stop(message, warn=self._on_full == "stop")
+            if self._on_full == "error":
+                raise BudgetError(f"step {self.steps}: {message}")
+
+    def _on_step(self, step: int) -> None:
+        if step != 1 or not self._verbose:
+            return
+        size = max(1, self._writer.builder.nbytes)
+        then = {"fold": "the oldest patterns fold into the origin", "stop": "recording stops", "error": "it raises"}
+        print(
+            f"dualhook: recording {len(self._selection.specs)} layers, {_human(size)} a step; the budget of "
+            f"{_human(self._budget)} is reached after about {self._budget // size:,} steps, then "
+            f"{then[self._on_full]} (max_bytes=, layers= and dtype= change that)",
+            file=sys.stderr,
+        )
+
+    def _stop(self, why: str, *, warn: bool = True) -> None:
+        """Stop recording while training goes on; what was recorded up to now stays a whole memory."""
+        self._stopped, self._book.recording = True, False
+        if self._writer.error is None:
+            self._writer.flush()
+            self._write_latest()
+        if warn:
+            warnings.warn(f"recording stopped after step {self.steps}: {why}", UserWarning, stacklevel=2)
+
+    def _write_latest(self) -> None:
+        values, changed = self._book.latest()
+        if changed:
+            warnings.warn(
+                f"{changed[0]!r}{f' and {len(changed) - 1} more were' if len(changed) > 1 else ' was'} changed after "
+                f"the last recorded step {self.steps} (load_state_dict?): the memory describes the weights as that "
+                "step left them; close the recorder before loading others, or give verify() a model",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._writer.write_latest(self.steps, values)
+
+    def _fold(self, layout: Layout, used: int) -> int:
+        """Called in the writing thread."""
+        try:
+            return fold(layout, used, self._budget, self._writer.write_origin)
+        except RuleError as error:
+            raise StoreError(
+                f"the budget of {_human(self._budget)} is used up and cannot be folded: {error}"
+            ) from error
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for intake in self._book.intakes:
+            intake.detach()
+        self._watcher.close()
+        self._book.recording = False
+        atexit.unregister(self._at_exit)
+
+    def _row_bytes(self, spec: LayerSpec) -> int:
+        dtype = self._dtype or dict(self._model.named_parameters())[spec.weight].dtype
+        return (spec.in_features + spec.out_features) * dtype.itemsize + COORDINATE_BYTES
+
+    def _check_open(self, what: str) -> None:
+        if self._closed:
+            raise DualHookError(f"{what}() of a recorder that is closed: instrument the model again")
+
+
+def _weakly(method: Callable[..., object]) -> Callable[..., None]:
+    """A bound method that does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        found = reference()
+        if found is not None:
+            found(*args)
+
+    return call
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "dualhook": metadata.version("dualhook"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _human(size: int) -> str:
+    amount = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.3g} {unit}"
+        amount /= 1000
+    return f"{amount:.3g} TB"

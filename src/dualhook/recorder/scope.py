@@ -1,0 +1,41 @@
+"""Two small things with a lifetime: a named batch, and the directory of a recorder without a path."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+from dualhook.records import Batch
+
+__all__ = ["BatchScope", "TemporaryRoot"]
+
+
+class BatchScope:
+    """What :meth:`Recorder.batch` returns: leaving it as a context manager brings back the batch before."""
+
+    def __init__(self, announce: Callable[[Batch | None], None], before: Batch | None) -> None:
+        self._announce = announce
+        self._before = before
+
+    def __enter__(self) -> BatchScope:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._announce(self._before)
+
+
+class TemporaryRoot:
+    """A directory that is removed when nothing refers to this object any more."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="dualhook-"))
+        weakref.finalize(self, _remove, self.path, os.getpid())
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked DataLoader worker
+        shutil.rmtree(path, ignore_errors=True)

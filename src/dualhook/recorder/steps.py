@@ -1,0 +1,327 @@
+"""What one optimiser step leaves behind: patterns, ledger entries and, the first time, an origin.
+
+1. Before the step the origin of parameters seen for the first time is kept, the gradient is compared with what the
+   pending rows rebuild, and the hyper-parameters in force are noted.
+2. After it the pending rows become patterns of this step, with a ledger entry for every parameter that was stepped.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dualhook.capture import Intake, LayerProbe, Measurement, Selection, fit_scales
+from dualhook.errors import InexactWarning
+from dualhook.optimizers import class_name, rule_for
+from dualhook.records import VALUE, Batch, LayerSpec, LedgerEntry, Mark, Rows
+from dualhook.store import Writer
+
+__all__ = ["StepBook"]
+
+PATIENCE = 16  # steps for which accumulated rows wait for an optimiser that may never come
+FINGERPRINT = 16  # entries of a parameter that are compared when something else may have written to it
+
+
+@dataclass
+class Watched:
+    """One recorded parameter, and what it was like after its last step."""
+
+    name: str
+    spec: LayerSpec
+    parameter: nn.Parameter
+    stepped: bool = False
+    version: int = -1
+    entries: Tensor | None = None
+    state: Mapping[str, Any] | None = None  # the optimiser's own dict, compared by identity
+
+    def remember(self, optimizer: Optimizer) -> None:
+        """Note what the step has left."""
+        self.stepped = True
+        self.version = self.parameter._version
+        self.entries = self._fingerprint()
+        self.state = optimizer.state.get(self.parameter)
+
+    def changed_since(self) -> bool:
+        """Whether something else has written to the parameter after its last step."""
+        if not self.stepped or self.parameter._version == self.version or self.entries is None:
+            return False  # an evaluation that swaps averaged weights in and out again raises the version only
+        return not torch.equal(self.entries.nan_to_num(), self._fingerprint().nan_to_num())
+
+    def _fingerprint(self) -> Tensor:
+        count = self.parameter.numel()
+        index = torch.arange(0, count, max(1, count // FINGERPRINT), device=self.parameter.device)
+        return torch.take(self.parameter.detach(), index)
+
+
+@dataclass
+class Step:
+    """One optimiser step, between torch's hook before it and the one after it."""
+
+    optimizer: Optimizer
+    stepped: list[tuple[Watched, int, Mark]]  # parameter, its group, what is known beforehand
+    hyper: list[dict[str, float]]
+    state: dict[str, dict[str, float]]
+    measured: dict[str, Measurement] = field(default_factory=dict)
+
+
+class StepBook:
+    """Keeps the rows until a step uses them, and the ledger of the steps. The sink of the intakes.
+
+    ``on_step(step)`` is called once a step is over: with the first backward pass or optimiser step that follows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        writer: Writer,
+        *,
+        dtype: torch.dtype | None,
+        optimizers: Iterable[Optimizer],
+        on_step: Callable[[int], None],
+    ) -> None:
+        self.writer = writer
+        self.step = 0
+        self.recording = True
+        self.batch: Batch | None = None
+        self.optimizers = list(optimizers)
+        self._dtype = dtype
+        self._on_step = on_step
+        self._intakes: dict[str, list[Intake]] = {}
+        for spec, module in selection.modules:
+            self._intakes.setdefault(spec.name, []).append(Intake(spec, module, self))
+        self._probes = {spec.name: LayerProbe(spec) for spec in selection.specs}
+        named = dict(model.named_parameters())
+        self.watched = {name: Watched(name, spec, named[name]) for spec in selection.specs for name in spec.parameters}
+        self._stepping: list[Optimizer] = []  # the optimisers that have stepped in the current step
+        self._waited: dict[str, int] = {}  # steps for which a layer's pending rows have been waiting
+        self._current: Step | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def intakes(self) -> Iterator[Intake]:
+        """Every intake; layers whose weight several modules share have several."""
+        return (intake for intakes in self._intakes.values() for intake in intakes)
+
+    # ---- rows ------------------------------------------------------------------------------------------------
+
+    def take(self, layer: str, rows: Rows) -> None:
+        """Keep accumulated rows until a step uses them."""
+        self._end_step()
+        dtype = self._dtype or rows.key.dtype
+        if rows.key.device.type != "cpu" or dtype != rows.key.dtype:
+            key, output_grad = rows.key.to("cpu", dtype), rows.output_grad.to("cpu", dtype)
+            rows = Rows(key, output_grad, rows.step, rows.sample, rows.position, rows.columns)
+        self.writer.builder.append(layer, rows)
+
+    def drop(self, layer: str) -> None:
+        """Forget rows whose gradient was zeroed."""
+        self.writer.builder.rewind(layer)
+
+    def holds(self, layer: str) -> bool:
+        """Whether the layer has rows that no step has used."""
+        return self.writer.builder.pending(layer) is not None
+
+    # ---- steps -----------------------------------------------------------------------------------------------
+
+    def members(self, optimizer: Optimizer) -> Iterator[tuple[Watched, int]]:
+        """The recorded parameters of an optimiser with the number of their group."""
+        own = {id(watched.parameter): watched for watched in self.watched.values()}
+        for number, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                if id(parameter) in own:
+                    yield own[id(parameter)], number
+
+    def before(self, optimizer: Optimizer, has_closure: bool) -> None:
+        """An optimiser is about to step; with a closure the backward pass is still to come."""
+        self._current = None
+        members = [(w, g) for w, g in self.members(optimizer) if has_closure or w.parameter.grad is not None]
+        if not members:
+            return
+        if not any(known is optimizer for known in self.optimizers):
+            self.optimizers.append(optimizer)
+        name = class_name(type(optimizer))
+        rule = rule_for(name)
+        if rule is None:
+            self._warn_once(
+                f"rule {name}",
+                f"no exact rule exists yet for {name}: rows and hyper-parameters are recorded, attention weights "
+                "are available, contributions and verify() are not",
+            )
+        if any(known is optimizer for known in self._stepping):
+            self._end_step()
+        for watched, _ in members:
+            for intake in self._intakes[watched.spec.name]:
+                intake.settle()
+        stepped = [(watched, group, self._mark(watched, optimizer)) for watched, group in members]
+        self._keep_origins(optimizer, [watched for watched, _, _ in stepped])
+        names = rule.state_scalars if rule is not None else ()
+        step = Step(
+            optimizer,
+            stepped,
+            [_numbers(group) for group in optimizer.param_groups],
+            {w.name: _scalars(optimizer.state.get(w.parameter), names) for w, _, _ in stepped},
+        )
+        if not has_closure:
+            self._measure(step)
+        self._current = step
+
+    def after(self, optimizer: Optimizer) -> None:
+        """The step has happened."""
+        step, self._current = self._current, None
+        if step is None or step.optimizer is not optimizer:
+            return
+        if not step.measured:
+            self._measure(step)
+        if not self._stepping:
+            self.step += 1
+        self._stepping.append(optimizer)
+        self.writer.builder.add(self._entries(step))
+        for layer in dict.fromkeys(watched.spec.name for watched, _, _ in step.stepped):
+            self.writer.builder.commit(layer, self.step)
+            self._waited[layer] = 0
+        for watched, _, _ in step.stepped:
+            watched.remember(optimizer)
+
+    def latest(self) -> tuple[dict[str, Tensor], list[str]]:
+        """The parameters as the last step left them, and the names of those that something has changed since."""
+        recorded = [watched for watched in self.watched.values() if watched.stepped]
+        changed = [watched.name for watched in recorded if watched.changed_since()]
+        layers = {watched.spec.name for watched in recorded}
+        values = {
+            watched.name: watched.parameter.detach().to("cpu", copy=True).contiguous()
+            for watched in self.watched.values()
+            if watched.spec.name in layers and watched.name not in changed
+        }
+        return values, changed
+
+    def _end_step(self) -> None:
+        if not self._stepping:
+            return
+        self._stepping = []
+        for layer in self._intakes:  # rows of layers that no optimiser steps must not pile up
+            self._waited[layer] = self._waited.get(layer, 0) + 1 if self.holds(layer) else 0
+            if self._waited[layer] >= PATIENCE:
+                self.drop(layer)
+                self._waited[layer] = PATIENCE - 1
+        self._on_step(self.step)
+        if self.writer.full:
+            self.writer.seal()
+
+    def _measure(self, step: Step) -> None:
+        """Compare every gradient of the step with what the rows rebuild."""
+        layers: dict[str, dict[str, Tensor]] = {}
+        for watched, _, _ in step.stepped:
+            if watched.parameter.grad is not None:
+                layers.setdefault(watched.spec.name, {})[watched.name] = watched.parameter.grad
+        for layer, gradients in layers.items():
+            self._intakes[layer][0].discard_if_zeroed()
+            rows = self.writer.builder.pending(layer)
+            if rows is None and self._stepping:  # weight and bias in two optimisers: the first has committed the rows
+                rows = self.writer.builder.of_step(layer, self.step)
+            step.measured |= self._probes[layer].measure(gradients, rows)
+
+    def _entries(self, step: Step) -> Iterator[LedgerEntry]:
+        fits = dict(zip(step.measured, fit_scales(list(step.measured.values())), strict=True))
+        optimizer = class_name(type(step.optimizer))
+        for watched, group, mark in step.stepped:
+            if watched.name not in fits:  # a closure that left no gradient: torch skips the parameter
+                continue
+            fit = fits[watched.name]
+            if not fit.finite:
+                mark |= Mark.NONFINITE
+                self._warn_once(
+                    "nonfinite",
+                    f"step {self.step}: NaN or infinity in the gradient of {watched.name!r}; recorded as it is",
+                    UserWarning,
+                )
+            if not self.recording:
+                mark |= Mark.MISSING
+            elif not fit.explained:
+                mark |= Mark.UNEXPLAINED
+            self._report(watched, mark, fit.residual)
+            yield LedgerEntry(
+                self.step,
+                watched.name,
+                optimizer,
+                group,
+                step.hyper[group],
+                step.state[watched.name],
+                fit.scale,
+                fit.residual,
+                mark,
+            )
+
+    def _mark(self, watched: Watched, optimizer: Optimizer) -> Mark:
+        """What is known of a parameter before a step."""
+        mark = Mark(0)
+        state = optimizer.state.get(watched.parameter)
+        if not state or all(value is None for value in state.values()):
+            mark |= Mark.FRESH
+        elif watched.stepped and state is not watched.state:
+            mark |= Mark.CHANGED
+        if watched.changed_since():
+            mark |= Mark.CHANGED
+        return mark
+
+    def _keep_origins(self, optimizer: Optimizer, stepped: Sequence[Watched]) -> None:
+        """Keep where the recording of a parameter begins, and of the others in its layer, which may never train."""
+        new = [watched for watched in stepped if not watched.stepped]
+        if not new:
+            return
+        parts: dict[str, dict[str, Tensor]] = {}
+        for watched in new:
+            for name in watched.spec.parameters:
+                if not self.watched[name].stepped:
+                    parts.setdefault(name, {VALUE: self.watched[name].parameter})
+            state = optimizer.state.get(watched.parameter) or {}
+            parts[watched.name] |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        dtypes = {name: str(self.watched[name].parameter.dtype).removeprefix("torch.") for name in parts}
+        self.writer.write_origin(self.step, parts, dtypes)
+
+    def _report(self, watched: Watched, mark: Mark, residual: float) -> None:
+        where, costs = f"step {self.step}: ", "from this step on its memory is inexact, verify() shows by how much"
+        if mark & Mark.UNEXPLAINED:
+            self._warn_once(
+                "unexplained",
+                f"{where}the recorded rows leave {residual:.1%} of the gradient of {watched.name!r} open (a penalty on "
+                f"the weights in the loss, clip_grad_value_, a double backward, a use outside its module?); {costs}",
+            )
+        if mark & Mark.CHANGED:
+            self._warn_once(
+                "changed",
+                f"{where}{watched.name!r} or its optimiser state was changed since its last step by something else "
+                f"than the optimiser (load_state_dict?); {costs}",
+            )
+        if mark & Mark.MISSING:
+            self._warn_once(
+                "missing", f"{where}an optimiser stepped on {watched.name!r} while recording was paused; {costs}"
+            )
+
+    def _warn_once(self, cause: str, message: str, category: type[Warning] = InexactWarning) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            warnings.warn(message, category, stacklevel=2)
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    """The hyper-parameters of a group that are numbers; pairs like ``betas`` as ``betas.0`` and ``betas.1``."""
+    found: dict[str, float] = {}
+    for name, value in group.items():
+        if name == "params":
+            continue
+        if isinstance(value, (tuple, list)):
+            found |= {f"{name}.{k}": float(v) for k, v in enumerate(value) if isinstance(v, (int, float, Tensor))}
+        elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+            found[name] = float(value)
+    return found
+
+
+def _scalars(state: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, float]:
+    return {name: float(state[name]) for name in names if name in state} if state else {}

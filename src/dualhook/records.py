@@ -1,0 +1,208 @@
+"""What passes between the rooms: frozen records of tensors and numbers.
+
+Letters in shapes: ``n`` pattern, ``i`` input, ``o`` output, ``t`` step, ``e`` ledger entry, ``b`` sample of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntFlag
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AVERAGE",
+    "INEXACT",
+    "MOMENTUM",
+    "NO_SAMPLE",
+    "VALUE",
+    "Batch",
+    "Coefficients",
+    "Composition",
+    "History",
+    "LayerSpec",
+    "LedgerEntry",
+    "Mark",
+    "OriginPart",
+    "RowSource",
+    "Rows",
+]
+
+NO_SAMPLE = -1
+"""Sample number of a row whose dataset row is not known."""
+
+VALUE = "value"
+"""Name of the parameter itself among its origin tensors; the others carry the optimiser's names for its state."""
+
+MOMENTUM = "momentum_buffer"
+"""SGD's buffer, by torch's name for it."""
+
+AVERAGE = "ax"
+"""ASGD's running mean of the weights, by torch's name for it."""
+
+
+class Mark(IntFlag):
+    """What is worth knowing about one ledger entry."""
+
+    FRESH = 1  # the optimiser held no state for this parameter before the step
+    UNEXPLAINED = 2  # the rows do not rebuild the gradient
+    NONFINITE = 4  # rows or gradient hold NaN or infinity
+    CHANGED = 8  # parameter or optimiser state was changed between two steps by something else
+    MISSING = 16  # the step fell into a pause: its rows were not recorded
+
+
+INEXACT = Mark.UNEXPLAINED | Mark.CHANGED | Mark.MISSING
+"""The marks of a step after which the identity no longer holds."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One linear map of the model: ``y = x Wᵀ + b``, named as in the model."""
+
+    name: str
+    in_features: int
+    out_features: int
+    weight: str
+    bias: str | None
+    kind: str = "linear"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the layer's parameters, the weight first."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which dataset rows the training loop is working on: ``samples`` [b] and further columns [b]."""
+
+    samples: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A block of patterns of one layer, in the order they were recorded.
+
+    ``key`` [n, i], ``output_grad`` [n, o] (raw, as autograd gave it), ``step``, ``sample`` and ``position`` [n].
+    ``first`` is the pattern number of the block's first row.
+    """
+
+    key: Tensor
+    output_grad: Tensor
+    step: Tensor
+    sample: Tensor
+    position: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    first: int = 0
+
+    def __len__(self) -> int:
+        return int(self.key.shape[0])
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """What one optimiser step did to one parameter.
+
+    ``scale`` is the factor between the gradient the rows rebuild and the one the optimiser saw (clipping, loss
+    scaling); ``residual`` the share of that gradient which the rows leave open, on the probed entries.
+    """
+
+    step: int
+    parameter: str
+    optimizer: str
+    group: int
+    hyper: Mapping[str, float]
+    state: Mapping[str, float]
+    scale: float
+    residual: float
+    mark: Mark
+
+
+@dataclass(frozen=True)
+class OriginPart:
+    """A parameter where its recording began: after ``step``, its value and its optimiser's state."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class History:
+    """The ledger of one parameter, oldest entry first; every field is [e], numbers in float64."""
+
+    parameter: str
+    step: Tensor
+    optimizer: tuple[str, ...]
+    hyper: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
+    scale: Tensor
+    residual: Tensor
+    mark: Tensor
+
+    def __len__(self) -> int:
+        return int(self.step.numel())
+
+    def column(self, name: str) -> Tensor:
+        """A hyper-parameter over the entries [e]; zero where the optimiser had none of that name."""
+        values = self.hyper.get(name)
+        return torch.zeros(len(self), dtype=torch.float64) if values is None else values.nan_to_num(nan=0.0)
+
+    def marked(self, mark: Mark) -> Tensor:
+        """Which entries carry any of the marks, bool [e]."""
+        return (self.mark & int(mark)) != 0
+
+    def where(self, chosen: Tensor) -> History:
+        """The entries that a bool mask [e] chooses."""
+        return History(
+            self.parameter,
+            self.step[chosen],
+            tuple(name for name, keep in zip(self.optimizer, chosen.tolist(), strict=True) if keep),
+            {name: values[chosen] for name, values in self.hyper.items()},
+            {name: values[chosen] for name, values in self.state.items()},
+            self.scale[chosen],
+            self.residual[chosen],
+            self.mark[chosen],
+        )
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What a parameter is made of: ``sum_k origin[k] · O_k  -  sum_e pattern[e] · G_e``.
+
+    ``G_e`` is the gradient the rows of entry ``e`` rebuild (``output_gradᵀ key``), ``O_k`` the origin's tensors.
+    """
+
+    pattern: Tensor
+    origin: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Composition:
+    """One layer at a horizon ``t``: ``W = origin_weight - sum_s weight[step_s] · output_grad_s key_sᵀ``.
+
+    ``weight`` and ``bias`` hold the coefficient of every step's patterns, float64 [t + 1]. Origins are float64, [o, i]
+    and [o], with whatever optimiser state there was where recording began. A layer without bias has None twice.
+    """
+
+    spec: LayerSpec
+    weight: Tensor
+    origin_weight: Tensor
+    bias: Tensor | None = None
+    origin_bias: Tensor | None = None
+
+    @property
+    def horizon(self) -> int:
+        """The step after which this is the layer."""
+        return int(self.weight.numel()) - 1
+
+
+class RowSource(Protocol):
+    """Where a question gets its patterns from."""
+
+    def blocks(self, layer: str, *, last_step: int, block_rows: int) -> Iterator[Rows]:
+        """The layer's patterns up to ``last_step``, oldest first, at most ``block_rows`` at a time."""
+        ...

@@ -1,0 +1,1 @@
+"""Pictures of a memory's answers; every module here needs ``dualhook[plot]``."""

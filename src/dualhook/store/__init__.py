@@ -1,0 +1,10 @@
+"""The memory on disk, as FORMAT.md specifies it: manifest, segments, origin, latest weights, columns."""
+
+from __future__ import annotations
+
+from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
+from dualhook.store.reader import Store
+from dualhook.store.segment import SegmentBuilder
+from dualhook.store.writer import Writer
+
+__all__ = ["FORMAT_VERSION", "Layout", "Manifest", "SegmentBuilder", "Store", "Writer"]

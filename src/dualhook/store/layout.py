@@ -1,0 +1,186 @@
+"""Names and places of a memory's files, and the manifest that says what they hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dualhook.errors import StoreError
+from dualhook.records import LayerSpec
+
+__all__ = ["FORMAT_VERSION", "Layout", "Manifest", "open_tensors", "read_header", "tensor_names", "write_tensors"]
+
+FORMAT_VERSION = 1
+HEADER = "dualhook"  # the one key of every file's safetensors metadata; its value is a JSON object
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things lie in a memory's directory."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        """The file that makes a directory a memory."""
+        return self.root / "dualhook.json"
+
+    @property
+    def latest(self) -> Path:
+        """The weights after the last recorded step."""
+        return self.root / "latest.safetensors"
+
+    def segment(self, number: int) -> Path:
+        """The file of a segment, counted from 0."""
+        return self.root / "segments" / f"{number:08d}.safetensors"
+
+    def segments(self) -> list[Path]:
+        """Every committed segment, oldest first."""
+        return sorted(self.root.glob("segments/[0-9]*.safetensors"))
+
+    def origin(self, number: int) -> Path:
+        """An origin file, counted from 0; a later one takes the place of earlier ones for the parameters it holds."""
+        return self.root / "origin" / f"{number:08d}.safetensors"
+
+    def origins(self) -> list[Path]:
+        """Every origin file, oldest first."""
+        return sorted(self.root.glob("origin/[0-9]*.safetensors"))
+
+    def column(self, name: str) -> Path:
+        """The file of a column over the samples.
+
+        Raises:
+            StoreError: the name is not letters, digits and underscores.
+        """
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
+            raise StoreError(f"column name {name!r}: expected letters, digits and underscores, at most 64")
+        return self.root / "columns" / f"{name}.safetensors"
+
+    def columns(self) -> list[Path]:
+        """Every column file."""
+        return sorted(self.root.glob("columns/*.safetensors"))
+
+    def create(self, *, overwrite: bool) -> None:
+        """Make the directory ready for a new memory.
+
+        Raises:
+            StoreError: it holds a memory and ``overwrite`` is false, or it holds something else.
+        """
+        if self.manifest.exists():
+            if not overwrite:
+                raise StoreError(
+                    f"{self.root} already holds a memory: choose another path, or pass overwrite=True to replace it"
+                )
+            self.clear()
+        elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise StoreError(
+                f"{self.root} exists and is not empty, but holds no memory: choose another path "
+                "(overwrite=True replaces memories only, never other files)"
+            )
+        for folder in ("segments", "origin", "columns"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+
+    def clear(self) -> None:
+        """Remove the memory's own files; whatever else lies in the directory stays."""
+        self.manifest.unlink(missing_ok=True)  # first: from here on it is no memory any more
+        self.latest.unlink(missing_ok=True)
+        for folder in ("segments", "origin", "columns"):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a memory holds: versions and the linear maps of the model."""
+
+    layers: tuple[LayerSpec, ...]
+    versions: Mapping[str, str]
+
+    def write(self, layout: Layout) -> None:
+        """Put the manifest in place, whole or not at all."""
+        text = json.dumps(
+            {
+                "format": "dualhook",
+                "version": FORMAT_VERSION,
+                "written_by": dict(self.versions),
+                "layers": [asdict(layer) for layer in self.layers],
+            },
+            indent=2,
+        )
+        partial = layout.manifest.with_suffix(".json.partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, layout.manifest)
+
+    @classmethod
+    def read(cls, layout: Layout) -> Manifest:
+        """Read and check the manifest of a directory.
+
+        Raises:
+            StoreError: the directory is no memory, or one of a newer format.
+        """
+        if not layout.manifest.is_file():
+            raise StoreError(
+                f"{layout.root} holds no memory: expected a file {layout.manifest.name}; "
+                "dualhook.load takes the path that was given to dualhook.instrument"
+            )
+        try:
+            found = json.loads(layout.manifest.read_text(encoding="utf-8"))
+            version = found["version"]
+            if found["format"] != "dualhook":
+                raise ValueError(f"format {found['format']!r}")
+            if isinstance(version, int) and version <= FORMAT_VERSION:
+                return cls(tuple(LayerSpec(**layer) for layer in found["layers"]), found["written_by"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{layout.manifest} is no manifest of a memory: {error}") from error
+        raise StoreError(
+            f"{layout.root} is a memory of format version {version}, this dualhook reads up to {FORMAT_VERSION}: "
+            "install a newer dualhook"
+        )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write one safetensors file, whole or not at all: it appears under its name once it is complete."""
+    partial = path.with_suffix(".partial")
+    save_file(dict(tensors), partial, {HEADER: json.dumps(header)})
+    os.replace(partial, path)
+
+
+def open_tensors(path: Path) -> Any:
+    """Open a safetensors file for memory-mapped reading.
+
+    Raises:
+        StoreError: the file is gone or is no safetensors file.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+
+
+def tensor_names(file: Any) -> list[str]:
+    """The names of the tensors in an open file."""
+    return list(file.keys())
+
+
+def read_header(path: Path, file: Any) -> dict[str, Any]:
+    """The JSON object in a file's metadata.
+
+    Raises:
+        StoreError: there is none.
+    """
+    try:
+        header = json.loads((file.metadata() or {})[HEADER])
+    except (KeyError, ValueError) as error:
+        raise StoreError(f"{path} was not written by dualhook: its metadata holds no {HEADER!r} object") from error
+    if not isinstance(header, dict):
+        raise StoreError(f"{path} was not written by dualhook: its metadata is not an object")
+    return header

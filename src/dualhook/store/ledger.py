@@ -1,0 +1,101 @@
+"""The ledger's tensor form: entries of consecutive steps to tensors and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualhook.records import History, LedgerEntry
+
+__all__ = ["pack", "unpack"]
+
+
+def pack(entries: Sequence[LedgerEntry]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a ledger; hyper-parameters are kept once per step, optimiser and parameter group."""
+    parameters = _numbered(entry.parameter for entry in entries)
+    optimizers = _numbered(entry.optimizer for entry in entries)
+    hyper_names = list(_numbered(name for entry in entries for name in entry.hyper))
+    state_names = list(_numbered(name for entry in entries for name in entry.state))
+    groups: dict[tuple[int, str, int], int] = {}
+    hyper: list[list[float]] = []
+    whole: list[list[int]] = []
+    for entry in entries:
+        place = (entry.step, entry.optimizer, entry.group)
+        if place not in groups:
+            groups[place] = len(hyper)
+            hyper.append([entry.hyper.get(name, math.nan) for name in hyper_names])
+        row = (entry.step, parameters[entry.parameter], optimizers[entry.optimizer], groups[place], int(entry.mark))
+        whole.append(list(row))
+    real = [
+        [entry.scale, entry.residual, *(entry.state.get(name, math.nan) for name in state_names)] for entry in entries
+    ]
+    steps = [entry.step for entry in entries]
+    tensors = {
+        "ledger/entry": torch.tensor(whole, dtype=torch.int64).reshape(-1, 5),
+        "ledger/measured": torch.tensor(real, dtype=torch.float64).reshape(-1, 2 + len(state_names)),
+        "ledger/hyper": torch.tensor(hyper, dtype=torch.float64).reshape(-1, len(hyper_names)),
+    }
+    header = {
+        "steps": [min(steps), max(steps)] if steps else [0, 0],
+        "parameters": list(parameters),
+        "optimizers": list(optimizers),
+        "hyper": hyper_names,
+        "state": state_names,
+    }
+    return tensors, header
+
+
+def unpack(parts: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> dict[str, History]:
+    """The history of every parameter, from the ledgers of consecutive segments."""
+    pieces: dict[str, list[History]] = {}
+    for tensors, header in parts:
+        entry, measured = tensors["ledger/entry"], tensors["ledger/measured"]
+        hyper = tensors["ledger/hyper"][entry[:, 3]]
+        for number, parameter in enumerate(header["parameters"]):
+            own = entry[:, 1] == number
+            pieces.setdefault(parameter, []).append(
+                History(
+                    parameter,
+                    entry[own, 0],
+                    tuple(header["optimizers"][index] for index in entry[own, 2].tolist()),
+                    {name: hyper[own, column] for column, name in enumerate(header["hyper"])},
+                    {name: measured[own, 2 + column] for column, name in enumerate(header["state"])},
+                    measured[own, 0],
+                    measured[own, 1],
+                    entry[own, 4],
+                )
+            )
+    return {parameter: _joined(parameter, histories) for parameter, histories in pieces.items()}
+
+
+def _joined(parameter: str, histories: Sequence[History]) -> History:
+    def named(which: str) -> dict[str, Tensor]:
+        names = _numbered(name for history in histories for name in getattr(history, which))
+        return {
+            name: torch.cat(
+                [
+                    getattr(history, which).get(name, torch.full((len(history),), math.nan, dtype=torch.float64))
+                    for history in histories
+                ]
+            )
+            for name in names
+        }
+
+    return History(
+        parameter,
+        torch.cat([history.step for history in histories]),
+        tuple(name for history in histories for name in history.optimizer),
+        named("hyper"),
+        named("state"),
+        torch.cat([history.scale for history in histories]),
+        torch.cat([history.residual for history in histories]),
+        torch.cat([history.mark for history in histories]),
+    )
+
+
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}

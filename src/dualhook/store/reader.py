@@ -1,0 +1,173 @@
+"""Reads a memory: an index of the segments, then memory-mapped blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualhook.records import VALUE, History, LayerSpec, OriginPart, Rows
+from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
+from dualhook.store.ledger import unpack
+
+__all__ = ["Store"]
+
+LEDGER = ("ledger/entry", "ledger/measured", "ledger/hyper")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One committed file: its steps, and per layer its first pattern number and how many it holds."""
+
+    path: Path
+    header: Mapping[str, Any]
+
+    @property
+    def last_step(self) -> int:
+        """The newest step in the segment."""
+        return int(self.header["steps"][1])
+
+    def count(self, layer: str) -> int:
+        """How many of the layer's patterns the segment holds."""
+        return int(self.header["rows"].get(layer, {"count": 0})["count"])
+
+
+class Store:
+    """A memory on disk, as it was when it was opened; a :class:`~dualhook.records.RowSource`."""
+
+    def __init__(self, root: Path) -> None:
+        self.layout = Layout(root)
+        self.manifest = Manifest.read(self.layout)
+        self._origin_headers = {path: read_header(path, open_tensors(path)) for path in self.layout.origins()}
+        # what a moved origin has swallowed may still lie there, if the recording was cut off in that moment
+        folded = max((header["folded"] for header in self._origin_headers.values()), default=0)
+        headers = ((path, read_header(path, open_tensors(path))) for path in self.layout.segments())
+        self.segments = [segment for segment in (Segment(*found) for found in headers) if segment.last_step > folded]
+        self.first_step = folded
+
+    @cached_property
+    def histories(self) -> dict[str, History]:
+        """The ledger of every recorded parameter, from its origin on."""
+        parts = []
+        for segment in self.segments:
+            file = open_tensors(segment.path)
+            parts.append(({name: file.get_tensor(name) for name in LEDGER}, segment.header))
+        begins = self.origin_steps
+        found = unpack(parts)
+        return {name: history.where(history.step > begins[name]) for name, history in found.items()}
+
+    @cached_property
+    def origin_steps(self) -> dict[str, int]:
+        """After which step each parameter's recording begins."""
+        return {name: self._origin_headers[path]["step"] for name, path in self._origin_files.items()}
+
+    @cached_property
+    def _origin_files(self) -> dict[str, Path]:
+        """Which file holds each parameter's origin: the newest that names it."""
+        return {name: path for path, header in self._origin_headers.items() for name in header["parameters"]}
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The layers that have been trained, in the model's order."""
+        return tuple(spec for spec in self.manifest.layers if any(p in self.origin_steps for p in spec.parameters))
+
+    @property
+    def last_step(self) -> int:
+        """The newest recorded step."""
+        return max((segment.last_step for segment in self.segments), default=self.first_step)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(segment.path.stat().st_size for segment in self.segments)
+
+    def count(self, layer: str) -> int:
+        """How many patterns the layer has."""
+        return sum(segment.count(layer) for segment in self.segments)
+
+    def origin(self, parameter: str) -> OriginPart:
+        """Where the recording of a parameter begins."""
+        path = self._origin_files[parameter]
+        header, file = self._origin_headers[path], open_tensors(path)
+        names = header["parameters"][parameter]
+        return OriginPart(header["step"], {part: file.get_tensor(f"{parameter}//{part}") for part in names})
+
+    def dtype(self, parameter: str) -> torch.dtype:
+        """The dtype the model has a parameter in."""
+        path = self._origin_files[parameter]
+        return getattr(torch, self._origin_headers[path]["dtypes"][parameter])  # type: ignore[no-any-return]
+
+    def latest(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The weights after the last recorded step and that step, or None if the recording was cut off."""
+        if not self.layout.latest.is_file():
+            return None
+        file = open_tensors(self.layout.latest)
+        step = int(read_header(self.layout.latest, file)["step"])
+        return step, {name: file.get_tensor(name) for name in tensor_names(file)}
+
+    def blocks(self, layer: str, *, last_step: int, block_rows: int) -> Iterator[Rows]:
+        """The layer's patterns up to ``last_step``, oldest first, at most ``block_rows`` at a time."""
+        for segment in self.segments:
+            count = segment.count(layer)
+            if not count or segment.header["steps"][0] > last_step:
+                continue
+            file = open_tensors(segment.path)
+            prefix = f"rows/{layer}/"
+            tensors = {n.removeprefix(prefix): file.get_tensor(n) for n in tensor_names(file) if n.startswith(prefix)}
+            if segment.last_step > last_step:  # steps only rise within a segment
+                count = int(torch.searchsorted(tensors["step"], last_step, right=True))
+            first = int(segment.header["rows"][layer]["first"])
+            for start in range(0, count, block_rows):
+                part = {name: values[start : min(count, start + block_rows)] for name, values in tensors.items()}
+                columns = {n.removeprefix("column/"): values for n, values in part.items() if n.startswith("column/")}
+                yield Rows(
+                    part["key"],
+                    part["output_grad"],
+                    part["step"],
+                    part["sample"],
+                    part["position"],
+                    columns,
+                    first + start,
+                )
+
+    def coordinates(self, layer: str, name: str) -> Iterator[Tensor]:
+        """One coordinate or recorded column of all the layer's patterns, a segment at a time."""
+        for segment in self.segments:
+            if segment.count(layer):
+                file = open_tensors(segment.path)
+                if f"rows/{layer}/{name}" in tensor_names(file):
+                    yield file.get_tensor(f"rows/{layer}/{name}")
+                else:
+                    yield torch.full((segment.count(layer),), float("nan"), dtype=torch.float64)
+
+    def row_columns(self) -> list[str]:
+        """The columns that were recorded with the rows."""
+        found: dict[str, None] = {}
+        for segment in self.segments:
+            for name in tensor_names(open_tensors(segment.path)):
+                if name.startswith("rows/") and "/column/" in name:
+                    found[name.rpartition("/column/")[2]] = None
+        return list(found)
+
+    def sample_columns(self) -> dict[str, tuple[Tensor, list[str] | None]]:
+        """The columns over the samples: values [sample], and the category names if the values number them."""
+        found = {}
+        for path in self.layout.columns():
+            file = open_tensors(path)
+            found[path.stem] = (file.get_tensor(VALUE), read_header(path, file)["categories"])
+        return found
+
+    def write_column(self, name: str, values: Tensor, categories: list[str] | None) -> None:
+        """Keep a column over the samples beside the memory.
+
+        Raises:
+            StoreError: a bad name.
+        """
+        path = self.layout.column(name)
+        path.parent.mkdir(exist_ok=True)
+        write_tensors(path, {VALUE: values}, {"kind": "column", "categories": categories})

@@ -1,0 +1,148 @@
+"""A segment in the making: rows go straight from training into the buffers that will be written.
+
+Per layer the buffer holds committed rows, then pending ones (accumulated into a gradient that no step has used yet).
+Buffers are kept and filled again after writing, since first-touch of fresh memory costs more than the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualhook.records import LedgerEntry, Rows
+from dualhook.store.ledger import pack
+
+__all__ = ["SegmentBuilder"]
+
+COORDINATES = ("step", "sample", "position")
+
+
+class LayerBuffer:
+    """The rows of one layer, in growing tensors."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.committed = 0
+        self.filled = 0
+        self.first = 0  # pattern number of row 0
+
+    def append(self, rows: Rows) -> None:
+        """Copy rows behind the pending ones."""
+        start, self.filled = self.filled, self.filled + len(rows)
+        for name, values in _fields(rows).items():
+            self._room(name, values, start)[start : self.filled].copy_(values)
+        for name in self.tensors.keys() - _fields(rows).keys():  # a column that this batch does not have
+            self._room(name, self.tensors[name], start)[start : self.filled].fill_(_absent(self.tensors[name]))
+
+    def view(self, start: int, stop: int) -> Rows:
+        """Rows ``start`` to ``stop`` without a copy."""
+        cut = {name: values[start:stop] for name, values in self.tensors.items()}
+        columns = {name.removeprefix("column/"): cut[name] for name in cut if name.startswith("column/")}
+        return Rows(
+            cut["key"], cut["output_grad"], cut["step"], cut["sample"], cut["position"], columns, self.first + start
+        )
+
+    def _room(self, name: str, like: Tensor, start: int) -> Tensor:
+        """The named tensor, grown to hold ``filled`` rows and widened to hold ``like``'s numbers without loss."""
+        held = self.tensors.get(name)
+        if held is None:
+            held = torch.empty((0, *like.shape[1:]), dtype=like.dtype)
+            if start:  # a column that appears later: the rows before had none
+                held = torch.full((start, *like.shape[1:]), _absent(like), dtype=like.dtype)
+        dtype = torch.promote_types(held.dtype, like.dtype)
+        if held.shape[0] < self.filled or held.dtype != dtype:
+            rows = max(self.filled, int(1.5 * held.shape[0]))
+            grown = torch.empty((rows, *held.shape[1:]), dtype=dtype)
+            grown[:start].copy_(held[:start])
+            held = grown
+        self.tensors[name] = held
+        return held
+
+
+class SegmentBuilder:
+    """Collects the rows and the ledger of consecutive steps."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, LayerBuffer] = {}
+        self.ledger: list[LedgerEntry] = []
+
+    def append(self, layer: str, rows: Rows) -> None:
+        """Add pending rows."""
+        self.layers.setdefault(layer, LayerBuffer()).append(rows)
+
+    def rewind(self, layer: str) -> None:
+        """Forget the layer's pending rows."""
+        if layer in self.layers:
+            self.layers[layer].filled = self.layers[layer].committed
+
+    def pending(self, layer: str) -> Rows | None:
+        """The layer's pending rows, or None."""
+        buffer = self.layers.get(layer)
+        return buffer.view(buffer.committed, buffer.filled) if buffer and buffer.filled > buffer.committed else None
+
+    def of_step(self, layer: str, step: int) -> Rows | None:
+        """The layer's rows that ``step``, the newest, has committed, or None."""
+        buffer = self.layers.get(layer)
+        if buffer is None or not buffer.committed or int(buffer.tensors["step"][buffer.committed - 1]) != step:
+            return None
+        start = int(torch.searchsorted(buffer.tensors["step"][: buffer.committed], step))
+        return buffer.view(start, buffer.committed)
+
+    def commit(self, layer: str, step: int) -> None:
+        """Turn the layer's pending rows into patterns of ``step``."""
+        buffer = self.layers.get(layer)
+        if buffer is not None:
+            buffer.tensors["step"][buffer.committed : buffer.filled].fill_(step)
+            buffer.committed = buffer.filled
+
+    def add(self, entries: Iterable[LedgerEntry]) -> None:
+        """Add ledger entries."""
+        self.ledger.extend(entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the committed rows."""
+        return sum(
+            buffer.committed * values[0].nbytes
+            for buffer in self.layers.values()
+            for values in buffer.tensors.values()
+            if buffer.committed
+        )
+
+    def carry(self, successor: SegmentBuilder) -> None:
+        """Hand the pending rows and the pattern numbers on to the builder of the next segment."""
+        for name, buffer in self.layers.items():
+            heir = successor.layers.setdefault(name, LayerBuffer())
+            heir.first = buffer.first + buffer.committed
+            if buffer.filled > buffer.committed:
+                heir.append(buffer.view(buffer.committed, buffer.filled))
+
+    def reset(self) -> None:
+        """Empty the builder; its memory stays."""
+        self.ledger = []
+        for buffer in self.layers.values():
+            buffer.committed = buffer.filled = 0
+
+    def contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The committed part as named tensors and the header that goes with them."""
+        tensors, header = pack(self.ledger)
+        counts: dict[str, Mapping[str, int]] = {}
+        for name, buffer in self.layers.items():
+            if buffer.committed:
+                counts[name] = {"first": buffer.first, "count": buffer.committed}
+                for part, values in buffer.tensors.items():
+                    tensors[f"rows/{name}/{part}"] = values[: buffer.committed]
+        return tensors, {**header, "rows": counts}
+
+
+def _fields(rows: Rows) -> dict[str, Tensor]:
+    fields = {name: getattr(rows, name) for name in ("key", "output_grad", *COORDINATES)}
+    return fields | {f"column/{name}": values for name, values in rows.columns.items()}
+
+
+def _absent(like: Tensor) -> float:
+    """What stands for "no value" in a column: NaN, or -1 among whole numbers."""
+    return float("nan") if like.is_floating_point() else -1

@@ -1,0 +1,170 @@
+"""Writes a memory while training runs: one background thread, a fixed number of buffers, nothing half visible."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from dualhook.errors import StoreError
+from dualhook.store.layout import Layout, write_tensors
+from dualhook.store.segment import SegmentBuilder
+
+__all__ = ["Writer"]
+
+SEGMENT_BYTES = 64 * 2**20
+BUILDERS = 3  # one filling, one being written, one waiting: training waits rather than take more memory
+
+
+class Writer:
+    """Takes rows and ledger entries in :attr:`builder`; :meth:`seal` sends them to disk as one segment.
+
+    ``after_write(layout, bytes)`` runs in the writing thread after every segment, with the bytes of all segments, and
+    returns the bytes that are left.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        after_write: Callable[[Layout, int], int] | None = None,
+    ) -> None:
+        self.layout = layout
+        self.builder = SegmentBuilder()
+        self.segment_bytes = segment_bytes
+        self.bytes = 0
+        self.waited = 0.0
+        """Seconds the training loop has waited for the disk."""
+        self.error: BaseException | None = None
+        self._after_write = after_write
+        self._number = 0
+        self._sealed_bytes = 0
+        self._made = 1
+        self._spare: queue.SimpleQueue[SegmentBuilder] = queue.SimpleQueue()
+        self._sealed: queue.Queue[SegmentBuilder | None] = queue.Queue()
+        self._origins = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="dualhook-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Bytes of all rows so far, on disk or on their way."""
+        return self._sealed_bytes + self.builder.nbytes
+
+    @property
+    def full(self) -> bool:
+        """Whether the builder has grown to a segment."""
+        return self.builder.nbytes >= self.segment_bytes
+
+    def seal(self) -> None:
+        """Hand the committed rows to the writing thread; waits while all buffers are in use.
+
+        Raises:
+            StoreError: an earlier segment could not be written.
+        """
+        self.check()
+        if not self.builder.ledger:
+            return
+        self._sealed_bytes += self.builder.nbytes
+        done, self.builder = self.builder, self._next_builder()
+        done.carry(self.builder)
+        self._sealed.put(done)
+
+    def flush(self) -> None:
+        """Seal, and wait until everything sealed so far is on disk.
+
+        Raises:
+            StoreError: a segment could not be written.
+        """
+        self.seal()
+        self._sealed.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the writing thread.
+
+        Raises:
+            StoreError: a segment could not be written.
+        """
+        if self.error is not None:
+            raise StoreError(
+                f"{self.layout.root} could not be written ({self.error}): "
+                f"the {self._number} segments before are complete; free the disk and record again"
+            ) from self.error
+
+    def write_origin(
+        self,
+        step: int,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        dtypes: Mapping[str, str],
+        *,
+        folded: int = 0,
+    ) -> None:
+        """Write where parameters begin after ``step``, at once: it must stand before the segment that needs it.
+
+        ``parts`` holds the tensors of every parameter, ``dtypes`` what the model has it in. Up to step ``folded``
+        they have swallowed all patterns.
+        """
+        tensors = {f"{name}//{part}": value for name, own in parts.items() for part, value in own.items()}
+        header = {
+            "kind": "origin",
+            "step": step,
+            "folded": folded,
+            "parameters": {name: list(own) for name, own in parts.items()},
+            "dtypes": dict(dtypes),
+        }
+        with self._origins:
+            path = self.layout.origin(len(self.layout.origins()))
+            write_tensors(path, {name: v.detach().to("cpu").contiguous() for name, v in tensors.items()}, header)
+
+    def write_latest(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the weights after the last step."""
+        write_tensors(self.layout.latest, tensors, {"kind": "latest", "step": step})
+
+    def close(self) -> None:
+        """Write what is left and end the thread.
+
+        Raises:
+            StoreError: a segment could not be written.
+        """
+        try:
+            if self.error is None:
+                self.seal()
+        finally:
+            self._sealed.put(None)
+            self._thread.join()
+        self.check()
+
+    def _next_builder(self) -> SegmentBuilder:
+        if self._spare.empty() and self._made < BUILDERS:
+            self._made += 1
+            return SegmentBuilder()
+        started = time.perf_counter()
+        builder = self._spare.get()
+        self.waited += time.perf_counter() - started
+        return builder
+
+    def _work(self) -> None:
+        while (builder := self._sealed.get()) is not None:
+            try:
+                if self.error is None:
+                    self._write(builder)
+            except BaseException as error:
+                self.error = error  # raised in the training thread, by check()
+            builder.reset()
+            self._spare.put(builder)
+            self._sealed.task_done()
+        self._sealed.task_done()
+
+    def _write(self, builder: SegmentBuilder) -> None:
+        tensors, header = builder.contents()
+        path = self.layout.segment(self._number)
+        write_tensors(path, tensors, {"kind": "segment", "number": self._number, **header})
+        self._number += 1
+        self.bytes += path.stat().st_size
+        if self._after_write is not None:
+            self.bytes = self._after_write(self.layout, self.bytes)
