@@ -179,14 +179,11 @@ class Attention:
         order = np.argsort(columns["query"], kind="stable")
         note = ""
         if footer:
-            receipts = [self._receipts[name] for name in dict.fromkeys(columns["layer"])]
-            explained = torch.cat([receipt.explained for receipt in receipts])
-            cancelled = torch.cat([receipt.cancellation for receipt in receipts])
+            explained = torch.cat([receipt.explained for receipt in self._receipts.values()])
+            cancelled = torch.cat([receipt.cancellation for receipt in self._receipts.values()])
             note = (
                 f"receipt: explained at least {explained.min():.6f}, "
                 f"cancellation {cancelled.min():.3g} to {cancelled.max():.3g}"
-                if len(explained)
-                else ""
             )
         return Table({n: values[order] for n, values in columns.items()}, title=title, footer=note, bars=bars)
 

@@ -114,7 +114,6 @@ class LedgerEntry:
     step: int
     parameter: str
     optimizer: str
-    group: int
     hyper: Mapping[str, float]
     state: Mapping[str, float]
     scale: float

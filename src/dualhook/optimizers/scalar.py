@@ -45,15 +45,14 @@ class Transitions:
 
 
 class ScalarRule(ABC):
-    """An optimiser whose step is linear in weight, momentum buffer and gradient, with scalar factors.
-
-    ``state_scalars`` names the numbers in the optimiser's per-parameter state that a step depends on; the recorder
-    notes them before every step.
-    """
+    """An optimiser whose step is linear in weight, momentum buffer and gradient, with scalar factors."""
 
     exact: ClassVar[bool] = True
     name: str = "scalar"
-    state_scalars: ClassVar[tuple[str, ...]] = ()
+
+    def state_numbers(self, state: Mapping[str, object], hyper: Mapping[str, float]) -> dict[str, float]:
+        """The numbers of a parameter's optimiser state that the next step depends on, noted before every step."""
+        return {}
 
     @abstractmethod
     def transitions(self, history: History) -> Transitions:
@@ -109,11 +108,16 @@ class ASGDRule(ScalarRule):
     """
 
     name = "asgd"
-    state_scalars = ("eta", "mu")
+
+    def state_numbers(self, state: Mapping[str, object], hyper: Mapping[str, float]) -> dict[str, float]:
+        if state:
+            return {name: float(state[name]) for name in ("eta", "mu")}  # type: ignore[arg-type]
+        # what torch's first step will set up, in the precision it will keep it in
+        precise = torch.get_default_dtype() == torch.float64
+        return {"eta": float(torch.tensor(hyper["lr"], dtype=torch.float64 if precise else torch.float32)), "mu": 1.0}
 
     def transitions(self, history: History) -> Transitions:
-        # before the first step torch has no state yet and starts from eta = lr
-        eta = torch.where(history.marked(Mark.FRESH), history.column("lr"), history.state["eta"])
+        eta = history.state["eta"]
         gradient = history.scale * (1 - 2 * history.column("maximize"))
         zero = torch.zeros_like(eta)
         return Transitions(
@@ -126,7 +130,7 @@ class ASGDRule(ScalarRule):
         )
 
     def average_rate(self, history: History) -> Tensor:
-        return torch.where(history.marked(Mark.FRESH), 1.0, history.state["mu"])
+        return history.state["mu"]
 
 
 register("torch.optim.sgd.SGD", SGDRule())

@@ -97,6 +97,7 @@ class Receipt:
 
     def __init__(self, asked: LayerQuery) -> None:
         self._trained = asked.output.double() - origin_output(asked.made_of, asked.query)
+        self._rounding = 4 * torch.finfo(asked.query.dtype).eps * asked.output.double().flatten(1).norm(dim=1)
         self._rebuilt = torch.zeros_like(self._trained)
         self._signed = torch.zeros(len(asked), dtype=torch.float64)
         self._absolute = torch.zeros(len(asked), dtype=torch.float64)
@@ -108,10 +109,13 @@ class Receipt:
 
     @property
     def explained(self) -> Tensor:
-        """``1 - |W q - a W_0 q - sum| / |W q - a W_0 q|`` per query [q]; 1 where training changed nothing."""
+        """``1 - |W q - a W_0 q - sum| / |W q - a W_0 q|`` per query [q].
+
+        1 where no more is left than the rounding of ``W q`` itself, as where training changed nothing.
+        """
         left = (self._trained - self._rebuilt).flatten(1).norm(dim=1)
         whole = self._trained.flatten(1).norm(dim=1)
-        return torch.where((whole == 0) & (left == 0), 1.0, 1.0 - left / whole)
+        return torch.where(left <= self._rounding, 1.0, 1.0 - left / whole)
 
     @property
     def cancellation(self) -> Tensor:

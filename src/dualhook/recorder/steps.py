@@ -102,6 +102,7 @@ class StepBook:
         self._stepping: list[Optimizer] = []  # the optimisers that have stepped in the current step
         self._waited: dict[str, int] = {}  # steps for which a layer's pending rows have been waiting
         self._current: Step | None = None
+        self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
         self._warned: set[str] = set()
 
     @property
@@ -140,7 +141,9 @@ class StepBook:
 
     def before(self, optimizer: Optimizer, has_closure: bool) -> None:
         """An optimiser is about to step; with a closure the backward pass is still to come."""
-        self._current = None
+        if self._current is not None:  # its step ended in an exception, half done perhaps
+            self._broken |= {watched.name for watched, _, _ in self._current.stepped}
+            self._current = None
         members = [(w, g) for w, g in self.members(optimizer) if has_closure or w.parameter.grad is not None]
         if not members:
             return
@@ -161,13 +164,10 @@ class StepBook:
                 intake.settle()
         stepped = [(watched, group, self._mark(watched, optimizer)) for watched, group in members]
         self._keep_origins(optimizer, [watched for watched, _, _ in stepped])
-        names = rule.state_scalars if rule is not None else ()
-        step = Step(
-            optimizer,
-            stepped,
-            [_numbers(group) for group in optimizer.param_groups],
-            {w.name: _scalars(optimizer.state.get(w.parameter), names) for w, _, _ in stepped},
-        )
+        hyper = [_numbers(group) for group in optimizer.param_groups]
+        states = {w.name: (optimizer.state.get(w.parameter) or {}, hyper[group]) for w, group, _ in stepped}
+        state = {name: rule.state_numbers(*known) if rule else {} for name, known in states.items()}
+        step = Step(optimizer, stepped, hyper, state)
         if not has_closure:
             self._measure(step)
         self._current = step
@@ -188,6 +188,7 @@ class StepBook:
             self._waited[layer] = 0
         for watched, _, _ in step.stepped:
             watched.remember(optimizer)
+            self._broken.discard(watched.name)
 
     def latest(self) -> tuple[dict[str, Tensor], list[str]]:
         """The parameters as the last step left them, and the names of those that something has changed since."""
@@ -250,7 +251,6 @@ class StepBook:
                 self.step,
                 watched.name,
                 optimizer,
-                group,
                 step.hyper[group],
                 step.state[watched.name],
                 fit.scale,
@@ -266,7 +266,7 @@ class StepBook:
             mark |= Mark.FRESH
         elif watched.stepped and state is not watched.state:
             mark |= Mark.CHANGED
-        if watched.changed_since():
+        if watched.changed_since() or watched.name in self._broken:
             mark |= Mark.CHANGED
         return mark
 
@@ -283,7 +283,8 @@ class StepBook:
             state = optimizer.state.get(watched.parameter) or {}
             parts[watched.name] |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
         dtypes = {name: str(self.watched[name].parameter.dtype).removeprefix("torch.") for name in parts}
-        self.writer.write_origin(self.step, parts, dtypes)
+        before = self.step - 1 if self._stepping else self.step  # a later optimiser of the current step
+        self.writer.write_origin(before, parts, dtypes)
 
     def _report(self, watched: Watched, mark: Mark, residual: float) -> None:
         where, costs = f"step {self.step}: ", "from this step on its memory is inexact, verify() shows by how much"
@@ -297,7 +298,7 @@ class StepBook:
             self._warn_once(
                 "changed",
                 f"{where}{watched.name!r} or its optimiser state was changed since its last step by something else "
-                f"than the optimiser (load_state_dict?); {costs}",
+                f"than a finished optimiser step (load_state_dict? an exception in step()?); {costs}",
             )
         if mark & Mark.MISSING:
             self._warn_once(
@@ -321,7 +322,3 @@ def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
         elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
             found[name] = float(value)
     return found
-
-
-def _scalars(state: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, float]:
-    return {name: float(state[name]) for name in names if name in state} if state else {}

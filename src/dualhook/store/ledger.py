@@ -20,16 +20,15 @@ def pack(entries: Sequence[LedgerEntry]) -> tuple[dict[str, Tensor], dict[str, A
     optimizers = _numbered(entry.optimizer for entry in entries)
     hyper_names = list(_numbered(name for entry in entries for name in entry.hyper))
     state_names = list(_numbered(name for entry in entries for name in entry.state))
-    groups: dict[tuple[int, str, int], int] = {}
+    groups: dict[int, int] = {}  # entries of one parameter group share one mapping
     hyper: list[list[float]] = []
     whole: list[list[int]] = []
     for entry in entries:
-        place = (entry.step, entry.optimizer, entry.group)
-        if place not in groups:
-            groups[place] = len(hyper)
+        if id(entry.hyper) not in groups:
+            groups[id(entry.hyper)] = len(hyper)
             hyper.append([entry.hyper.get(name, math.nan) for name in hyper_names])
-        row = (entry.step, parameters[entry.parameter], optimizers[entry.optimizer], groups[place], int(entry.mark))
-        whole.append(list(row))
+        names = parameters[entry.parameter], optimizers[entry.optimizer]
+        whole.append([entry.step, *names, groups[id(entry.hyper)], int(entry.mark)])
     real = [
         [entry.scale, entry.residual, *(entry.state.get(name, math.nan) for name in state_names)] for entry in entries
     ]
