@@ -55,7 +55,8 @@ class DemoSummary:
         return self.max_error < TOLERANCE
 
     def __str__(self) -> str:
-        memory, explained, cancellation = self.out / "memory", self.receipt["explained"], self.receipt["cancellation"]
+        memory, queries = self.out / "memory", self.out / "queries.npy"
+        explained, cancellation = self.receipt["explained"], self.receipt["cancellation"]
         lines = [
             f"test accuracy      {self.accuracy:.1%}",
             f"recorded           {self.patterns:,} patterns in {self.steps:,} steps, {self.bytes / 1e9:.2f} GB on disk",
@@ -78,7 +79,7 @@ class DemoSummary:
             "Try next:",
             f"  dualhook info {memory}",
             f"  dualhook verify {memory}",
-            f"  dualhook attend {memory} --model dualhook.demo:network --inputs {self.out / 'queries.npy'} --sum-by class",
+            f"  dualhook attend {memory} --model dualhook.demo:network --inputs {queries} --sum-by class",
         ]
         return "\n".join(lines)
 
@@ -133,7 +134,7 @@ def _train(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]], recorder: R
             for images, labels in recorder.track(loader):
                 loss = F.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 bar.update(len(images))
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)

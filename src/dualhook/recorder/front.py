@@ -149,9 +149,8 @@ class Recorder:
             segment_bytes=max(1, min(SEGMENT_BYTES, budget // 8)),  # folding goes by segments
             after_write=self._fold if on_full == "fold" else None,
         )
-        self._book = StepBook(
-            model, selection, self._writer, dtype=dtype, optimizers=optimizers, on_step=_weakly(self._on_step)
-        )
+        # the model's hooks hold the book, the book the recorder: it lives as long as the model, held by the user or not
+        self._book = StepBook(model, selection, self._writer, dtype=dtype, optimizers=optimizers, on_step=self._on_step)
         self._handles = []
         for intake in self._book.intakes:
             self._handles.append(LinearTap(intake.module, intake.on_call).attach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +30,14 @@ RANKED_BY = {
 }
 
 EXPLANATION = (
-    "Images: the {k} of each layer with the {ranked} in any one step, strongest first.  Contribution: what training on",
-    "the image put into the predicted class's logit; blue raised it, red lowered it.  Explained: share of the layer's",
-    "trained output that all patterns add up to.  Cancellation: sum of |contributions| over |their sum|.",
+    "Shown are the {k} images per layer with the {ranked} in any one step, strongest first. A contribution is what "
+    "training on the image put into the logit asked about (the predicted class's): blue raised it, red lowered it. "
+    "Explained: share of the layer's trained output that all patterns add up to. Cancellation: sum of |contributions| "
+    "over |their sum|."
 )
 
 # the sheet, in inches from its upper left corner
-MARGIN, TITLE, HEAD, ROW, BLOCK_GAP = 0.3, 1.0, 0.3, 1.66, 0.35
+MARGIN, TITLE, LINE, HEAD, ROW, BLOCK_GAP = 0.3, 0.42, 0.19, 0.3, 1.66, 0.35
 QUERY, LAYER_AT, LAYER, THUMB, PITCH = 1.5, 2.05, 1.2, 0.86, 1.12
 CLASS_NAMES, TOTAL, WEIGHTS, PANEL_GAP, PANEL = 0.75, 2.1, 1.15, 0.25, 1.16
 CLASSES = 12  # at most this many bars
@@ -94,29 +96,35 @@ def draw_attended_images(
         A Figure that belongs to no window; ``figure.savefig(path)`` writes it.
 
     Raises:
-        DualHookError: the memory does not know its samples, or has no such column.
+        DualHookError: the memory does not know its samples or has no such column, or numbers that do not fit.
     """
+    if not len(predicted) == len(queries.images) == len(attention):
+        raise DualHookError(
+            f"{len(queries.images)} query images and {len(predicted)} predicted classes: expected one each for the "
+            f"{len(attention)} queries of the attention"
+        )
     strongest = _strongest_by_image(attention, k, by)
     totals, receipt = attention.sum_by(column), attention.receipt
-    layers = attention.layers
     width = LAYER_AT + LAYER + k * PITCH + CLASS_NAMES + TOTAL + PANEL_GAP + WEIGHTS + MARGIN
-    block = HEAD + ROW * len(layers) + BLOCK_GAP
-    sheet = _Sheet(width, MARGIN + TITLE + block * len(attention))
+    lines = textwrap.wrap(EXPLANATION.format(k=k, ranked=RANKED_BY[by]), round(14.5 * (width - 2 * MARGIN)))
+    start, block = MARGIN + TITLE + LINE * len(lines), HEAD + ROW * len(attention.layers) + BLOCK_GAP
+    sheet = _Sheet(width, start + block * len(attention))
     sheet.text(MARGIN, MARGIN + 0.08, title, size=LARGE + 3, weight="bold")
-    for line, text in enumerate(EXPLANATION):
-        sheet.text(MARGIN, MARGIN + 0.38 + 0.2 * line, text.format(k=k, ranked=RANKED_BY[by]))
-    for query in range(len(attention)):
-        top = MARGIN + TITLE + block * query
-        _draw_query(sheet, top, queries, query, int(predicted[query]))
+    for number, line in enumerate(lines):
+        sheet.text(MARGIN, MARGIN + TITLE - 0.04 + LINE * number, line)
+    for query, guess in enumerate(predicted):
+        top = start + block * query
+        _draw_query(sheet, top, queries, query, int(guess))
         _draw_headings(sheet, top, k)
-        for row, layer in enumerate(layers):
-            y = top + HEAD + ROW * row
-            place = {"query": query, "layer": layer}
+        for row, layer in enumerate(attention.layers):
+            y, place = top + HEAD + ROW * row, {"query": query, "layer": layer}
             _draw_receipt(sheet, y, layer, next(iter(receipt.where(**place))))
             for rank, pattern in enumerate(strongest[query, layer]):
                 _draw_pattern(sheet, LAYER_AT + LAYER + rank * PITCH, y, pattern, training)
             at = LAYER_AT + LAYER + k * PITCH + CLASS_NAMES
-            _draw_totals(sheet, at, y, totals.where(**place), column, training.classes)
+            panels = _draw_totals(sheet, at, y, totals.where(**place), column, training.classes, int(guess))
+        for axes, label in zip(panels, ("contribution / logit", "Σ |attention weight|"), strict=True):
+            axes.set_xlabel(label, size=SMALL, labelpad=3, color=TEXT)
     return sheet.figure
 
 
@@ -177,16 +185,15 @@ def _draw_query(sheet: _Sheet, top: float, queries: LabelledImages, query: int, 
 def _draw_headings(sheet: _Sheet, top: float, k: int) -> None:
     y, x = top + 0.14, LAYER_AT + LAYER
     sheet.text(LAYER_AT, y, "layer", weight="bold")
-    sheet.text(x, y, "most attended training images", weight="bold")
+    sheet.text(x, y, "most attended images", weight="bold")
     x += k * PITCH + CLASS_NAMES
-    sheet.text(x, y, "total per class / logit", weight="bold")
-    sheet.text(x + TOTAL + PANEL_GAP, y, "Σ |weight|", weight="bold")
+    sheet.text(x, y, "totals per class of training image", weight="bold")
 
 
 def _draw_receipt(sheet: _Sheet, y: float, layer: str, receipt: dict[str, Any]) -> None:
     sheet.text(LAYER_AT, y + 0.26, _short(layer), size=LARGE if len(layer) <= 10 else SMALL, weight="bold")
     sheet.text(LAYER_AT, y + 0.50, f"explained {receipt['explained']:.4%}", size=SMALL)
-    sheet.text(LAYER_AT, y + 0.66, f"cancellation {receipt['cancellation']:.3g}", size=SMALL)
+    sheet.text(LAYER_AT, y + 0.66, f"cancellation {_number(receipt['cancellation'])}", size=SMALL)
 
 
 def _draw_pattern(sheet: _Sheet, x: float, y: float, pattern: dict[str, Any], training: LabelledImages) -> None:
@@ -201,7 +208,9 @@ def _draw_pattern(sheet: _Sheet, x: float, y: float, pattern: dict[str, Any], tr
     sheet.text(middle, y + 0.18 + THUMB + 0.39, contribution, size=SMALL, ha="center", color=colour, weight="bold")
 
 
-def _draw_totals(sheet: _Sheet, x: float, y: float, totals: Table, column: str, classes: Sequence[str]) -> None:
+def _draw_totals(
+    sheet: _Sheet, x: float, y: float, totals: Table, column: str, classes: Sequence[str], predicted: int
+) -> tuple[Axes, Axes]:
     """Signed contribution and absolute attention weight per class, side by side over the same classes."""
     of_class = {row[column]: row for row in totals if row[column] in range(len(classes))}
     strongest = sorted(of_class, key=lambda number: -abs(of_class[number]["contribution"]))
@@ -225,6 +234,9 @@ def _draw_totals(sheet: _Sheet, x: float, y: float, totals: Table, column: str, 
         axes.tick_params(length=0, axis="y", pad=2)
         axes.tick_params(length=2, axis="x", labelsize=SMALL - 0.5, pad=1)
         axes.spines[["top", "right", "left"]].set_visible(False)
+    for number, tick in zip(shown, left.get_yticklabels(), strict=True):
+        tick.set_fontweight("bold" if number == predicted else "normal")
+    return left, right
 
 
 def _sign_colour(value: float) -> str:
@@ -232,8 +244,9 @@ def _sign_colour(value: float) -> str:
 
 
 def _number(value: float, *, sign: bool = False) -> str:
-    """Three significant digits, with a typographic minus."""
-    return f"{value:{'+' if sign else ''}.3g}".replace("-", "−")
+    """Three significant digits, thousands in full, with a typographic minus."""
+    digits = ",.0f" if abs(value) >= 1000 else ".3g"
+    return f"{value:{'+' if sign else ''}{digits}}".replace("-", "−")
 
 
 def _short(name: str, length: int = 18) -> str:

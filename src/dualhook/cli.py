@@ -1,0 +1,265 @@
+"""The command line: ``dualhook demo``, ``info``, ``verify``, ``attend``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dualhook
+from dualhook.errors import DualHookError, LayerError
+from dualhook.memory import DualMemory
+from dualhook.query.collectors import CRITERIA
+from dualhook.table import Table
+
+__all__ = ["main"]
+
+ATTEND = """\
+examples:
+  dualhook attend runs/fmnist --model train:build_model --inputs test_images.npy
+  dualhook attend runs/fmnist --model train:build_model --inputs test_images.npy --by abs_weight --sum-by label --json
+
+The model is built by calling CALLABLE of MODULE without arguments; modules in the current directory are found. Its
+recorded layers get the weights of the memory after the last step, all others those of --weights.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 (a check failed), 2 (it could not be done)."""
+    try:
+        options = _parser().parse_args(argv)
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has seen enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (DualHookError, OSError) as error:
+        print(f"dualhook: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dualhook: interrupted", file=sys.stderr)
+        return 130
+
+
+# ---- commands ------------------------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from dualhook.demo import run_demo
+
+    summary = run_demo(options.out, epochs=options.epochs, seed=options.seed)
+    print(summary)
+    return 0 if summary.adds_up else 1
+
+
+def _info(options: argparse.Namespace) -> int:
+    memory = dualhook.load(options.path)
+    if not options.json:
+        print(memory.info())
+        return 0
+    files = (path for path in memory.path.rglob("*") if path.is_file())
+    about = {
+        "path": str(memory.path),
+        "steps": memory.steps,
+        "samples": len(memory.samples),
+        "columns": memory.columns,
+        "bytes": sum(path.stat().st_size for path in files),
+        "layers": memory.info(),
+    }
+    _print_json(about)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    memory = dualhook.load(options.path)
+    report = memory.verify()
+    passed = report.max_error < options.tolerance  # False for NaN
+    if options.json:
+        about = {"path": str(memory.path), "step": memory.steps, "tolerance": options.tolerance, "passed": passed}
+        _print_json(about | {"max_error": report.max_error, "layers": report})
+    else:
+        print(report)
+        print(f"{'passed' if passed else 'FAILED: it is not'}{''} below the tolerance {options.tolerance:g}")
+    return 0 if passed else 1
+
+
+def _attend(options: argparse.Namespace) -> int:
+    memory = dualhook.load(options.path)
+    model = _build(options.model)
+    _fill(model, memory, options.weights)
+    inputs = _read_inputs(options.inputs, model)
+    try:
+        attention = memory.attend(model, inputs, target=options.target, layers=options.layers)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        raise DualHookError(f"{options.model} cannot be run on {options.inputs}: {error}") from error
+    answers = {
+        "top": _layer_by_layer(
+            attention.layers,
+            lambda layer: attention.top(options.top, by=options.by, largest=not options.smallest, layers=layer),
+            "top patterns",
+        )
+    }
+    if options.sum_by:
+        answers["totals"] = _layer_by_layer(
+            attention.layers,
+            lambda layer: attention.sum_by(options.sum_by, layers=layer),
+            f"totals by {options.sum_by}",
+        )
+    answers["receipt"] = attention.receipt
+    if options.json:
+        _print_json({"path": str(memory.path), "step": memory.steps, "queries": len(attention)} | answers)
+    else:
+        print("\n\n".join(map(str, answers.values())))
+    return 0
+
+
+def _layer_by_layer(layers: Sequence[str], ask: Callable[[str], Table], what: str) -> Table:
+    """One table of all layers, ordered by query, with a progress bar on a terminal: each layer is a pass."""
+    parts = [ask(layer) for layer in tqdm(layers, desc=what, unit=" layers", leave=False, disable=None)]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].columns}
+    order = np.argsort(columns["query"], kind="stable")
+    return Table({name: values[order] for name, values in columns.items()}, title=parts[0].title)
+
+
+# ---- the user's model and inputs -----------------------------------------------------------------------------
+
+
+def _build(spec: str) -> nn.Module:
+    """Call what ``module:callable`` names."""
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise DualHookError(f"--model {spec}: expected MODULE:CALLABLE, such as train:build_model")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            found = getattr(found, name)
+        model = found()
+    except Exception as error:  # the user's code may raise anything
+        raise DualHookError(f"--model {spec}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise DualHookError(f"--model {spec}: expected it to return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _fill(model: nn.Module, memory: DualMemory, weights: Path | None) -> None:
+    """Load the memory's weights over those of a file; say which parameters are left as the callable made them."""
+    there = model.state_dict(keep_vars=True)
+    values = {} if weights is None else _read_safetensors(weights)
+    values |= memory.state_dict()
+    for name, value in values.items():
+        if name in there and there[name].shape != value.shape:
+            raise LayerError(
+                f"{name!r} of the model has shape {list(there[name].shape)}, the weights {list(value.shape)}: "
+                f"expected the model that was recorded at {memory.path}"
+            )
+    model.load_state_dict(values, strict=False)
+    filled = {id(there[name]) for name in values if name in there}  # by identity: tied weights have two names
+    left = [name for name, value in there.items() if id(value) not in filled]
+    if left:
+        listed = ", ".join(left[:8]) + (f", … ({len(left)} in all)" if len(left) > 8 else "")
+        print(
+            f"dualhook: warning: neither the memory nor --weights holds {listed}: left as the model was built",
+            file=sys.stderr,
+        )
+
+
+def _read_inputs(path: Path, model: nn.Module) -> Tensor | dict[str, Tensor]:
+    """Inputs from a file, floating-point ones in the model's dtype."""
+    if path.suffix == ".npy":
+        try:
+            inputs = torch.from_numpy(np.load(path, allow_pickle=False))
+        except (ValueError, TypeError, EOFError) as error:
+            raise DualHookError(f"--inputs {path} holds no array of numbers: {error}") from error
+        return _fitting(inputs, model)
+    if path.suffix == ".safetensors":
+        return {name: _fitting(value, model) for name, value in _read_safetensors(path).items()}
+    raise DualHookError(
+        f"--inputs {path}: expected a .npy file (one array), or .safetensors (named tensors as keyword arguments)"
+    )
+
+
+def _fitting(value: Tensor, model: nn.Module) -> Tensor:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise DualHookError(f"{path} is no safetensors file: {error}") from error
+
+
+# ---- output --------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_plain(value), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """Tables as lists of row objects; NaN and infinity, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, (Table, list)):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument like every other error: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DualHookError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dualhook",
+        description="Which training patterns does a prediction attend to? Ask the memory of a recorded training run.",
+        epilog="Start with: dualhook demo",
+    )
+    parser.add_argument("--version", action="version", version=f"dualhook {dualhook.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(
+        run: Callable[[argparse.Namespace], int], summary: str, more: str, epilog: str
+    ) -> argparse.ArgumentParser:
+        name = run.__name__.removeprefix("_")
+        made = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}.{more}",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    demo = command(_demo, "train a small network, record it, draw what two predictions attend to", "", "")
+    return parser

@@ -1,0 +1,256 @@
+"""The probe measures any uniform scale and catches what rows do not explain."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dualhook
+from dualhook.capture.probe import LayerProbe, Measurement, fit_scales
+from dualhook.records import LayerSpec, Mark, Rows
+
+B, I, O = 16, 20, 4
+
+
+def network(dtype=torch.float64) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(I, 30), nn.ReLU(), nn.Linear(30, O)).to(dtype)
+
+
+def batch(dtype=torch.float64):
+    return torch.randn(B, I, dtype=dtype), torch.randint(0, O, (B,))
+
+
+def scales(memory: dualhook.DualMemory, parameter: str = "0.weight") -> list[float]:
+    return memory._store.histories[parameter].scale.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_clipping_is_measured(dtype):
+    model = network(dtype)
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    true = []
+    for k in range(6):
+        optimizer.zero_grad()
+        x, y = batch(dtype)
+        F.cross_entropy(model(x) * (k + 1), y).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        true.append(min(1.0, 0.5 / (float(norm) + 1e-6)))
+        optimizer.step()
+    memory = recorder.close()
+    eps = torch.finfo(dtype).eps
+    assert min(true) < 0.9  # the clipping did something
+    assert np.allclose(scales(memory), true, rtol=20 * eps)
+    assert memory.verify().max_error < 1e-5
+
+
+def test_no_clipping_is_exactly_one():
+    model = network(torch.float32)
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        x, y = batch(torch.float32)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    memory = recorder.close()
+    assert scales(memory) == [1.0] * 5
+    assert scales(memory, "2.bias") == [1.0] * 5
+
+
+def test_a_scale_per_parameter_and_a_scaled_loss():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        x, y = batch()
+        (F.cross_entropy(model(x), y) * 1024).backward()  # as a loss scaler does
+        for factor, parameter in zip((0.5, 2.0, -1.0, 0.25), model.parameters(), strict=True):
+            parameter.grad.mul_(factor / 1024)
+        optimizer.step()
+    memory = recorder.close()
+    assert memory.verify().max_error < 1e-12
+    assert np.allclose(scales(memory), 0.5 / 1024)
+    assert np.allclose(scales(memory, "2.weight"), -1.0 / 1024)
+
+
+def l2_penalty(model, loss):
+    return loss + 1e-3 * sum(parameter.square().sum() for parameter in model.parameters())
+
+
+def gradient_penalty(model, loss):
+    (gradient,) = torch.autograd.grad(loss, model[0].weight, create_graph=True)
+    return loss + gradient.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "clip", "layer"),
+    [
+        (l2_penalty, None, "0"),
+        (gradient_penalty, None, "2"),  # the first layer's output sees all of the penalty: its rows explain it
+        (None, 1e-3, "0"),
+    ],
+)
+def test_what_rows_do_not_explain_is_warned_about_once_marked_and_shown(spoil, clip, layer):
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", dualhook.InexactWarning)
+        for k in range(5):
+            optimizer.zero_grad()
+            x, y = batch()
+            loss = F.cross_entropy(model(x), y)
+            spoiled = k in (2, 4)
+            (spoil(model, loss) if spoil and spoiled else loss).backward()
+            if clip and spoiled:
+                nn.utils.clip_grad_value_(model.parameters(), clip)
+            optimizer.step()
+    found = [str(w.message) for w in caught if issubclass(w.category, dualhook.InexactWarning)]
+    assert len(found) == 1, found
+    assert found[0].startswith("step 3: ")
+    memory = recorder.close()
+    report = memory.verify().where(layer=layer)
+    assert report["error"][0] > 1e-8
+    assert not report["exact"][0]
+    assert report["inexact_steps"].tolist() == [2]
+    ledger = memory._store.histories[f"{layer}.weight"]
+    assert ledger.step[ledger.marked(Mark.UNEXPLAINED)].tolist() == [3, 5]
+    assert (ledger.residual[ledger.marked(Mark.UNEXPLAINED)] > 1e-4).all()
+    assert memory.verify(step=2, model=_at(memory, model, 2))["exact"].all()  # up to then it is exact
+
+
+def _at(memory, model, step):
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(memory.state_dict(step=step))
+    return twin
+
+
+def test_steps_while_paused_are_marked_missing():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(dualhook.InexactWarning, match="step 2: .*paused"):
+        for k in range(3):
+            (recorder.pause if k == 1 else recorder.resume)()
+            optimizer.zero_grad()
+            x, y = batch()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    memory = recorder.close()
+    assert memory.verify().max_error > 1e-8
+    assert memory.verify()["inexact_steps"].tolist() == [1, 1]
+
+
+def test_weights_changed_by_something_else_are_marked():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    start = copy.deepcopy(model.state_dict())
+    with pytest.warns(dualhook.InexactWarning, match="step 2: .*load_state_dict"):
+        for _ in range(2):
+            optimizer.zero_grad()
+            x, y = batch()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            model.load_state_dict(start)
+    with pytest.warns(UserWarning, match="after the last recorded step 2"):
+        memory = recorder.close()
+    assert np.isnan(memory.verify().max_error)  # there is nothing left to compare with
+    assert memory.verify()["inexact_steps"].tolist() == [1, 1]
+
+
+def test_swapping_weights_in_and_out_for_an_evaluation_is_no_change():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        x, y = batch()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        kept = copy.deepcopy(model.state_dict())
+        model.load_state_dict({name: torch.zeros_like(value) for name, value in kept.items()})
+        model.load_state_dict(kept)
+    memory = recorder.close()
+    assert memory.verify()["exact"].all()
+    assert memory.verify().max_error < 1e-12
+
+
+def test_optimiser_state_replaced_in_the_middle_is_marked():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.warns(dualhook.InexactWarning, match="step 3: "):
+        for k in range(3):
+            if k == 2:
+                state = optimizer.state_dict()
+                state["state"][0]["momentum_buffer"] = torch.ones_like(state["state"][0]["momentum_buffer"])
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            x, y = batch()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert not recorder.close().verify()["exact"].any()
+
+
+def test_nan_loss_is_recorded_as_it_is_and_said_once():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k in range(4):
+            optimizer.zero_grad()
+            x, y = batch()
+            loss = F.cross_entropy(model(x), y)
+            (loss * float("nan") if k >= 2 else loss).backward()
+            optimizer.step()
+    assert [str(w.message)[:13] for w in caught] == ["step 3: NaN o"]
+    memory = recorder.close()
+    assert memory.weight("0").isnan().all()
+    assert model[0].weight.isnan().all()
+    assert memory.patterns("0") == 4 * B
+    assert np.isnan(memory.verify().max_error)
+    assert not memory.weight("0", step=2).isnan().any()
+
+
+def test_fit_uses_the_shared_scale_where_rows_cancel():
+    generator = np.random.default_rng(0)
+    rebuilt = generator.normal(size=(8, 8))
+    clear = Measurement(0.25 * rebuilt, rebuilt, abs(rebuilt) * 10, torch.float32)
+    noise = Measurement(1e-9 * rebuilt[::-1], 1e-9 * rebuilt, abs(rebuilt), torch.float32)
+    fits = fit_scales([clear, noise])
+    assert fits[0].scale == pytest.approx(0.25, rel=1e-12)
+    assert fits[1].scale == pytest.approx(0.25, rel=1e-12)
+    assert fits[0].explained
+    assert fits[1].explained
+
+
+def test_a_dead_corner_of_the_grid_is_left_for_the_largest_entries():
+    spec = LayerSpec("layer", 4000, 3000, "layer.weight", None)
+    probe = LayerProbe(spec)
+    key, output_grad = torch.zeros(5, 4000), torch.zeros(5, 3000)
+    alive_in = next(k for k in range(4000) if k not in set(probe._inputs.tolist()))
+    alive_out = next(k for k in range(3000) if k not in set(probe._outputs.tolist()))
+    key[:, alive_in], output_grad[:, alive_out] = 1.0, 2.0
+    rows = Rows(key, output_grad, *(torch.zeros(5, dtype=torch.int64) for _ in range(3)))
+    gradient = 0.5 * output_grad.T @ key
+    (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient}, rows).values()))
+    assert fit.scale == pytest.approx(0.5)
+    (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient + 1}, rows).values()))
+    assert not fit.explained
+
+
+def test_gradient_without_rows_is_unexplained_unless_zero():
+    probe = LayerProbe(LayerSpec("layer", 3, 2, "layer.weight", None))
+    for gradient, explained in ((torch.zeros(2, 3), True), (torch.full((2, 3), 1e-9), False)):
+        (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient}, None).values()))
+        assert fit.explained is explained
