@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,18 +23,24 @@ import dualhook
 from dualhook.errors import DualHookError, LayerError
 from dualhook.memory import DualMemory
 from dualhook.query.collectors import CRITERIA
-from dualhook.table import Table
+from dualhook.table import SHOWN, Table
 
 __all__ = ["main"]
 
-ATTEND = """\
-examples:
-  dualhook attend runs/fmnist --model train:build_model --inputs test_images.npy
-  dualhook attend runs/fmnist --model train:build_model --inputs test_images.npy --by abs_weight --sum-by label --json
+EPILOGS = {
+    "demo": "example:\n  dualhook demo --out dualhook-demo",
+    "info": "example:\n  dualhook info runs/fmnist",
+    "verify": "example:\n  dualhook verify runs/fmnist --tolerance 1e-6",
+    "attend": """\
+The model's recorded layers get the weights that the memory holds after the last
+step, everything else those of --weights. Modules in the current directory are
+found.
 
-The model is built by calling CALLABLE of MODULE without arguments; modules in the current directory are found. Its
-recorded layers get the weights of the memory after the last step, all others those of --weights.
-"""
+examples:
+  dualhook attend runs/fmnist --model train:build_model --inputs images.npy
+  dualhook attend runs/fmnist --model train:build_model --inputs images.npy \\
+      --by abs_weight --top 5 --layers fc1 fc2 --sum-by label --json""",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # ---- commands ------------------------------------------------------------------------------------------------
+
+
+def _help(options: argparse.Namespace) -> int:
+    options.parser.print_help(sys.stderr)
+    return 2
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -93,19 +104,20 @@ def _verify(options: argparse.Namespace) -> int:
         _print_json(about | {"max_error": report.max_error, "layers": report})
     else:
         print(report)
-        print(f"{'passed' if passed else 'FAILED: it is not'}{''} below the tolerance {options.tolerance:g}")
+        print(f"{'passed: below' if passed else 'FAILED: not below'} the tolerance {options.tolerance:g}")
     return 0 if passed else 1
 
 
 def _attend(options: argparse.Namespace) -> int:
     memory = dualhook.load(options.path)
     model = _build(options.model)
-    _fill(model, memory, options.weights)
+    left = _fill(model, memory, options.weights)
     inputs = _read_inputs(options.inputs, model)
     try:
         attention = memory.attend(model, inputs, target=options.target, layers=options.layers)
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise DualHookError(f"{options.model} cannot be run on {options.inputs}: {error}") from error
+    _warn_of(left)
     answers = {
         "top": _layer_by_layer(
             attention.layers,
@@ -123,7 +135,7 @@ def _attend(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"path": str(memory.path), "step": memory.steps, "queries": len(attention)} | answers)
     else:
-        print("\n\n".join(map(str, answers.values())))
+        print("\n\n".join(piece for table in answers.values() for piece in _pieces(table)))
     return 0
 
 
@@ -157,8 +169,8 @@ def _build(spec: str) -> nn.Module:
     return model
 
 
-def _fill(model: nn.Module, memory: DualMemory, weights: Path | None) -> None:
-    """Load the memory's weights over those of a file; say which parameters are left as the callable made them."""
+def _fill(model: nn.Module, memory: DualMemory, weights: Path | None) -> list[str]:
+    """Load the memory's weights over those of a file; returns what is left as the callable made it."""
     there = model.state_dict(keep_vars=True)
     values = {} if weights is None else _read_safetensors(weights)
     values |= memory.state_dict()
@@ -170,7 +182,10 @@ def _fill(model: nn.Module, memory: DualMemory, weights: Path | None) -> None:
             )
     model.load_state_dict(values, strict=False)
     filled = {id(there[name]) for name in values if name in there}  # by identity: tied weights have two names
-    left = [name for name, value in there.items() if id(value) not in filled]
+    return [name for name, value in there.items() if id(value) not in filled]
+
+
+def _warn_of(left: Sequence[str]) -> None:
     if left:
         listed = ", ".join(left[:8]) + (f", … ({len(left)} in all)" if len(left) > 8 else "")
         print(
@@ -185,7 +200,7 @@ def _read_inputs(path: Path, model: nn.Module) -> Tensor | dict[str, Tensor]:
         try:
             inputs = torch.from_numpy(np.load(path, allow_pickle=False))
         except (ValueError, TypeError, EOFError) as error:
-            raise DualHookError(f"--inputs {path} holds no array of numbers: {error}") from error
+            raise DualHookError(f"--inputs {path} holds no array of numbers: write it with numpy.save") from error
         return _fitting(inputs, model)
     if path.suffix == ".safetensors":
         return {name: _fitting(value, model) for name, value in _read_safetensors(path).items()}
@@ -207,6 +222,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 # ---- output --------------------------------------------------------------------------------------------------
+
+
+def _pieces(table: Table) -> Iterator[str]:
+    """The whole table: where a printed table would be cut, its headings are repeated."""
+    for start in range(0, max(1, len(table)), SHOWN):
+        part = {name: table[name][start : start + SHOWN] for name in table.columns}
+        yield str(Table(part, title="" if start else table.title))
 
 
 def _print_json(value: Any) -> None:
@@ -245,21 +267,91 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with: dualhook demo",
     )
     parser.add_argument("--version", action="version", version=f"dualhook {dualhook.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    parser.set_defaults(run=_help, parser=parser)
 
-    def command(
-        run: Callable[[argparse.Namespace], int], summary: str, more: str, epilog: str
-    ) -> argparse.ArgumentParser:
-        name = run.__name__.removeprefix("_")
-        made = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary}.{more}",
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        made.set_defaults(run=run)
-        return made
-
-    demo = command(_demo, "train a small network, record it, draw what two predictions attend to", "", "")
+    _demo_arguments(_command(commands, _demo, "train a small network, record it, draw what two predictions attend to"))
+    _command(commands, _info, "what a memory holds: layers, patterns, steps, columns", memory=True)
+    verify = _command(commands, _verify, "rebuild the trained weights from the memory and compare", memory=True)
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        metavar="X",
+        help="exit with status 1 unless every layer's relative error is below it (default: %(default)g)",
+    )
+    _attend_arguments(_command(commands, _attend, "which training patterns a model's outputs attend to", memory=True))
     return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser],
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    *,
+    memory: bool = False,
+) -> _Parser:
+    name = run.__name__.removeprefix("_")
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=EPILOGS[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    if memory:
+        parser.add_argument("path", type=Path, metavar="PATH", help="the path that was given to dualhook.instrument")
+        parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return parser
+
+
+def _demo_arguments(parser: _Parser) -> None:
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("dualhook-demo"),
+        metavar="DIR",
+        help="folder for memory and picture; an earlier demo in it is replaced (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=15,
+        metavar="N",
+        help="passes over 5,000 images, 80 MB of memory each (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and order (default: %(default)s)")
+
+
+def _attend_arguments(parser: _Parser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="MODULE:CALLABLE", help="builds the model when called without arguments"
+    )
+    parser.add_argument(
+        "--inputs",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="what the model is asked: .npy (one array, queries first) or .safetensors (tensors by argument name)",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="parameters that the memory does not hold: embeddings, norms, layers that were not recorded",
+    )
+    parser.add_argument(
+        "--target", type=int, metavar="N", help="the class whose logit counts (default: the predicted one)"
+    )
+    parser.add_argument("--top", type=int, default=10, metavar="K", help="patterns per query and layer (default: 10)")
+    parser.add_argument(
+        "--by",
+        choices=CRITERIA,
+        default="contribution",
+        metavar="CRITERION",
+        help=f"what ranks the patterns: {', '.join(CRITERIA)} (default: %(default)s)",
+    )
+    parser.add_argument("--smallest", action="store_true", help="the smallest by that instead of the largest")
+    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="ask these layers only (default: all)")
+    parser.add_argument("--sum-by", metavar="COLUMN", help="add totals per value of a column, such as step or sample")

@@ -67,7 +67,7 @@ class DemoSummary:
                 else f"NOT below {TOLERANCE:.0e}: please report this"
             ),
             *(
-                f"test image {number + 1}       {question}: explained at least {explained[own].min():.4%}, "
+                f"test image {number + 1}       {question}: explained at least {explained[own].min():.6f}, "
                 f"cancellation {cancellation[own].min():.3g} to {cancellation[own].max():.3g}"
                 for number, question in enumerate(self.questions)
                 for own in [self.receipt["query"] == number]
@@ -79,7 +79,7 @@ class DemoSummary:
             "Try next:",
             f"  dualhook info {memory}",
             f"  dualhook verify {memory}",
-            f"  dualhook attend {memory} --model dualhook.demo:network --inputs {queries} --sum-by class",
+            f"  dualhook attend {memory} --model dualhook.demo:network --inputs {queries} --top 3 --sum-by class",
         ]
         return "\n".join(lines)
 

@@ -223,13 +223,10 @@ class DualMemory:
         wanted = torch.tensor([samples] if isinstance(samples, int) else list(samples), dtype=torch.int64)
         unknown = np.setdiff1d(wanted.numpy(), self.samples)
         if unknown.size:
+            remedy = "the run named none: record it with recorder.track(loader) or recorder.batch(samples=...)"
             raise DualHookError(
                 f"no patterns of sample {unknown[0]}: "
-                + (
-                    "expected one of memory.samples"
-                    if len(self.samples)
-                    else "the run named no samples; record it with recorder.track(loader) or recorder.batch(samples=...)"
-                )
+                + ("expected samples out of memory.samples" if len(self.samples) else remedy)
             )
         found: dict[str, Tensor] = {}
         for spec in self._specs.values():
@@ -304,8 +301,8 @@ class DualMemory:
         for call, _ in calls:
             if queries > 1 and call.query.shape[0] != queries:
                 raise LayerError(
-                    f"layer {spec.name!r} saw inputs of shape {list(call.query.shape)} for {queries} queries: which row "
-                    "belongs to which query is not known; ask one query at a time"
+                    f"layer {spec.name!r} saw inputs of shape {list(call.query.shape)} for {queries} queries: which "
+                    "row belongs to which query is not known; ask one query at a time"
                 )
         query = torch.cat([call.query.reshape(queries, -1, spec.in_features) for call, _ in calls], 1).cpu()
         direction = torch.cat([d.reshape(queries, -1, spec.out_features) for _, d in calls], 1).cpu()

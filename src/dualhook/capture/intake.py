@@ -6,6 +6,7 @@ never does), and dropped again when the gradient is zeroed before an optimiser s
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,7 +84,7 @@ class Intake:
 
     def detach(self) -> None:
         """Take the hooks off the parameters."""
-        for parameter, handle, untouched in self._watched.values():
+        for parameter, handle, untouched in reversed(self._watched.values()):
             handle.remove()
             if untouched and not parameter._post_accumulate_grad_hooks:
                 parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
@@ -126,11 +127,9 @@ class Intake:
         for name, parameter in self.parameters.items():
             if parameter.requires_grad and not (name in self._watched and self._watched[name][0] is parameter):
                 untouched = parameter._post_accumulate_grad_hooks is None
-                handle = parameter.register_post_accumulate_grad_hook(self._on_accumulated)  # type: ignore[no-untyped-call]
+                hook = _Accumulated(self)
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._watched[name] = (parameter, handle, untouched)
-
-    def _on_accumulated(self, parameter: Tensor) -> None:
-        self.accumulate()
 
     def _arrive(self, key: Tensor, output_grad: Tensor, batch: Batch | None) -> None:
         self.discard_if_zeroed()
@@ -141,3 +140,15 @@ class Intake:
 
     def _forget(self, task: int) -> None:
         self._arrived = [arrival for arrival in self._arrived if arrival.task != task]
+
+
+class _Accumulated:
+    """The hook on a parameter; weak, since the garbage collector does not see through torch's parameter hooks."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = weakref.ref(intake)
+
+    def __call__(self, parameter: Tensor) -> None:
+        intake = self._intake()
+        if intake is not None:
+            intake.accumulate()

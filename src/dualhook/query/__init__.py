@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dualhook.query.collectors import Collector, GroupSums, Receipt, TopPatterns
-from dualhook.query.rebuild import rebuild
-from dualhook.query.scan import BLOCK_ROWS, LayerQuery, dual_output, scan
+from dualhook.query.streaming import BLOCK_ROWS, LayerQuery, dual_output, scan
+from dualhook.query.weights import rebuild
 
 __all__ = [
     "BLOCK_ROWS",

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from dualhook.query.scan import LayerQuery, Scores, origin_output
+from dualhook.query.streaming import LayerQuery, Scores, origin_output
 from dualhook.records import Rows
 
 __all__ = ["Collector", "Criterion", "GroupSums", "Receipt", "TopPatterns"]
@@ -97,7 +97,8 @@ class Receipt:
 
     def __init__(self, asked: LayerQuery) -> None:
         self._trained = asked.output.double() - origin_output(asked.made_of, asked.query)
-        self._rounding = 4 * torch.finfo(asked.query.dtype).eps * asked.output.double().flatten(1).norm(dim=1)
+        steps = asked.made_of.horizon + 1  # every step has rounded the weight once
+        self._rounding = 4 * torch.finfo(asked.query.dtype).eps * steps**0.5 * asked.output.flatten(1).norm(dim=1)
         self._rebuilt = torch.zeros_like(self._trained)
         self._signed = torch.zeros(len(asked), dtype=torch.float64)
         self._absolute = torch.zeros(len(asked), dtype=torch.float64)
@@ -111,7 +112,7 @@ class Receipt:
     def explained(self) -> Tensor:
         """``1 - |W q - a W_0 q - sum| / |W q - a W_0 q|`` per query [q].
 
-        1 where no more is left than the rounding of ``W q`` itself, as where training changed nothing.
+        1 where no more is left than the steps' rounding of ``W q`` itself, as where training changed nothing.
         """
         left = (self._trained - self._rebuilt).flatten(1).norm(dim=1)
         whole = self._trained.flatten(1).norm(dim=1)

@@ -2,57 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from dualhook.composition import compose
+from dualhook.errors import RuleError, StoreError
 from dualhook.optimizers import components
 from dualhook.query import rebuild
-from dualhook.store import Layout, Store
+from dualhook.records import VALUE
+from dualhook.store import Store, Writer
 
-__all__ = ["fold"]
-
-WriteOrigin = Callable[..., None]
+__all__ = ["folding_to"]
 
 
-def fold(layout: Layout, used: int, budget: int, write_origin: WriteOrigin) -> int:
-    """Fold the oldest segments into the origin until ``used`` bytes fit the budget; returns the bytes then used.
+def folding_to(budget: int) -> partial[None]:
+    """What a writer does after every segment to stay within ``budget`` bytes."""
+    return partial(_fold, budget)
 
-    The newest segment always stays.
+
+def _fold(budget: int, writer: Writer) -> None:
+    """Fold the oldest segments into the origin until the rest fits the budget; the newest always stays.
 
     Raises:
-        RuleError: an optimiser without a rule: what the origin would become is not known.
+        StoreError: an optimiser without a rule: what the origin would become is not known.
     """
-    if used <= budget:
-        return used
-    store = Store(layout.root)
-    gone = []
+    if writer.bytes <= budget:
+        return
+    store = Store(writer.layout.root)
+    gone, left = [], writer.bytes
     for segment in store.segments[:-1]:
-        if used <= budget:
+        if left <= budget:
             break
         gone.append(segment)
-        used -= segment.path.stat().st_size
+        left -= segment.path.stat().st_size
     if not gone:
-        return used
+        return
     step = gone[-1].last_step
-    parts: dict[str, dict[str, Tensor]] = {}
-    for spec in store.layers:
-        for name in spec.parameters:
-            if store.origin_steps[name] <= step:
-                parts[name] = {}
-        histories = {name: store.histories[name] for name in parts if name in store.histories}
-        wanted = {
-            name: components(history.where(history.step <= step), store.origin(name).tensors)
-            for name, history in histories.items()
-        }
-        for component in dict.fromkeys(c for names in wanted.values() for c in names) or ["value"]:
-            rebuilt = rebuild(store, compose(store, spec, horizon=step, component=component))
-            for name in spec.parameters:
-                if name in parts and component in wanted.get(name, ("value",)):
-                    parts[name][component] = rebuilt[name]
+    try:
+        parts = _origins_after(store, step)
+    except RuleError as error:
+        raise StoreError(f"the budget is used up and cannot be folded: {error}") from error
     dtypes = {name: str(store.dtype(name)).removeprefix("torch.") for name in parts}
-    write_origin(step, parts, dtypes, folded=step)
+    writer.write_origin(step, parts, dtypes, folded=step)
     for segment in gone:
         segment.path.unlink()
-    return used
+    writer.bytes = left
+
+
+def _origins_after(store: Store, step: int) -> dict[str, dict[str, Tensor]]:
+    """Value and optimiser state, after ``step``, of every parameter whose recording begins before."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for spec in store.layers:
+        begun = [name for name in spec.parameters if store.origin_steps[name] <= step]
+        wanted = {name: _state_names(store, name, step) for name in begun}
+        for component in dict.fromkeys(component for names in wanted.values() for component in names):
+            rebuilt = rebuild(store, compose(store, spec, horizon=step, component=component))
+            for name in begun:
+                if component in wanted[name]:
+                    parts.setdefault(name, {})[component] = rebuilt[name]
+    return parts
+
+
+def _state_names(store: Store, parameter: str, step: int) -> tuple[str, ...]:
+    history = store.histories.get(parameter)
+    if history is None:  # never stepped
+        return (VALUE,)
+    return components(history.where(history.step <= step), store.origin(parameter).tensors)

@@ -31,11 +31,11 @@ from dualhook.capture import (
     unwrapped,
 )
 from dualhook.capture.selection import LayerChoice
-from dualhook.errors import BudgetError, DualHookError, LayerError, RuleError, StoreError
+from dualhook.errors import BudgetError, DualHookError, LayerError, StoreError
 from dualhook.memory import DualMemory
 from dualhook.model import run_model
 from dualhook.optimizers import class_name, rule_for
-from dualhook.recorder.folding import fold
+from dualhook.recorder.folding import folding_to
 from dualhook.recorder.scope import BatchScope, TemporaryRoot
 from dualhook.recorder.steps import StepBook
 from dualhook.records import Batch, LayerSpec
@@ -147,7 +147,7 @@ class Recorder:
         self._writer = Writer(
             layout,
             segment_bytes=max(1, min(SEGMENT_BYTES, budget // 8)),  # folding goes by segments
-            after_write=self._fold if on_full == "fold" else None,
+            after_write=folding_to(budget) if on_full == "fold" else None,
         )
         # the model's hooks hold the book, the book the recorder: it lives as long as the model, held by the user or not
         self._book = StepBook(model, selection, self._writer, dtype=dtype, optimizers=optimizers, on_step=self._on_step)
@@ -165,8 +165,14 @@ class Recorder:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if getattr(self, "_closed", True):
+            return
+        if self._temporary is None:
             self.close()
+        else:  # its directory goes with it
+            self._closed = True
+            self._detach()
+            self._writer.close(discard=True)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "stopped" if self._stopped else "recording"
@@ -339,15 +345,6 @@ class Recorder:
                 stacklevel=3,
             )
         self._writer.write_latest(self.steps, values)
-
-    def _fold(self, layout: Layout, used: int) -> int:
-        """Called in the writing thread."""
-        try:
-            return fold(layout, used, self._budget, self._writer.write_origin)
-        except RuleError as error:
-            raise StoreError(
-                f"the budget of {_human(self._budget)} is used up and cannot be folded: {error}"
-            ) from error
 
     def _detach(self) -> None:
         for handle in self._handles:

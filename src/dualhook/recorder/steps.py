@@ -64,6 +64,7 @@ class Step:
     """One optimiser step, between torch's hook before it and the one after it."""
 
     optimizer: Optimizer
+    has_closure: bool
     stepped: list[tuple[Watched, int, Mark]]  # parameter, its group, what is known beforehand
     hyper: list[dict[str, float]]
     state: dict[str, dict[str, float]]
@@ -144,7 +145,7 @@ class StepBook:
         if self._current is not None:  # its step ended in an exception, half done perhaps
             self._broken |= {watched.name for watched, _, _ in self._current.stepped}
             self._current = None
-        members = [(w, g) for w, g in self.members(optimizer) if has_closure or w.parameter.grad is not None]
+        members = list(self.members(optimizer))
         if not members:
             return
         if not any(known is optimizer for known in self.optimizers):
@@ -162,12 +163,16 @@ class StepBook:
         for watched, _ in members:
             for intake in self._intakes[watched.spec.name]:
                 intake.settle()
-        stepped = [(watched, group, self._mark(watched, optimizer)) for watched, group in members]
+        stepped = [
+            (watched, group, self._mark(watched, optimizer))
+            for watched, group in members
+            if has_closure or watched.parameter.grad is not None  # torch skips the others
+        ]
         self._keep_origins(optimizer, [watched for watched, _, _ in stepped])
         hyper = [_numbers(group) for group in optimizer.param_groups]
         states = {w.name: (optimizer.state.get(w.parameter) or {}, hyper[group]) for w, group, _ in stepped}
         state = {name: rule.state_numbers(*known) if rule else {} for name, known in states.items()}
-        step = Step(optimizer, stepped, hyper, state)
+        step = Step(optimizer, has_closure, stepped, hyper, state)
         if not has_closure:
             self._measure(step)
         self._current = step
@@ -177,12 +182,12 @@ class StepBook:
         step, self._current = self._current, None
         if step is None or step.optimizer is not optimizer:
             return
-        if not step.measured:
+        if step.has_closure:
             self._measure(step)
         if not self._stepping:
             self.step += 1
         self._stepping.append(optimizer)
-        self.writer.builder.add(self._entries(step))
+        self.writer.builder.add(self.step, self._entries(step))
         for layer in dict.fromkeys(watched.spec.name for watched, _, _ in step.stepped):
             self.writer.builder.commit(layer, self.step)
             self._waited[layer] = 0

@@ -32,14 +32,12 @@ def pack(entries: Sequence[LedgerEntry]) -> tuple[dict[str, Tensor], dict[str, A
     real = [
         [entry.scale, entry.residual, *(entry.state.get(name, math.nan) for name in state_names)] for entry in entries
     ]
-    steps = [entry.step for entry in entries]
     tensors = {
         "ledger/entry": torch.tensor(whole, dtype=torch.int64).reshape(-1, 5),
         "ledger/measured": torch.tensor(real, dtype=torch.float64).reshape(-1, 2 + len(state_names)),
         "ledger/hyper": torch.tensor(hyper, dtype=torch.float64).reshape(-1, len(hyper_names)),
     }
     header = {
-        "steps": [min(steps), max(steps)] if steps else [0, 0],
         "parameters": list(parameters),
         "optimizers": list(optimizers),
         "hyper": hyper_names,

@@ -68,6 +68,7 @@ class SegmentBuilder:
     def __init__(self) -> None:
         self.layers: dict[str, LayerBuffer] = {}
         self.ledger: list[LedgerEntry] = []
+        self.steps: tuple[int, int] | None = None  # the first and the last one
 
     def append(self, layer: str, rows: Rows) -> None:
         """Add pending rows."""
@@ -98,8 +99,9 @@ class SegmentBuilder:
             buffer.tensors["step"][buffer.committed : buffer.filled].fill_(step)
             buffer.committed = buffer.filled
 
-    def add(self, entries: Iterable[LedgerEntry]) -> None:
-        """Add ledger entries."""
+    def add(self, step: int, entries: Iterable[LedgerEntry]) -> None:
+        """Add the ledger entries of a step; it may have none, where all that it stepped on was frozen."""
+        self.steps = (step if self.steps is None else self.steps[0], step)
         self.ledger.extend(entries)
 
     @property
@@ -123,6 +125,7 @@ class SegmentBuilder:
     def reset(self) -> None:
         """Empty the builder; its memory stays."""
         self.ledger = []
+        self.steps = None
         for buffer in self.layers.values():
             buffer.committed = buffer.filled = 0
 
@@ -135,7 +138,7 @@ class SegmentBuilder:
                 counts[name] = {"first": buffer.first, "count": buffer.committed}
                 for part, values in buffer.tensors.items():
                     tensors[f"rows/{name}/{part}"] = values[: buffer.committed]
-        return tensors, {**header, "rows": counts}
+        return tensors, {"steps": self.steps, **header, "rows": counts}
 
 
 def _fields(rows: Rows) -> dict[str, Tensor]:

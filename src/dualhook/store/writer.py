@@ -22,8 +22,7 @@ BUILDERS = 3  # one filling, one being written, one waiting: training waits rath
 class Writer:
     """Takes rows and ledger entries in :attr:`builder`; :meth:`seal` sends them to disk as one segment.
 
-    ``after_write(layout, bytes)`` runs in the writing thread after every segment, with the bytes of all segments, and
-    returns the bytes that are left.
+    ``after_write(writer)`` runs in the writing thread after every segment and may lower :attr:`bytes`.
     """
 
     def __init__(
@@ -31,12 +30,13 @@ class Writer:
         layout: Layout,
         *,
         segment_bytes: int = SEGMENT_BYTES,
-        after_write: Callable[[Layout, int], int] | None = None,
+        after_write: Callable[[Writer], None] | None = None,
     ) -> None:
         self.layout = layout
         self.builder = SegmentBuilder()
         self.segment_bytes = segment_bytes
         self.bytes = 0
+        """Bytes of the segments on disk."""
         self.waited = 0.0
         """Seconds the training loop has waited for the disk."""
         self.error: BaseException | None = None
@@ -67,7 +67,7 @@ class Writer:
             StoreError: an earlier segment could not be written.
         """
         self.check()
-        if not self.builder.ledger:
+        if self.builder.steps is None:
             return
         self._sealed_bytes += self.builder.nbytes
         done, self.builder = self.builder, self._next_builder()
@@ -125,19 +125,20 @@ class Writer:
         """Write the weights after the last step."""
         write_tensors(self.layout.latest, tensors, {"kind": "latest", "step": step})
 
-    def close(self) -> None:
-        """Write what is left and end the thread.
+    def close(self, *, discard: bool = False) -> None:
+        """Write what is left (unless it is to be discarded) and end the thread.
 
         Raises:
             StoreError: a segment could not be written.
         """
         try:
-            if self.error is None:
+            if self.error is None and not discard:
                 self.seal()
         finally:
             self._sealed.put(None)
             self._thread.join()
-        self.check()
+        if not discard:
+            self.check()
 
     def _next_builder(self) -> SegmentBuilder:
         if self._spare.empty() and self._made < BUILDERS:
@@ -167,4 +168,4 @@ class Writer:
         self._number += 1
         self.bytes += path.stat().st_size
         if self._after_write is not None:
-            self.bytes = self._after_write(self.layout, self.bytes)
+            self._after_write(self)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dualhook.query.scan import BLOCK_ROWS
+from dualhook.query.streaming import BLOCK_ROWS
 from dualhook.records import Composition, Rows, RowSource
 
 __all__ = ["rebuild"]

@@ -1,0 +1,157 @@
+"""Streaming answers against the dense computation: every row in one matrix, float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dualhook.query import GroupSums, LayerQuery, Receipt, TopPatterns, dual_output, rebuild, scan
+from dualhook.records import Composition, LayerSpec, Rows
+
+I, O = 3, 2
+
+
+class Held:
+    """A row source over rows in memory, cut into segments anywhere."""
+
+    def __init__(self, rows: Rows, cuts: list[int]) -> None:
+        self.rows = rows
+        self.cuts = [0, *sorted(cuts), len(rows)]
+
+    def blocks(self, layer: str, *, last_step: int, block_rows: int):
+        for start, stop in zip(self.cuts[:-1], self.cuts[1:], strict=True):
+            for first in range(start, stop, block_rows):
+                last = min(stop, first + block_rows)
+                keep = slice(first, last)
+                part = Rows(self.rows.key[keep], self.rows.output_grad[keep], self.rows.step[keep],
+                            self.rows.sample[keep], self.rows.position[keep], first=first)  # fmt: skip
+                known = part.step <= last_step
+                yield Rows(part.key[known], part.output_grad[known], part.step[known], part.sample[known],
+                           part.position[known], first=first)  # fmt: skip
+
+
+@st.composite
+def cases(draw: st.DrawFn):
+    count = draw(st.integers(0, 40))
+    torch.manual_seed(draw(st.integers(0, 10**6)))
+    coarse = draw(st.booleans())  # small whole numbers: many ties
+
+    def values(*shape: int) -> Tensor:
+        drawn = torch.randn(*shape, dtype=torch.float64)
+        return (drawn * 1.5).round() if coarse else drawn
+
+    horizon = draw(st.integers(1, 6))
+    step = torch.randint(1, horizon + 1, (count,)).sort().values
+    rows = Rows(values(count, I), values(count, O), step, torch.randint(-1, 5, (count,)), torch.randint(0, 3, (count,)))
+    bias = draw(st.booleans())
+    spec = LayerSpec("fc", I, O, "fc.weight", "fc.bias" if bias else None)
+    made_of = Composition(
+        spec, values(horizon + 1), values(O, I), values(horizon + 1) if bias else None, values(O) if bias else None
+    )
+    queries, positions = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    query, direction = values(queries, positions, I), values(queries, positions, O)
+    cuts = draw(st.lists(st.integers(0, count), max_size=4))
+    block_rows = draw(st.integers(1, 9))
+    return rows, made_of, query, direction, Held(rows, cuts), block_rows
+
+
+def dense(rows: Rows, made_of: Composition, query: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention weights [q, n], contributions [q, n] and the layer's output [q, p, o]."""
+    ones = torch.ones(len(rows), 1, dtype=torch.float64)
+    augmented = made_of.bias is not None
+    keys = torch.cat([rows.key, ones], 1) if augmented else rows.key
+    q = torch.cat([query, torch.ones_like(query[..., :1])], -1) if augmented else query
+    weight = torch.einsum("ni,qpi->qn", keys, q)
+    scaled = torch.cat([rows.key * made_of.weight[rows.step][:, None], ones * made_of.bias[rows.step][:, None]], 1) \
+        if augmented else rows.key * made_of.weight[rows.step][:, None]  # fmt: skip
+    contribution = -torch.einsum("qpo,no,ni,qpi->qn", direction, rows.output_grad, scaled, q)
+    matrix = torch.cat([made_of.origin_weight, made_of.origin_bias[:, None]], 1) if augmented else made_of.origin_weight
+    total = matrix - rows.output_grad.T @ scaled
+    return weight, contribution, q @ total.T
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr("dualhook.query.streaming.BLOCK_ROWS", 5)
+    monkeypatch.setattr("dualhook.query.weights.BLOCK_ROWS", 4)
+
+
+def close(found: Tensor, true: Tensor) -> bool:
+    return torch.allclose(found, true, rtol=1e-9, atol=1e-9)
+
+
+BY = st.sampled_from(["weight", "abs_weight", "contribution", "abs_contribution"])
+
+
+@given(cases(), BY, st.booleans(), st.integers(1, 12))
+def test_top_patterns_ties_in_the_order_of_recording(case, by, largest, k):
+    rows, made_of, query, direction, source, _ = case
+    asked = LayerQuery(made_of, query, direction, direction)
+    top = TopPatterns(k, by, largest)
+    scan(source, asked, [top])
+    found = top.result(len(asked))
+    weight, contribution, _ = dense(rows, made_of, query, direction)
+    rank = {"weight": weight, "contribution": contribution}[by.removeprefix("abs_")]
+    rank = rank.abs() if by.startswith("abs_") else rank
+    rank = rank.mul(2**20).round() / 2**20  # the same sum in another order may differ in its last bit
+    for q in range(len(asked)):
+        order = sorted(range(len(rows)), key=lambda n: ((-1 if largest else 1) * float(rank[q, n]), n))[:k]
+        assert found["pattern"][q].long().tolist() == order
+        assert close(found["weight"][q].double(), weight[q, order])
+        assert close(found["contribution"][q].double(), contribution[q, order])
+        assert found["sample"][q].long().tolist() == rows.sample[order].tolist()
+        assert found["step"][q].long().tolist() == rows.step[order].tolist()
+        assert found["position"][q].long().tolist() == rows.position[order].tolist()
+
+
+@given(cases())
+def test_group_sums(case):
+    rows, made_of, query, direction, source, _ = case
+    asked = LayerQuery(made_of, query, direction, direction)
+    sums = GroupSums(len(asked), 6, lambda block: block.sample + 1)
+    scan(source, asked, [sums])
+    weight, contribution, _ = dense(rows, made_of, query, direction)
+    for group in range(6):
+        member = rows.sample == group - 1
+        assert int(sums.counts[group]) == int(member.sum())
+        assert close(sums.totals["weight"][:, group], weight[:, member].sum(1))
+        assert close(sums.totals["abs_weight"][:, group], weight[:, member].abs().sum(1))
+        assert close(sums.totals["contribution"][:, group], contribution[:, member].sum(1))
+        assert close(sums.totals["abs_contribution"][:, group], contribution[:, member].abs().sum(1))
+
+
+@given(cases())
+def test_receipt_dual_output_and_rebuilt_weight(case):
+    rows, made_of, query, direction, source, _ = case
+    _, contribution, output = dense(rows, made_of, query, direction)
+    assert close(dual_output(source, made_of, query), output)
+    rebuilt = rebuild(source, made_of)
+    assert close(query @ rebuilt["fc.weight"].T + rebuilt.get("fc.bias", 0), output)
+    chosen = rows.sample == 2
+    kept = Rows(
+        rows.key[~chosen], rows.output_grad[~chosen], rows.step[~chosen], rows.sample[~chosen], rows.position[~chosen]
+    )
+    left = rebuild(source, made_of, lambda block: block.sample == 2)
+    assert all(close(left[name], value) for name, value in rebuild(Held(kept, []), made_of).items())
+    asked = LayerQuery(made_of, query, direction, output)
+    receipt = Receipt(asked)
+    scan(source, asked, [receipt])
+    assert (receipt.explained > 1 - 1e-9).all()
+    true = contribution.abs().sum(1) / contribution.sum(1).abs()
+    assert close(receipt.cancellation[true < 1e6], true[true < 1e6])
+
+
+@given(cases(), st.floats(0.2, 0.8))
+def test_receipt_sees_what_is_missing(case, share):
+    rows, made_of, query, direction, source, _ = case
+    _, _, output = dense(rows, made_of, query, direction)
+    origin = dense(Rows(rows.key[:0], rows.output_grad[:0], *(rows.step[:0],) * 3), made_of, query, direction)[2]
+    grown = output + share / (1 - share) * (output - origin)  # the patterns are then 1 - share of what training did
+    asked = LayerQuery(made_of, query, direction, grown)
+    receipt = Receipt(asked)
+    scan(source, asked, [receipt])
+    moved = (output - origin).flatten(1).norm(dim=1) > 1e-6
+    assert close(receipt.explained[moved], torch.full_like(receipt.explained[moved], 1 - share))
