@@ -128,8 +128,8 @@ def run_demo(
 
 def _train(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]], recorder: Recorder, epochs: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
-    total = epochs * len(loader.dataset)  # type: ignore[arg-type]
-    with tqdm(total=total, desc="training", unit=" images", disable=None) as bar:
+    total = epochs * len(loader) * (loader.batch_size or 1)
+    with tqdm(total=total, desc="training", unit=" images", unit_scale=True, disable=None) as bar:
         for _ in range(epochs):
             for images, labels in recorder.track(loader):
                 loss = F.cross_entropy(model(images), labels)

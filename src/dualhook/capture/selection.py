@@ -55,7 +55,8 @@ def select_layers(model: nn.Module, layers: LayerChoice | None) -> Selection:
         LayerError: the model has no linear map, or a name or glob matches none.
     """
     found = {name or ROOT: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    reasons = {name: reason for name, module in found.items() if (reason := _unsupported(module))}
+    others = _other_users(model)
+    reasons = {name: reason for name, module in found.items() if (reason := _unsupported(module, others))}
     usable = {name: module for name, module in found.items() if name not in reasons}
     if not usable:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -107,8 +108,20 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
 
 
-def _unsupported(module: nn.Linear) -> str:
+def _other_users(model: nn.Module) -> dict[int, str]:
+    """Parameters that a module other than a linear one uses, by identity: what that module is."""
+    return {
+        id(parameter): f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        for parameter in module._parameters.values()
+    }
+
+
+def _unsupported(module: nn.Linear, others: dict[int, str]) -> str:
     """Why a linear module cannot be recorded, or the empty string."""
+    if id(module.weight) in others:
+        return f"shares its weight with {others[id(module.weight)]}, whose rows are not recorded yet"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its forward is never called: nn.MultiheadAttention uses its weight directly (not recorded yet)"
     if isinstance(module.weight, UninitializedParameter):

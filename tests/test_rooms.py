@@ -1,0 +1,88 @@
+"""The rooms and their doors: who may import whom, and how light the package's import is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dualhook
+
+SOURCE = Path(dualhook.__file__).parent
+SHARED = {"records", "errors", "table"}
+ALLOWED = {
+    "capture": SHARED,
+    "optimizers": SHARED,
+    "store": SHARED,
+    "query": SHARED,
+    "report": SHARED,
+    "records": set(),
+    "errors": set(),
+    "table": {"report"},
+    "model": SHARED,
+    "composition": SHARED | {"optimizers", "store"},
+    "dual": SHARED | {"query"},
+    "attention": SHARED | {"query"},
+    "columns": SHARED | {"store", "attention"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of this package that a module imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("dualhook.")}
+    return found
+
+
+def forbidden(room: str, paths: list[Path]) -> dict[str, set[str]]:
+    left = {path.name: imports(path) - ALLOWED[room] - {room} for path in paths}
+    return {name: rooms for name, rooms in left.items() if rooms}
+
+
+def modules(room: str) -> list[Path]:
+    place = SOURCE / room
+    return sorted(place.rglob("*.py")) if place.is_dir() else [SOURCE / f"{room}.py"]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_rooms_import_one_way(room):
+    assert modules(room)
+    assert forbidden(room, modules(room)) == {}
+
+
+def test_the_test_above_can_fail(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from dualhook.store import Store\n")
+    assert forbidden("capture", [bad]) == {"bad.py": {"store"}}
+
+
+def test_integrations_and_examples_use_public_names_only():
+    root = Path(__file__).parent.parent
+    public = set(dualhook.__all__) | {"integrations", "data", "demo"}
+    for path in [*root.glob("integrations/*.py"), *root.glob("examples/*.py")]:
+        assert imports(path) <= public, path
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+HEAVY = {"transformers", "torchvision", "pandas", "matplotlib", "datasets", "dask"}
+
+
+def test_import_is_light():
+    assert not HEAVY & loaded_by("import dualhook")
+
+
+def test_the_test_above_can_fail_too():
+    assert "matplotlib" in loaded_by("import dualhook.report.bars")
