@@ -162,7 +162,7 @@ def _build(spec: str) -> nn.Module:
         for name in attribute.split("."):
             found = getattr(found, name)
         model = found()
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise DualHookError(f"--model {spec}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise DualHookError(f"--model {spec}: expected it to return a torch.nn.Module, got {type(model).__name__}")
@@ -172,16 +172,16 @@ def _build(spec: str) -> nn.Module:
 def _fill(model: nn.Module, memory: DualMemory, weights: Path | None) -> list[str]:
     """Load the memory's weights over those of a file; returns what is left as the callable made it."""
     there = model.state_dict(keep_vars=True)
-    values = {} if weights is None else _read_safetensors(weights)
-    values |= memory.state_dict()
-    for name, value in values.items():
-        if name in there and there[name].shape != value.shape:
-            raise LayerError(
-                f"{name!r} of the model has shape {list(there[name].shape)}, the weights {list(value.shape)}: "
-                f"expected the model that was recorded at {memory.path}"
-            )
-    model.load_state_dict(values, strict=False)
-    filled = {id(there[name]) for name in values if name in there}  # by identity: tied weights have two names
+    filled: set[int] = set()  # by identity, and file by file: tied weights have two names
+    for values in ({} if weights is None else _read_safetensors(weights), memory.state_dict()):
+        for name, value in values.items():
+            if name in there and there[name].shape != value.shape:
+                raise LayerError(
+                    f"{name!r} of the model has shape {list(there[name].shape)}, the weights {list(value.shape)}: "
+                    f"expected the model that was recorded at {memory.path}"
+                )
+        model.load_state_dict(values, strict=False)
+        filled |= {id(there[name]) for name in values if name in there}
     return [name for name, value in there.items() if id(value) not in filled]
 
 

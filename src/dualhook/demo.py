@@ -100,14 +100,14 @@ def run_demo(
         StoreError: ``out`` holds something else.
         DualHookError: matplotlib is missing, or a number below 1.
     """
-    for name, number in (("epochs", epochs), ("batch_size", batch_size), ("train_images", train_images or 1)):
-        if number < 1:
+    for name, number in (("epochs", epochs), ("batch_size", batch_size), ("train_images", train_images)):
+        if number is not None and number < 1:
             raise DualHookError(f"{name}={number}: expected at least 1")
     _require_matplotlib()  # before the work, not after it
     _claim(out, epochs=epochs, batch_size=batch_size, seed=seed, train_images=train_images)
     data = load_fashion_mnist_subset()
     dataset = TensorDataset(data.train_images[:train_images], data.train_labels[:train_images])
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = network()
     # without the rest of an epoch: each image of a batch of 8 would weigh 16 times as much as one of 128

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec, LedgerEntry, Mark, Rows
 from dualhook.store import FORMAT_VERSION, Layout, Manifest, SegmentBuilder, Store, Writer
+from dualhook.store.direct import DirectFile
 
 SPEC = LayerSpec("body.fc", 3, 2, "body.fc.weight", "body.fc.bias")
 SPECIAL = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1e-42, -1e-310, 1.5]
@@ -188,6 +193,45 @@ def test_nothing_but_safetensors_and_json(tmp_path):
                 assert "kind" in json.loads(file.metadata()["dualhook"])
         elif path.is_file():
             assert json.loads(path.read_text())["version"] == FORMAT_VERSION
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 511, 70_000])
+def test_direct_files_are_safetensors_files(tmp_path, monkeypatch, direct, count):
+    monkeypatch.setattr("dualhook.store.direct.BUFFER_BYTES", 64 * 4096)
+    file = DirectFile()
+    if not direct:
+        file._direct = 0
+    given_tensors = {
+        "a/key": torch.randn(count, 3), "b": torch.arange(count), "c": torch.randn(count, 1).bfloat16(),
+        "d": torch.randn(2, 5).double(), "e": torch.randn(count, 3).half(),
+    }  # fmt: skip
+    for _ in range(2):  # the buffer is used again
+        file.write(tmp_path / "x.safetensors", given_tensors, {"dualhook": "{}"})
+        found = load_file(tmp_path / "x.safetensors")
+        assert found.keys() == given_tensors.keys()
+        assert all(torch.equal(found[name], value) for name, value in given_tensors.items())
+        assert all(found[name].dtype == value.dtype for name, value in given_tensors.items())
+        with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+            assert opened.metadata() == {"dualhook": "{}"}
+
+
+def test_file_systems_without_direct_writing(tmp_path, monkeypatch):
+    refused = []
+    write = os.write
+
+    def refusing(handle: int, data: memoryview) -> int:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0):
+            refused.append(handle)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(handle, data)
+
+    monkeypatch.setattr(os, "write", refusing)
+    file = DirectFile()
+    for _ in range(2):
+        file.write(tmp_path / "x.safetensors", {"a": torch.arange(5)}, {})
+        assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [0, 1, 2, 3, 4]
+    assert len(refused) <= 1  # it does not try again
 
 
 def test_directories_that_are_no_memory(tmp_path):

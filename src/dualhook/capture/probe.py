@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,8 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, to
 # of the sum of absolute row contributions: near-null gradients make the gradient's own size a wrong yardstick
 REDUCED = 1e-2  # the same where float32 products are allowed to run in TF32 or bfloat16
 
+EPS = float(np.finfo(np.float64).eps)
+
 Array = npt.NDArray[np.float64]
 
 
@@ -36,6 +39,32 @@ class Measurement:
     rebuilt: Array
     absolute: Array
     dtype: torch.dtype
+
+    @cached_property
+    def squared(self) -> float:
+        """``|rebuilt|²``."""
+        return _dot(self.rebuilt, self.rebuilt)
+
+    @cached_property
+    def crossed(self) -> float:
+        """``gradient · rebuilt``."""
+        return _dot(self.gradient, self.rebuilt)
+
+    @cached_property
+    def size(self) -> float:
+        """Norm of the sums of absolute parts: what rounding errors are measured against."""
+        return math.sqrt(_dot(self.absolute, self.absolute))
+
+    @cached_property
+    def tells_scale(self) -> bool:
+        """Whether the rebuilt gradient stands out of its own rounding."""
+        noise = 1e4 * torch.finfo(self.dtype).eps if self.dtype.itemsize > 2 else 1e-2
+        return math.sqrt(self.squared) > noise * self.size
+
+    def left(self, scale: float) -> float:
+        """Norm of what the rows leave open at a scale."""
+        rest = self.gradient - scale * self.rebuilt
+        return math.sqrt(_dot(rest, rest))
 
 
 @dataclass(frozen=True)
@@ -72,8 +101,8 @@ class LayerProbe:
         found = {}
         for name, gradient in gradients.items():
             is_weight = name == self.spec.weight
-            at = gradient.detach()[outputs.to(gradient.device)]
-            seen = at[:, inputs.to(gradient.device)] if is_weight else at
+            seen = gradient.detach().index_select(0, outputs.to(gradient.device))
+            seen = seen.index_select(1, inputs.to(gradient.device)) if is_weight else seen
             found[name] = Measurement(
                 seen.cpu().double().numpy(),
                 d.T @ x if is_weight else d.sum(axis=0),
@@ -94,36 +123,31 @@ def fit_scales(measurements: Sequence[Measurement]) -> list[Fit]:
     one that the step's other parameters agree on.
     """
     with np.errstate(all="ignore"):
-        telling = [measurement for measurement in measurements if _tells_scale(measurement)]
-        crossed = sum(float((m.gradient * m.rebuilt).sum()) for m in telling)
-        squared = sum(float((m.rebuilt**2).sum()) for m in telling)
-        shared = crossed / squared if telling else 1.0
+        telling = [measurement for measurement in measurements if measurement.tells_scale]
+        squared = sum(measurement.squared for measurement in telling)
+        shared = sum(measurement.crossed for measurement in telling) / squared if telling else 1.0
         return [_fit(measurement, shared) for measurement in measurements]
 
 
 def _fit(measured: Measurement, shared: float) -> Fit:
-    gradient, rebuilt, absolute = measured.gradient, measured.rebuilt, measured.absolute
-    if not np.isfinite(rebuilt).all():
+    if not math.isfinite(measured.squared):
         return Fit(1.0, 0.0, True, False)  # the rows carry the NaN themselves
-    squared = float((rebuilt**2).sum())
-    scale = shared
-    if _tells_scale(measured):
-        scale = float((gradient * rebuilt).sum()) / squared
-        # indistinguishable from 1 means that nothing was scaled: do not put the rounding of one step into it
-        spread = math.sqrt(float(((gradient - scale * rebuilt) ** 2).mean()) / squared) if math.isfinite(scale) else 0.0
-        if abs(scale - 1.0) <= 4 * max(spread, float(np.finfo(np.float64).eps)):
-            scale = 1.0
+    scale = measured.crossed / measured.squared if measured.tells_scale else shared
     if not math.isfinite(scale):
         return Fit(scale, 0.0, True, False)
-    residual = float(np.linalg.norm(gradient - scale * rebuilt))
-    size = float(np.linalg.norm(gradient))
-    limit = _tolerance(measured.dtype) * abs(scale) * float(np.linalg.norm(absolute))
-    return Fit(scale, residual / size if size else 0.0, residual <= limit, math.isfinite(residual))
+    left = measured.left(scale)
+    if measured.tells_scale:
+        # indistinguishable from 1 means that nothing was scaled: do not put the rounding of one step into it
+        spread = left / math.sqrt(measured.rebuilt.size * measured.squared)
+        if abs(scale - 1.0) <= 4 * max(spread, EPS):
+            scale, left = 1.0, measured.left(1.0)
+    size = math.sqrt(_dot(measured.gradient, measured.gradient))
+    limit = _tolerance(measured.dtype) * abs(scale) * measured.size
+    return Fit(scale, left / size if size else 0.0, left <= limit, math.isfinite(left))
 
 
-def _tells_scale(measured: Measurement) -> bool:
-    noise = 1e4 * torch.finfo(measured.dtype).eps if measured.dtype.itemsize > 2 else 1e-2
-    return bool(np.linalg.norm(measured.rebuilt) > noise * np.linalg.norm(measured.absolute))
+def _dot(a: Array, b: Array) -> float:
+    return float(np.dot(a.ravel(), b.ravel()))
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,9 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
-from dualhook.attention import Attention
 from dualhook.errors import DualHookError
-from dualhook.query.collectors import Criterion
 from dualhook.table import Table
 
 __all__ = ["LabelledImages", "draw_attended_images"]
@@ -43,6 +41,18 @@ CLASS_NAMES, TOTAL, WEIGHTS, PANEL_GAP, PANEL = 0.75, 2.1, 1.15, 0.25, 1.16
 CLASSES = 12  # at most this many bars
 
 
+class Answers(Protocol):
+    """What the picture asks of a :class:`dualhook.Attention`."""
+
+    @property
+    def layers(self) -> list[str]: ...
+    @property
+    def receipt(self) -> Table: ...
+    def __len__(self) -> int: ...
+    def top(self, k: int, *, by: Any) -> Table: ...
+    def sum_by(self, column: str) -> Table: ...
+
+
 @dataclass(frozen=True)
 class LabelledImages:
     """Images [n, h·w], [n, h, w] or [n, c, h, w] with their class numbers [n] and the names of the classes."""
@@ -67,13 +77,13 @@ class LabelledImages:
 
 
 def draw_attended_images(
-    attention: Attention,
+    attention: Answers,
     queries: LabelledImages,
     predicted: Sequence[int],
     training: LabelledImages,
     *,
     k: int = 5,
-    by: Criterion = "abs_contribution",
+    by: str = "abs_contribution",
     column: str = "label",
     title: str = "Which training images does the prediction attend to?",
 ) -> Figure:
@@ -88,7 +98,7 @@ def draw_attended_images(
         predicted: the class number the model gives each of them [q].
         training: the training images by dataset row.
         k: images per query and layer.
-        by: what ranks them, as in :meth:`Attention.top`.
+        by: what ranks them, as in :meth:`dualhook.Attention.top`.
         column: the memory's column that holds the class numbers.
         title: the heading.
 
@@ -153,7 +163,7 @@ class _Sheet:
             spine.set(color=frame, linewidth=line)
 
 
-def _strongest_by_image(attention: Attention, k: int, by: Criterion) -> dict[tuple[int, str], list[dict[str, Any]]]:
+def _strongest_by_image(attention: Answers, k: int, by: str) -> dict[tuple[int, str], list[dict[str, Any]]]:
     """The rows of ``attention.top`` for the first ``k`` different images of every query and layer."""
     asked, found = 16 * k, 0
     while True:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -147,10 +147,16 @@ class Manifest:
         )
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    save_file(dict(tensors), path, dict(metadata))
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], save: Callable[..., None] = _save
+) -> None:
     """Write one safetensors file, whole or not at all: it appears under its name once it is complete."""
     partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial, {HEADER: json.dumps(header)})
+    save(partial, tensors, {HEADER: json.dumps(header)})
     os.replace(partial, path)
 
 

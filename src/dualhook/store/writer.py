@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from dualhook.errors import StoreError
+from dualhook.store.direct import DirectFile
 from dualhook.store.layout import Layout, write_tensors
 from dualhook.store.segment import SegmentBuilder
 
@@ -47,6 +48,7 @@ class Writer:
         self._spare: queue.SimpleQueue[SegmentBuilder] = queue.SimpleQueue()
         self._sealed: queue.Queue[SegmentBuilder | None] = queue.Queue()
         self._origins = threading.Lock()
+        self._file = DirectFile()
         self._thread = threading.Thread(target=self._work, name="dualhook-writer", daemon=True)
         self._thread.start()
 
@@ -164,7 +166,7 @@ class Writer:
     def _write(self, builder: SegmentBuilder) -> None:
         tensors, header = builder.contents()
         path = self.layout.segment(self._number)
-        write_tensors(path, tensors, {"kind": "segment", "number": self._number, **header})
+        write_tensors(path, tensors, {"kind": "segment", "number": self._number, **header}, self._file.write)
         self._number += 1
         self.bytes += path.stat().st_size
         if self._after_write is not None:
