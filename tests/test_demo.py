@@ -108,7 +108,7 @@ def test_an_earlier_demo_is_replaced_and_other_files_stay(tmp_path):
     short(tmp_path, **tiny)
     (tmp_path / "notes.txt").write_text("mine")
     short(tmp_path, **tiny, seed=1)
-    assert json.loads((tmp_path / "demo.json").read_text())["seed"] == 1
+    assert json.loads((tmp_path / "dualhook-demo.json").read_text())["seed"] == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -23,7 +23,7 @@ from dualhook.table import Table
 __all__ = ["TOLERANCE", "DemoSummary", "network", "run_demo"]
 
 TOLERANCE = 1e-5  # largest relative error of a rebuilt weight that float32 rounding can explain
-MARKER = "demo.json"  # what makes a folder an earlier demo, which may be replaced
+MARKER = "dualhook-demo.json"  # what makes a folder an earlier demo, which may be replaced
 RATE, MOMENTUM = 0.02, 0.9
 
 
@@ -185,4 +185,4 @@ def _claim(out: Path, **settings: int | None) -> None:
     if out.exists() and not marker.is_file() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError(f"{out} holds something else than an earlier demo: choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps({"written_by": "dualhook demo"} | settings) + "\n", encoding="utf-8")
+    marker.write_text(json.dumps(settings) + "\n", encoding="utf-8")

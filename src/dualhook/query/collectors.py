@@ -112,11 +112,12 @@ class Receipt:
     def explained(self) -> Tensor:
         """``1 - |W q - a W_0 q - sum| / |W q - a W_0 q|`` per query [q].
 
-        1 where no more is left than the steps' rounding of ``W q`` itself, as where training changed nothing.
+        1 where training changed the output by no more than the steps' rounding of ``W q`` itself.
         """
         left = (self._trained - self._rebuilt).flatten(1).norm(dim=1)
         whole = self._trained.flatten(1).norm(dim=1)
-        return torch.where(left <= self._rounding, 1.0, 1.0 - left / whole)
+        nothing = torch.maximum(left, whole) <= self._rounding
+        return torch.where(nothing, 1.0, 1.0 - left / whole)
 
     @property
     def cancellation(self) -> Tensor:

@@ -27,7 +27,12 @@ NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
-}  # the dtypes of rows and ledger, by safetensors' names
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # safetensors' names; an optimiser's state may hold any of them
 
 
 class DirectFile:
@@ -86,7 +91,7 @@ def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
         if tensor.numel():
-            data: Any = tensor.view(torch.uint8).numpy()
+            data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
             yield memoryview(data).cast("B")
 
 

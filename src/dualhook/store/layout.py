@@ -6,17 +6,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
+from dualhook.store.direct import DirectFile
 
 __all__ = ["FORMAT_VERSION", "Layout", "Manifest", "open_tensors", "read_header", "tensor_names", "write_tensors"]
 
@@ -147,16 +147,12 @@ class Manifest:
         )
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    save_file(dict(tensors), path, dict(metadata))
-
-
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], save: Callable[..., None] = _save
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], file: DirectFile | None = None
 ) -> None:
     """Write one safetensors file, whole or not at all: it appears under its name once it is complete."""
     partial = path.with_suffix(".partial")
-    save(partial, tensors, {HEADER: json.dumps(header)})
+    (file or DirectFile()).write(partial, tensors, {HEADER: json.dumps(header)})
     os.replace(partial, path)
 
 

@@ -166,7 +166,7 @@ class Writer:
     def _write(self, builder: SegmentBuilder) -> None:
         tensors, header = builder.contents()
         path = self.layout.segment(self._number)
-        write_tensors(path, tensors, {"kind": "segment", "number": self._number, **header}, self._file.write)
+        write_tensors(path, tensors, {"kind": "segment", "number": self._number, **header}, self._file)
         self._number += 1
         self.bytes += path.stat().st_size
         if self._after_write is not None:

@@ -1,0 +1,90 @@
+"""Memories of every released format version open for ever.
+
+A golden memory is made once per format version by ``python tests/store/test_golden.py DIR`` and never again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dualhook
+from dualhook.store import FORMAT_VERSION
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def make(path: Path) -> None:
+    """Two layers, a momentum optimiser taken over in the middle of its run, a frozen bias, columns of all kinds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    model[2].bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+
+    def step(samples: list[int]) -> None:
+        optimizer.zero_grad()
+        inputs = torch.arange(len(samples) * 4.0).reshape(-1, 4) / 10 + samples[0]
+        model(inputs).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+
+    step([0])
+    recorder = dualhook.instrument(model, path, verbose=False)
+    for k in range(4):
+        recorder.batch(samples=[k, k + 1], task=k // 2)
+        step([k, k + 1])
+        if k == 1:
+            recorder.flush()  # a second segment
+    memory = recorder.close()
+    memory.add_column("label", ["a", "b", "a", "b", "c"])
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_golden_memory_opens_and_adds_up(version):
+    memory = dualhook.load(GOLDEN / f"v{version}")
+    assert memory.layers == ["0", "2"]
+    assert memory.steps == 4
+    assert memory.samples.tolist() == [0, 1, 2, 3, 4]
+    assert memory.columns == ["step", "sample", "position", "task", "label"]
+    assert memory.verify()["exact"].all()
+    assert memory.verify().max_error < 1e-6
+    assert memory.weight("2", step=2).flatten().tolist() == pytest.approx(EXPECTED, abs=1e-6)
+
+
+def test_writing_today_gives_the_golden_files_bit_for_bit(tmp_path):
+    make(tmp_path / "memory")
+    golden = GOLDEN / f"v{FORMAT_VERSION}"
+    names = sorted(path.relative_to(golden) for path in golden.rglob("*") if path.is_file())
+    assert names == sorted(p.relative_to(tmp_path / "memory") for p in (tmp_path / "memory").rglob("*") if p.is_file())
+    for name in names:
+        old, new = (golden / name).read_bytes(), (tmp_path / "memory" / name).read_bytes()
+        if name.suffix == ".json":
+            continue  # names the versions that wrote it
+        size = int.from_bytes(old[:8], "little")
+        assert new[: 8 + size] == old[: 8 + size], name  # the whole header
+        # the numbers may differ in their last bits between processors
+        assert np.allclose(*(_numbers(data, size) for data in (old, new)), rtol=1e-5, atol=1e-6, equal_nan=True), name
+
+
+def _numbers(data: bytes, size: int) -> np.ndarray:
+    header = json.loads(data[8 : 8 + size])
+    kinds = {"F32": np.float32, "F64": np.float64, "I64": np.int64}
+    parts = [
+        np.frombuffer(data[8 + size :][slice(*entry["data_offsets"])], kinds[entry["dtype"]]).astype(np.float64)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+    return np.concatenate(parts)
+
+
+EXPECTED = [0.02126724, 0.21680878, 0.34448156, -0.3892155, -0.24668600, 0.20852806]  # printed when v1 was made
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))
+    print(dualhook.load(sys.argv[1]).weight("2", step=2).flatten().tolist())
