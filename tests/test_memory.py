@@ -360,7 +360,7 @@ def test_results_look_like_tables(trained):
     assert list(frame.columns) == table.columns
     assert len(frame) == len(table) == 2 * 2 * 3
     text = str(table).splitlines()
-    assert text[0] == "3 patterns largest by contribution"
+    assert text[0] == "the 3 largest by contribution, per query and layer"
     assert text[1].split() == table.columns
     assert "receipt: explained at least" in text[-1]
     page = table._repr_html_()
@@ -368,6 +368,17 @@ def test_results_look_like_tables(trained):
     axes = table.plot()
     assert axes.get_xlabel() == "contribution"
     assert len(axes.patches) == len(table)
+
+
+def test_progress_counts_every_pattern_of_a_pass(trained):
+    memory, seen = dualhook.load(trained.memory.path), []
+    memory.on_progress(seen.append)
+    memory.verify()
+    assert sum(seen) == memory.patterns("body") + memory.patterns("head")
+    memory.on_progress(None)
+    memory.verify()
+    assert sum(seen) == memory.patterns("body") + memory.patterns("head")
+    assert memory.nbytes == sum(path.stat().st_size for path in (memory.path / "segments").iterdir())
 
 
 def test_names_are_escaped_in_html():
@@ -379,3 +390,4 @@ def test_names_are_escaped_in_html():
 def test_long_tables_say_how_much_they_leave_out():
     table = dualhook.Table({"n": list(range(100))})
     assert "… 60 more rows" in str(table)
+    assert len(table.to_text().splitlines()) == 102

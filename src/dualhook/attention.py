@@ -82,7 +82,7 @@ class Attention:
             found.append({name: values.reshape(-1) for name, values in (head | result).items()})
         return self._by_query(
             found,
-            title=f"{k} patterns {'largest' if largest else 'smallest'} by {by}",
+            title=f"the {k} {'largest' if largest else 'smallest'} by {by}, per query and layer",
             bars=(("layer", "sample", "step"), by.removeprefix("abs_")),
         )
 

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ import dualhook
 from dualhook.errors import DualHookError, LayerError
 from dualhook.memory import DualMemory
 from dualhook.query.collectors import CRITERIA
-from dualhook.table import SHOWN, Table
+from dualhook.table import Table
 
 __all__ = ["main"]
 
@@ -82,13 +83,12 @@ def _info(options: argparse.Namespace) -> int:
     if not options.json:
         print(memory.info())
         return 0
-    files = (path for path in memory.path.rglob("*") if path.is_file())
     about = {
         "path": str(memory.path),
         "steps": memory.steps,
         "samples": len(memory.samples),
         "columns": memory.columns,
-        "bytes": sum(path.stat().st_size for path in files),
+        "bytes": memory.nbytes,
         "layers": memory.info(),
     }
     _print_json(about)
@@ -97,7 +97,8 @@ def _info(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     memory = dualhook.load(options.path)
-    report = memory.verify()
+    with _progress(memory, "rebuilding the weights", memory.layers):
+        report = memory.verify()
     passed = report.max_error < options.tolerance  # False for NaN
     if options.json:
         about = {"path": str(memory.path), "step": memory.steps, "tolerance": options.tolerance, "passed": passed}
@@ -118,33 +119,29 @@ def _attend(options: argparse.Namespace) -> int:
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise DualHookError(f"{options.model} cannot be run on {options.inputs}: {error}") from error
     _warn_of(left)
-    answers = {
-        "top": _layer_by_layer(
-            attention.layers,
-            lambda layer: attention.top(options.top, by=options.by, largest=not options.smallest, layers=layer),
-            "top patterns",
-        )
-    }
+    with _progress(memory, "top patterns", attention.layers):
+        answers = {"top": attention.top(options.top, by=options.by, largest=not options.smallest)}
     if options.sum_by:
-        answers["totals"] = _layer_by_layer(
-            attention.layers,
-            lambda layer: attention.sum_by(options.sum_by, layers=layer),
-            f"totals by {options.sum_by}",
-        )
+        with _progress(memory, f"totals by {options.sum_by}", attention.layers):
+            answers["totals"] = attention.sum_by(options.sum_by)
     answers["receipt"] = attention.receipt
     if options.json:
         _print_json({"path": str(memory.path), "step": memory.steps, "queries": len(attention)} | answers)
     else:
-        print("\n\n".join(piece for table in answers.values() for piece in _pieces(table)))
+        print("\n\n".join(table.to_text() for table in answers.values()))
     return 0
 
 
-def _layer_by_layer(layers: Sequence[str], ask: Callable[[str], Table], what: str) -> Table:
-    """One table of all layers, ordered by query, with a progress bar on a terminal: each layer is a pass."""
-    parts = [ask(layer) for layer in tqdm(layers, desc=what, unit=" layers", leave=False, disable=None)]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].columns}
-    order = np.argsort(columns["query"], kind="stable")
-    return Table({name: values[order] for name, values in columns.items()}, title=parts[0].title)
+@contextmanager
+def _progress(memory: DualMemory, what: str, layers: Sequence[str]) -> Iterator[None]:
+    """A progress bar over the patterns of one pass; on a terminal only."""
+    total = sum(memory.patterns(layer) for layer in layers)
+    with tqdm(total=total, desc=what, unit=" patterns", unit_scale=True, leave=False, disable=None) as bar:
+        memory.on_progress(bar.update)
+        try:
+            yield
+        finally:
+            memory.on_progress(None)
 
 
 # ---- the user's model and inputs -----------------------------------------------------------------------------
@@ -222,13 +219,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 # ---- output --------------------------------------------------------------------------------------------------
-
-
-def _pieces(table: Table) -> Iterator[str]:
-    """The whole table: where a printed table would be cut, its headings are repeated."""
-    for start in range(0, max(1, len(table)), SHOWN):
-        part = {name: table[name][start : start + SHOWN] for name in table.columns}
-        yield str(Table(part, title="" if start else table.title))
 
 
 def _print_json(value: Any) -> None:

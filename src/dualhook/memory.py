@@ -93,6 +93,18 @@ class DualMemory:
         """How many patterns a layer has."""
         return self._store.count(self._spec(layer).name)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the recorded rows and the ledger on disk."""
+        return self._store.nbytes
+
+    def on_progress(self, callback: Callable[[int], None] | None) -> None:
+        """Call ``callback(patterns)`` for every block of patterns that any question has worked through; None stops.
+
+        A question is one pass over the patterns of each of its layers.
+        """
+        self._store.on_rows = callback
+
     def info(self) -> Table:
         """Per layer: its shape, patterns, optimiser, rule, whether that is exact, and how many steps are not."""
         rows = [
@@ -108,13 +120,12 @@ class DualMemory:
             for spec in self._specs.values()
         ]
         names = ("layer", "shape", "patterns", "optimizer", "rule", "exact", "inexact_steps")
-        gigabytes = self._store.nbytes / 1e9
         begin = f"steps {self._store.first_step + 1} to {self.steps}, earlier ones folded into the origin"
         return Table(
             {name: [row[k] for row in rows] for k, name in enumerate(names)},
             title=str(self.path),
             footer=f"{begin if self._store.first_step else f'{self.steps} steps'}, "
-            f"{len(self.samples):,} samples, {gigabytes:.3g} GB in {len(self._store.segments)} segments; "
+            f"{len(self.samples):,} samples, {self.nbytes / 1e9:.3g} GB in {len(self._store.segments)} segments; "
             f"columns {', '.join(self.columns)}",
         )
 

@@ -73,8 +73,10 @@ class Table:
         labels, value = self._bars or (self.columns[:-1], self.columns[-1])
         return draw_bars(self, labels, value, ax)
 
-    def __str__(self) -> str:
-        cells = [[_cell(value) for value in values[:SHOWN].tolist()] for values in self._columns.values()]
+    def to_text(self, rows: int | None = None) -> str:
+        """The printed table, all of it or its first ``rows``."""
+        shown = len(self) if rows is None else rows
+        cells = [[_cell(value) for value in values[:shown].tolist()] for values in self._columns.values()]
         widths = [max(map(len, [name, *column])) for name, column in zip(self._columns, cells, strict=True)]
         right = [np.issubdtype(values.dtype, np.number) for values in self._columns.values()]
 
@@ -85,11 +87,12 @@ class Table:
         lines = [self.title] if self.title else []
         lines += [line(list(self._columns)), line(["─" * width for width in widths])]
         lines += [line(row) for row in zip(*cells, strict=True)]
-        if len(self) > SHOWN:
-            lines.append(f"… {len(self) - SHOWN:,} more rows; .to_pandas() has them all")
+        if len(self) > shown:
+            lines.append(f"… {len(self) - shown:,} more rows: .to_text() shows them all")
         return "\n".join([*lines, self.footer] if self.footer else lines)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return self.to_text(SHOWN)
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in self._columns)

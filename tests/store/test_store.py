@@ -180,6 +180,16 @@ def test_ledger_of_different_optimisers_and_parameters(tmp_path):
     assert not bias.marked(Mark.CHANGED).any()
 
 
+def test_steps_that_stepped_on_nothing_recorded_still_count(tmp_path):
+    writer = written(tmp_path / "run")
+    for step in (1, 2):
+        writer.builder.add(step, [])
+    writer.close()
+    store = Store(tmp_path / "run")
+    assert store.last_step == 2
+    assert store.histories == {}
+
+
 def test_nothing_but_safetensors_and_json(tmp_path):
     writer = written(tmp_path / "run")
     writer.builder.append(SPEC.name, rows(3))
@@ -235,7 +245,10 @@ def test_file_systems_without_direct_writing(tmp_path, monkeypatch):
 
 
 def test_directories_that_are_no_memory(tmp_path):
-    with pytest.raises(StoreError, match=r"holds no memory: expected a file dualhook\.json"):
+    with pytest.raises(StoreError, match=r"holds no memory, there is no file dualhook\.json: expected the path"):
+        Store(tmp_path)
+    written(tmp_path / "run").close()
+    with pytest.raises(StoreError, match=rf"did you mean {tmp_path / 'run'}\?"):
         Store(tmp_path)
     (tmp_path / "dualhook.json").write_text("{")
     with pytest.raises(StoreError, match="is no manifest of a memory"):

@@ -236,7 +236,8 @@ class Recorder:
         Runs the model once in evaluation mode; random state and gradients stay as they are. Columns layer, patterns
         (rows whose output gradient turns out zero will be dropped), bytes.
         """
-        with torch.random.fork_rng(), torch.no_grad(), observe(self._selection.modules) as calls:
+        devices = {parameter.device for parameter in self._model.parameters() if parameter.device.type == "cuda"}
+        with torch.random.fork_rng(devices), torch.no_grad(), observe(self._selection.modules) as calls:
             run_model(self._model, inputs)
         rows = {name: sum(call.query[..., 0].numel() for call in seen) for name, seen in calls.items()}
         sizes = [rows[spec.name] * self._row_bytes(spec) for spec in self._selection.specs]

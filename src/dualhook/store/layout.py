@@ -128,10 +128,9 @@ class Manifest:
             StoreError: the directory is no memory, or one of a newer format.
         """
         if not layout.manifest.is_file():
-            raise StoreError(
-                f"{layout.root} holds no memory: expected a file {layout.manifest.name}; "
-                "dualhook.load takes the path that was given to dualhook.instrument"
-            )
+            inside = sorted(path.parent for path in layout.root.glob(f"*/{layout.manifest.name}"))
+            hint = f"did you mean {inside[0]}?" if inside else "expected the path that was given to dualhook.instrument"
+            raise StoreError(f"{layout.root} holds no memory, there is no file {layout.manifest.name}: {hint}")
         try:
             found = json.loads(layout.manifest.read_text(encoding="utf-8"))
             version = found["version"]

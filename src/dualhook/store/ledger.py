@@ -33,9 +33,9 @@ def pack(entries: Sequence[LedgerEntry]) -> tuple[dict[str, Tensor], dict[str, A
         [entry.scale, entry.residual, *(entry.state.get(name, math.nan) for name in state_names)] for entry in entries
     ]
     tensors = {
-        "ledger/entry": torch.tensor(whole, dtype=torch.int64).reshape(-1, 5),
-        "ledger/measured": torch.tensor(real, dtype=torch.float64).reshape(-1, 2 + len(state_names)),
-        "ledger/hyper": torch.tensor(hyper, dtype=torch.float64).reshape(-1, len(hyper_names)),
+        "ledger/entry": torch.tensor(whole, dtype=torch.int64).reshape(len(whole), 5),
+        "ledger/measured": torch.tensor(real, dtype=torch.float64).reshape(len(real), 2 + len(state_names)),
+        "ledger/hyper": torch.tensor(hyper, dtype=torch.float64).reshape(len(hyper), len(hyper_names)),
     }
     header = {
         "parameters": list(parameters),

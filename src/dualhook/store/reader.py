@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,8 @@ class Store:
         headers = ((path, read_header(path, open_tensors(path))) for path in self.layout.segments())
         self.segments = [segment for segment in (Segment(*found) for found in headers) if segment.last_step > folded]
         self.first_step = folded
+        self.on_rows: Callable[[int], None] | None = None
+        """Called with the length of every block of rows that has been worked on."""
 
     @cached_property
     def histories(self) -> dict[str, History]:
@@ -134,6 +136,8 @@ class Store:
                     columns,
                     first + start,
                 )
+                if self.on_rows is not None:
+                    self.on_rows(min(block_rows, count - start))
 
     def coordinates(self, layer: str, name: str) -> Iterator[Tensor]:
         """One coordinate or recorded column of all the layer's patterns, a segment at a time."""

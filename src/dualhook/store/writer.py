@@ -65,11 +65,9 @@ class Writer:
     def seal(self) -> None:
         """Hand the committed rows to the writing thread; waits while all buffers are in use.
 
-        Raises:
-            StoreError: an earlier segment could not be written.
+        After an error nothing more is written; :meth:`check` raises it.
         """
-        self.check()
-        if self.builder.steps is None:
+        if self.builder.steps is None or self.error is not None:
             return
         self._sealed_bytes += self.builder.nbytes
         done, self.builder = self.builder, self._next_builder()
@@ -134,7 +132,7 @@ class Writer:
             StoreError: a segment could not be written.
         """
         try:
-            if self.error is None and not discard:
+            if not discard:
                 self.seal()
         finally:
             self._sealed.put(None)
