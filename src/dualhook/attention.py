@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualhook.errors import DualHookError, LayerError
+from dualhook.errors import DualHookError, LayerError, RuleError
 from dualhook.query import Collector, GroupSums, LayerQuery, Receipt, TopPatterns, scan
 from dualhook.query.collectors import CRITERIA, Criterion
 from dualhook.records import Rows, RowSource
@@ -67,6 +67,7 @@ class Attention:
 
         Raises:
             DualHookError: an unknown criterion, layer, or a ``k`` below 1.
+            RuleError: contributions of a layer whose optimiser has no exact rule; its attention weights can be ranked.
         """
         if by not in CRITERIA:
             raise DualHookError(f"by={by!r}: expected one of {', '.join(CRITERIA)}")
@@ -74,6 +75,8 @@ class Attention:
             raise DualHookError(f"k={k}: expected at least 1")
         found = []
         for asked in self._asked(layers):
+            if asked.made_of.unknown and by.endswith("contribution"):
+                raise RuleError(asked.made_of.unknown)
             top = TopPatterns(k, by, largest)
             self._pass(asked, top)
             result = {name: values.numpy() for name, values in top.result(len(asked)).items()}
@@ -91,7 +94,8 @@ class Attention:
 
         ``column`` is ``"step"``, ``"sample"``, ``"position"``, a column given to ``recorder.batch`` or one added by
         ``memory.add_column``. Columns query, layer, the column, weight, abs_weight, contribution, abs_contribution;
-        the contributions of a query and layer add up to what the patterns put into the prediction.
+        the contributions of a query and layer add up to what the patterns put into the prediction (NaN for a layer
+        whose optimiser has no exact rule).
 
         Raises:
             DualHookError: an unknown column.

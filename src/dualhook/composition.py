@@ -9,7 +9,7 @@ from dualhook.optimizers import coefficients
 from dualhook.records import AVERAGE, INEXACT, VALUE, Coefficients, Composition, LayerSpec
 from dualhook.store import Store
 
-__all__ = ["compose", "inexact_steps"]
+__all__ = ["compose", "inexact_steps", "unknown_composition"]
 
 
 def compose(
@@ -25,6 +25,15 @@ def compose(
     """
     parts = [_of_parameter(store, name, horizon, weights, component) for name in spec.parameters]
     return Composition(spec, *parts[0], *(parts[1] if len(parts) > 1 else ()))
+
+
+def unknown_composition(spec: LayerSpec, horizon: int, why: str) -> Composition:
+    """What stands for a layer whose optimiser has no rule: keys and queries are known, coefficients are not."""
+    nan = torch.full((horizon + 1,), torch.nan, dtype=torch.float64)
+    weight = torch.full((spec.out_features, spec.in_features), torch.nan, dtype=torch.float64)
+    if spec.bias is None:
+        return Composition(spec, nan, weight, unknown=why)
+    return Composition(spec, nan, weight, nan, weight[:, 0], unknown=why)
 
 
 def _of_parameter(

@@ -120,7 +120,7 @@ def run_demo(
     )
     with instrument(model, out / "memory", overwrite=True, verbose=False) as recorder:
         size = int(recorder.estimate(data.train_images[:1])["bytes"].sum()) * len(dataset) * epochs
-        print(f"Training 784-800-800-10 on {len(dataset):,} images of clothes, {epochs} epochs of plain SGD")
+        print(f"Training 784-800-800-10 on {len(dataset):,} images of clothes, {epochs} epochs of SGD with momentum")
         print(f"Recording every pattern to {out / 'memory'} (about {size / 1e9:.2g} GB)\n", flush=True)
         _train(model, loader, recorder, epochs)
     return _ask(out, recorder.close(), model, data)

@@ -17,7 +17,7 @@ from dualhook.attention import Attention
 from dualhook.capture import Observed, directions, observe, unwrapped
 from dualhook.capture.selection import ROOT
 from dualhook.columns import Columns
-from dualhook.composition import compose, inexact_steps
+from dualhook.composition import compose, inexact_steps, unknown_composition
 from dualhook.dual import DualLinear
 from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
 from dualhook.model import Target, predicted_scores, run_model
@@ -163,9 +163,10 @@ class DualMemory:
             layers: the layers to ask, default all.
             step: the step whose weights ``model`` holds, default the last.
 
+        A layer that was trained by an optimiser without an exact rule has attention weights, but no contributions.
+
         Raises:
             LayerError: the model, the inputs or the target do not fit the memory.
-            RuleError: a layer was trained by an optimiser without an exact rule.
         """
         horizon = self._horizon(step)
         inner, modules = self._modules(model, self._named(layers))
@@ -320,7 +321,11 @@ class DualMemory:
         output = query.double() @ module.weight.detach().double().cpu().T  # type: ignore[operator]
         if module.bias is not None:
             output = output + module.bias.detach().double().cpu()  # type: ignore[operator]
-        return LayerQuery(self._composition(spec, horizon), query, direction, output)
+        try:
+            made_of = self._composition(spec, horizon)
+        except RuleError as error:  # attention weights need no rule
+            made_of = unknown_composition(spec, horizon, str(error))
+        return LayerQuery(made_of, query, direction, output)
 
     def _actual(self, model: nn.Module | None, horizon: int) -> Mapping[str, Tensor]:
         if model is not None:

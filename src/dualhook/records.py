@@ -192,6 +192,8 @@ class Composition:
     origin_weight: Tensor
     bias: Tensor | None = None
     origin_bias: Tensor | None = None
+    unknown: str = ""
+    """Why nothing of this is known (all NaN): no rule explains the optimiser."""
 
     @property
     def horizon(self) -> int:

@@ -14,6 +14,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -310,6 +311,16 @@ def test_an_optimiser_without_a_rule_is_recorded_and_said(tmp_path):
     for ask in (memory.verify, lambda: memory.weight("0"), lambda: memory.dual(model), lambda: memory.without([])):
         with pytest.raises(dualhook.DualHookError, match="no exact rule exists yet"):
             ask()
+    x = torch.randn(2, I)
+    attention = memory.attend(model, x)
+    with pytest.raises(dualhook.DualHookError, match="attention weights can be asked"):
+        attention.top(3)
+    top = attention.top(3, by="weight", layers="0")
+    keys = torch.cat([rows.key for rows in memory._store.blocks("0", last_step=9, block_rows=99)])
+    true = (x @ keys.T + 1).topk(3).values.flatten()
+    assert np.allclose(top["weight"], true, rtol=1e-5)
+    assert np.isnan(top["contribution"]).all()
+    assert np.isnan(attention.explained["explained"]).all()
 
 
 class TestBudget:

@@ -184,7 +184,7 @@ def _rules(history: History) -> dict[str, ScalarRule]:
         if rule is None:
             raise RuleError(
                 f"{history.parameter!r} was trained by {name}, for which no exact rule exists yet; "
-                "attention weights (key · query) and the recorded rows are available, contributions are not"
+                "its rows are recorded and attention weights can be asked (by='weight'), contributions cannot"
             )
         rules[name] = rule
     return rules

@@ -155,8 +155,8 @@ class StepBook:
         if rule is None:
             self._warn_once(
                 f"rule {name}",
-                f"no exact rule exists yet for {name}: rows and hyper-parameters are recorded, attention weights "
-                "are available, contributions and verify() are not",
+                f"no exact rule exists yet for {name}: rows and hyper-parameters are recorded and attention weights "
+                "can be asked, contributions, weight(), dual() and verify() cannot",
             )
         if any(known is optimizer for known in self._stepping):
             self._end_step()
