@@ -322,7 +322,7 @@ def test_a_run_without_samples():
         ),
         (
             lambda t: t.memory.attend(nn.Linear(I, C), t.x),
-            "Linear has no linear layer 'body', which .* expected the recorded",
+            "Linear has no linear layer 'body': expected the recorded model, with the layers body, head",
         ),
         (
             lambda t: t.memory.attend(nn.ModuleDict({"body": nn.Linear(I, 5), "head": nn.Linear(5, C)}), t.x),

@@ -22,7 +22,7 @@ ALLOWED = {
     "records": set(),
     "errors": set(),
     "table": {"report"},
-    "model": SHARED,
+    "model": SHARED | {"capture"},
     "composition": SHARED | {"optimizers", "store"},
     "dual": SHARED | {"query"},
     "attention": SHARED | {"query"},

@@ -28,7 +28,7 @@ RATE, MOMENTUM = 0.02, 0.9
 
 
 def network() -> nn.Sequential:
-    """The network of Irie et al. 2022, section 4: 784-800-800-10 with ReLU; takes images [b, 784]."""
+    """The image classifier of Irie et al. 2022: 784-800-800-10 with ReLU; takes images [b, 784]."""
     return nn.Sequential(
         OrderedDict(
             fc1=nn.Linear(784, 800), relu1=nn.ReLU(), fc2=nn.Linear(800, 800), relu2=nn.ReLU(), fc3=nn.Linear(800, 10)

@@ -12,7 +12,7 @@ __all__ = ["DualLinear"]
 
 
 class DualLinear(nn.Module):
-    """``y = a W_0 x + sum_s value_s (key_s · x)`` in place of ``y = W_T x`` (Irie et al. 2022, equation 7).
+    """``y = a W_0 x + sum_s value_s (key_s · x)`` in place of ``y = W_T x`` (Irie et al. 2022).
 
     Holds no weight: every call streams through the memory. ``keep`` is held as long as the layer is.
     """

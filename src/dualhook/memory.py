@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dualhook.attention import Attention
-from dualhook.capture import Observed, directions, observe, unwrapped
-from dualhook.capture.selection import ROOT
+from dualhook.capture import Observed, directions, observe
 from dualhook.columns import Columns
 from dualhook.composition import compose, inexact_steps, unknown_composition
 from dualhook.dual import DualLinear
 from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
-from dualhook.model import Target, predicted_scores, run_model
+from dualhook.model import Target, find_layers, predicted_scores, run_model, with_module
 from dualhook.optimizers import average_weights, rule_for
 from dualhook.query import LayerQuery, rebuild
 from dualhook.records import AVERAGE, Composition, LayerSpec, Rows
@@ -169,7 +168,7 @@ class DualMemory:
             LayerError: the model, the inputs or the target do not fit the memory.
         """
         horizon = self._horizon(step)
-        inner, modules = self._modules(model, self._named(layers))
+        inner, modules = find_layers(model, [self._specs[name] for name in self._named(layers)])
         with torch.inference_mode(False), torch.enable_grad(), observe(modules) as calls:
             scores = predicted_scores(run_model(inner, inputs), target)
             seen = [(name, call) for name, own in calls.items() for call in own]
@@ -253,13 +252,13 @@ class DualMemory:
         Raises:
             LayerError: ``model`` is not the recorded one.
         """
-        inner, modules = self._modules(model, list(self._specs))
+        inner, modules = find_layers(model, list(self._specs.values()))
         twin = copy.deepcopy(inner)
         for spec, module in modules:
             for name, other in list(inner.named_modules(remove_duplicate=False)):
                 if other is module:
                     made_of = self._composition(spec, self.steps)
-                    twin = _replace(twin, name, DualLinear(self._store, made_of, keep=self._keep))
+                    twin = with_module(twin, name, DualLinear(self._store, made_of, keep=self._keep))
         return twin
 
     def averaged(self, name: str, *, start: int = 1, every: int = 1, decay: float = 0.999) -> DualMemory:
@@ -329,35 +328,13 @@ class DualMemory:
 
     def _actual(self, model: nn.Module | None, horizon: int) -> Mapping[str, Tensor]:
         if model is not None:
-            inner, _ = self._modules(model, list(self._specs))
+            inner, _ = find_layers(model, list(self._specs.values()))
             return {name: parameter.detach() for name, parameter in inner.named_parameters()}
         latest = self._store.latest()
         if latest is None or latest[0] != horizon or self._average is not None:
             held = "holds no weights" if latest is None else f"holds the weights after step {latest[0]}"
             raise StoreError(f"{self.path} {held}: pass the model whose weights verify() is to compare with")
         return latest[1]
-
-    def _modules(self, model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, list[tuple[LayerSpec, nn.Module]]]:
-        """The recorded layers of the user's model, which must be the recorded one by names and shapes."""
-        inner = unwrapped(model)
-        there = dict(inner.named_modules(remove_duplicate=False))
-        modules: list[tuple[LayerSpec, nn.Module]] = []
-        for name in names:
-            spec = self._specs[name]
-            module = there.get("" if name == ROOT else name)
-            if not isinstance(module, nn.Linear):
-                raise LayerError(
-                    f"{type(inner).__name__} has no linear layer {name!r}, which {self.path} records: "
-                    f"expected the recorded model, with the layers {', '.join(self._specs)}"
-                )
-            if (module.in_features, module.out_features) != (spec.in_features, spec.out_features):
-                raise LayerError(
-                    f"layer {name!r} of {type(inner).__name__} maps {module.in_features} to {module.out_features}, "
-                    f"the recorded one {spec.in_features} to {spec.out_features}: expected the recorded model"
-                )
-            shared = {id(other): other for other in there.values() if getattr(other, "weight", None) is module.weight}
-            modules += [(spec, other) for other in shared.values() if isinstance(other, nn.Linear)]
-        return inner, modules
 
     def _named(self, layers: str | Iterable[str] | None) -> list[str]:
         if layers is None:
@@ -392,11 +369,3 @@ class DualMemory:
 
     def _is_exact(self, spec: LayerSpec) -> bool:
         return all((rule := rule_for(name)) is not None and rule.exact for name in self._optimizers(spec))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    if not name:
-        return module
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-    return model

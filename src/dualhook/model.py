@@ -9,11 +9,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualhook.capture import unwrapped
+from dualhook.capture.selection import ROOT
 from dualhook.errors import LayerError
+from dualhook.records import LayerSpec
 
-__all__ = ["Target", "predicted_scores", "run_model"]
+__all__ = ["Target", "find_layers", "predicted_scores", "run_model", "with_module"]
 
 Target = int | Sequence[int] | Tensor | Callable[[Any], Tensor] | None
+
+
+def find_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> tuple[nn.Module, list[tuple[LayerSpec, nn.Module]]]:
+    """The user's model inside torch's wrappers, and in it the recorded layers with every module that shares them.
+
+    Raises:
+        LayerError: a layer is not there, or has another shape: this is not the recorded model.
+    """
+    inner = unwrapped(model)
+    there = dict(inner.named_modules(remove_duplicate=False))
+    modules: list[tuple[LayerSpec, nn.Module]] = []
+    for spec in specs:
+        module = there.get("" if spec.name == ROOT else spec.name)
+        if not isinstance(module, nn.Linear):
+            raise LayerError(
+                f"{type(inner).__name__} has no linear layer {spec.name!r}: "
+                f"expected the recorded model, with the layers {', '.join(other.name for other in specs)}"
+            )
+        if (module.in_features, module.out_features) != (spec.in_features, spec.out_features):
+            raise LayerError(
+                f"layer {spec.name!r} of {type(inner).__name__} maps {module.in_features} to {module.out_features}, "
+                f"the recorded one {spec.in_features} to {spec.out_features}: expected the recorded model"
+            )
+        shared = {id(other): other for other in there.values() if getattr(other, "weight", None) is module.weight}
+        modules += [(spec, other) for other in shared.values() if isinstance(other, nn.Linear)]
+    return inner, modules
+
+
+def with_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The model with the named module replaced; the root is replaced by returning the module itself."""
+    if not name:
+        return module
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+    return model
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
