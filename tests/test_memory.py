@@ -79,10 +79,9 @@ def test_verify(trained):
     with torch.no_grad():
         other = copy.deepcopy(trained.model)
         other.head.weight[0, 0] += 0.1
+        size = torch.cat([parameter.flatten() for parameter in other.head.parameters()]).norm().item()
     error = trained.memory.verify(other).where(layer="head")["error"][0]
-    assert error == pytest.approx(
-        0.1 / float(torch.cat([p.flatten() for p in other.head.parameters()]).norm()), rel=1e-6
-    )
+    assert error == pytest.approx(0.1 / size, rel=1e-6)
 
 
 def test_time_travel(trained):

@@ -216,6 +216,49 @@ def test_a_recorder_that_nobody_holds_closes_itself(tmp_path):
     assert dualhook.load(tmp_path / "run").verify().max_error < 1e-6
 
 
+def test_a_layer_replaced_after_instrumenting_is_said():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    model[2] = nn.Linear(8, O)
+    train(model)
+    with pytest.warns(UserWarning, match="layer '2' is no longer part of the model"):
+        memory = recorder.close()
+    assert memory.layers == ["0"]
+
+
+@pytest.mark.parametrize("same_values", [True, False])
+def test_parameters_replaced_by_loading_are_followed(same_values):
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    train(model, 2, momentum=0.0)
+    state = {name: value.clone() * (1 if same_values else 2) for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)  # new Parameter objects
+    if same_values:
+        train(model, 2, momentum=0.0)
+    else:
+        with pytest.warns(dualhook.InexactWarning, match="step 3: "):
+            train(model, 2, momentum=0.0)
+    memory = recorder.close()
+    assert memory.steps == 4
+    assert memory.verify()["exact"].all() == same_values
+    assert (memory.verify().max_error < 1e-6) == same_values
+
+
+def test_a_model_that_changes_its_dtype():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    train(model, 2)
+    model.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(6, I).double()), torch.randint(0, O, (6,))).backward()
+        optimizer.step()
+    memory = recorder.close()
+    assert memory.verify()["exact"].all()
+    assert memory.verify().max_error < 1e-6
+
+
 def test_dtype_of_the_rows(tmp_path):
     model = network()
     with dualhook.instrument(model, tmp_path / "run", dtype=torch.bfloat16, verbose=False) as recorder:

@@ -34,7 +34,7 @@ from dualhook.capture.selection import LayerChoice
 from dualhook.errors import BudgetError, DualHookError, LayerError, StoreError
 from dualhook.memory import DualMemory
 from dualhook.model import run_model
-from dualhook.optimizers import class_name, rule_for
+from dualhook.optimizers import rule_for
 from dualhook.recorder.folding import folding_to
 from dualhook.recorder.scope import BatchScope, TemporaryRoot
 from dualhook.recorder.steps import StepBook
@@ -150,7 +150,9 @@ class Recorder:
             after_write=folding_to(budget) if on_full == "fold" else None,
         )
         # the model's hooks hold the book, the book the recorder: it lives as long as the model, held by the user or not
-        self._book = StepBook(model, selection, self._writer, dtype=dtype, optimizers=optimizers, on_step=self._on_step)
+        self._book = StepBook(selection, self._writer, dtype=dtype, on_step=self._on_step)
+        for optimizer in optimizers:
+            self._book.meet(optimizer)
         self._handles = []
         for intake in self._book.intakes:
             self._handles.append(LinearTap(intake.module, intake.on_call).attach())
@@ -222,11 +224,9 @@ class Recorder:
     def coverage(self) -> Table:
         """Every trainable parameter: recorded in which layer, by which rule, at how many bytes a row, or why not."""
         rules: dict[str, str] = {}
-        for optimizer in self._book.optimizers:
-            name = class_name(type(optimizer))
+        for parameter, name in self._book.trained_by.items():
             rule = rule_for(name)
-            label = f"{rule.name} (exact)" if rule is not None else f"none yet for {name}"
-            rules |= {watched.name: label for watched, _ in self._book.members(optimizer)}
+            rules[parameter] = f"{rule.name} (exact)" if rule is not None else f"none yet for {name}"
         sizes = {spec.name: self._row_bytes(spec) for spec in self._selection.specs}
         return coverage_table(self._model, self._selection, rules, sizes)
 
@@ -345,6 +345,15 @@ class Recorder:
                 UserWarning,
                 stacklevel=3,
             )
+        present = set(self._model.modules())
+        for spec, module in self._selection.modules:
+            if module not in present:
+                warnings.warn(
+                    f"layer {spec.name!r} is no longer part of the model: what replaced it since instrument() is not "
+                    "recorded; change the model first, then instrument it",
+                    UserWarning,
+                    stacklevel=3,
+                )
         self._writer.write_latest(self.steps, values)
 
     def _detach(self) -> None:

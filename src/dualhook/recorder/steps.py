@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,29 +34,42 @@ class Watched:
 
     name: str
     spec: LayerSpec
-    parameter: nn.Parameter
-    stepped: bool = False
+    module: nn.Module
+    attribute: str  # of the module; looked up every time, since loading weights may put another parameter there
+    seen: Tensor | None = None  # None: not stepped yet
     version: int = -1
     entries: Tensor | None = None
     state: Mapping[str, Any] | None = None  # the optimiser's own dict, compared by identity
 
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as the module has it now."""
+        found: nn.Parameter = getattr(self.module, self.attribute)
+        return found
+
+    @property
+    def stepped(self) -> bool:
+        """Whether an optimiser has stepped on it."""
+        return self.seen is not None
+
     def remember(self, optimizer: Optimizer) -> None:
         """Note what the step has left."""
-        self.stepped = True
-        self.version = self.parameter._version
+        self.seen = self.parameter
+        self.version = self.seen._version
         self.entries = self._fingerprint()
-        self.state = optimizer.state.get(self.parameter)
+        self.state = optimizer.state.get(self.seen)
 
     def changed_since(self) -> bool:
         """Whether something else has written to the parameter after its last step."""
-        if not self.stepped or self.parameter._version == self.version or self.entries is None:
-            return False  # an evaluation that swaps averaged weights in and out again raises the version only
+        if self.entries is None or (self.parameter is self.seen and self.seen._version == self.version):
+            return False
+        # an evaluation that swaps averaged weights in and out again raises the version only
         return not torch.equal(self.entries.nan_to_num(), self._fingerprint().nan_to_num())
 
     def _fingerprint(self) -> Tensor:
         count = self.parameter.numel()
         index = torch.arange(0, count, max(1, count // FINGERPRINT), device=self.parameter.device)
-        return torch.take(self.parameter.detach(), index)
+        return torch.take(self.parameter.detach(), index).double()
 
 
 @dataclass
@@ -79,27 +92,29 @@ class StepBook:
 
     def __init__(
         self,
-        model: nn.Module,
         selection: Selection,
         writer: Writer,
         *,
         dtype: torch.dtype | None,
-        optimizers: Iterable[Optimizer],
         on_step: Callable[[int], None],
     ) -> None:
         self.writer = writer
         self.step = 0
         self.recording = True
         self.batch: Batch | None = None
-        self.optimizers = list(optimizers)
+        self.trained_by: dict[str, str] = {}
+        """The class of the optimiser that holds each parameter, as far as it has been seen."""
         self._dtype = dtype
         self._on_step = on_step
         self._intakes: dict[str, list[Intake]] = {}
         for spec, module in selection.modules:
             self._intakes.setdefault(spec.name, []).append(Intake(spec, module, self))
         self._probes = {spec.name: LayerProbe(spec) for spec in selection.specs}
-        named = dict(model.named_parameters())
-        self.watched = {name: Watched(name, spec, named[name]) for spec in selection.specs for name in spec.parameters}
+        self.watched = {
+            name: Watched(name, spec, self._intakes[spec.name][0].module, attribute)
+            for spec in selection.specs
+            for name, attribute in zip(spec.parameters, ("weight", "bias"), strict=False)
+        }
         self._stepping: list[Optimizer] = []  # the optimisers that have stepped in the current step
         self._waited: dict[str, int] = {}  # steps for which a layer's pending rows have been waiting
         self._current: Step | None = None
@@ -140,6 +155,12 @@ class StepBook:
                 if id(parameter) in own:
                     yield own[id(parameter)], number
 
+    def meet(self, optimizer: Optimizer) -> str:
+        """Note which parameters an optimiser holds; returns the name of its class."""
+        name = class_name(type(optimizer))
+        self.trained_by |= {watched.name: name for watched, _ in self.members(optimizer)}
+        return name
+
     def before(self, optimizer: Optimizer, has_closure: bool) -> None:
         """An optimiser is about to step; with a closure the backward pass is still to come."""
         if self._current is not None:  # its step ended in an exception, half done perhaps
@@ -148,9 +169,7 @@ class StepBook:
         members = list(self.members(optimizer))
         if not members:
             return
-        if not any(known is optimizer for known in self.optimizers):
-            self.optimizers.append(optimizer)
-        name = class_name(type(optimizer))
+        name = self.meet(optimizer)
         rule = rule_for(name)
         if rule is None:
             self._warn_once(
