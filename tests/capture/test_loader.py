@@ -241,7 +241,8 @@ def test_batches_that_make_no_sense(samples, columns, words):
 
 
 def test_a_loader_without_order_is_said():
-    loader = DataLoader(Plain(), batch_size=5, num_workers=1, in_order=False)
+    loader = DataLoader(Plain(), batch_size=5, num_workers=1)
+    loader.in_order = False  # the argument came with torch 2.6
     recorder = dualhook.instrument(nn.Linear(I, 2), verbose=False)
     with pytest.warns(UserWarning, match="in_order=False"):
         for _ in recorder.track(loader):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -447,6 +448,30 @@ def test_any_number_of_batch_dimensions():
     assert memory.verify().max_error < 1e-12
     assert memory.patterns("(model)") == 1 + 4 + 12 + 12
     assert memory.samples.tolist() == [0, 1, 2, 3]
+
+
+def test_in_place_activation_behind_a_layer_on_three_dimensions():
+    """Where torch gives a view there, the view's own hooks are lost."""
+    for bias in (True, False):
+        model = nn.Sequential(
+            nn.Linear(I, 7, bias=bias), nn.ReLU(inplace=True), nn.Linear(7, O), nn.ELU(inplace=True)
+        ).double()
+        recorder, optimizer = recorded(model), sgd(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(B, 4, I, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        memory = recorder.close()
+        assert memory.verify()["exact"].all()
+        assert memory.verify().max_error < 1e-12
+        x = torch.randn(2, 4, I, dtype=torch.float64)
+        twin = nn.Sequential(model[0], nn.ReLU(), model[2], nn.ELU())  # the same function, nothing in place
+        found, true = (
+            memory.attend(network, x, target=lambda output: output.sum((1, 2))).sum_by("step")
+            for network in (model, twin)
+        )
+        assert (true["abs_contribution"] > 0).any()
+        assert np.allclose(found["contribution"], true["contribution"], rtol=1e-12)
 
 
 def test_input_as_keyword_and_expanded_input():

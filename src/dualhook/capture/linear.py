@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dualhook.records import NO_SAMPLE, Batch, Rows
 
-__all__ = ["LinearTap", "as_rows", "call_input", "tapped"]
+__all__ = ["LinearTap", "as_rows", "call_input", "produced", "tapped"]
 
 OnCall = Callable[[Tensor, Tensor], "Callable[[Tensor], None] | None"]
 
@@ -44,13 +44,40 @@ class LinearTap:
             return
         on_grad = self._on_call(call_input(args, kwargs), output)
         if on_grad is not None:
-            output.register_hook(on_grad)  # type: ignore[no-untyped-call]
+            _hook_gradient(output, on_grad)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return silent
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_silent, ()
+
+
+def produced(output: Tensor) -> Tensor:
+    """The tensor that the linear map itself has made, which ``output`` may only be a view of.
+
+    Before torch 2.15 inputs of three and more dimensions give a view, and changing that in place (an activation right
+    behind the layer) takes the view's node out of the graph, hooks and all; the node of its base stays.
+    """
+    base = output._base
+    return base if base is not None and base.grad_fn is not None and base.numel() == output.numel() else output
+
+
+def _hook_gradient(output: Tensor, on_grad: Callable[[Tensor], None]) -> None:
+    """Call ``on_grad`` with ∂L/∂output as it is before anything changes the output in place."""
+    source, shape = produced(output), output.shape
+    if source is output:
+        output.register_hook(on_grad)  # type: ignore[no-untyped-call]
+        return
+    number = source.output_nr
+
+    def on_node(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[number]
+        if gradient is not None:
+            on_grad(gradient.reshape(shape))
+
+    assert source.grad_fn is not None
+    source.grad_fn.register_prehook(on_node)
 
 
 def silent(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:

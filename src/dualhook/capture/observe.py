@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dualhook.capture.linear import call_input
+from dualhook.capture.linear import call_input, produced
 from dualhook.errors import LayerError
 from dualhook.records import LayerSpec
 
@@ -36,7 +36,7 @@ def directions(scores: Tensor, calls: Sequence[Observed]) -> list[Tensor]:
     found = iter(torch.autograd.grad(scores.sum(), edges, allow_unused=True) if edges and scores.requires_grad else ())
     gradients = [next(found, None) if call.edge is not None else None for call in calls]
     return [
-        torch.zeros(call.shape, dtype=call.query.dtype, device=call.query.device) if gradient is None else gradient
+        call.query.new_zeros(call.shape) if gradient is None else gradient.reshape(call.shape)
         for call, gradient in zip(calls, gradients, strict=True)
     ]
 
@@ -75,7 +75,7 @@ def _note(calls: list[Observed]) -> Callable[..., Tensor | None]:
         if torch.is_grad_enabled() and not output.requires_grad:
             # a frozen model: start the graph here, and not with a leaf, which could not be changed in place
             output = replaced = output.detach().requires_grad_().clone()
-        edge = get_gradient_edge(output) if output.requires_grad else None
+        edge = get_gradient_edge(produced(output)) if output.requires_grad else None
         calls.append(Observed(call_input(args, kwargs).detach(), output.shape, edge))
         return replaced
 
