@@ -299,6 +299,48 @@ def test_samples_that_are_not_known_are_a_group_of_their_own():
     assert memory.attend(model, torch.randn(1, I)).sum_by("label")["label"].tolist() == ["unknown", "a", "b"]
 
 
+def test_columns_that_only_some_batches_have():
+    model = nn.Linear(I, C)
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for k, columns in enumerate(({}, {"task": 5}, {"score": 0.5}, {"task": 6, "score": 0.25})):
+        recorder.batch(samples=[k, k + 1], **columns)
+        model(torch.randn(2, I)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if k == 1:
+            recorder.flush()
+    memory = recorder.close()
+    attention = memory.attend(model, torch.randn(1, I))
+    assert attention.sum_by("task")["task"].tolist() == ["unknown", 5, 6]
+    assert attention.sum_by("score")["score"].tolist() == ["unknown", 0.25, 0.5]
+    total = attention.sum_by("step")["contribution"].sum()
+    for column in ("task", "score"):
+        assert attention.sum_by(column)["contribution"].sum() == pytest.approx(total, rel=1e-5)
+
+
+def test_samples_recorded_after_a_column_was_added(tmp_path):
+    model = nn.Linear(I, C)
+    recorder = dualhook.instrument(model, tmp_path / "run", verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for samples in ([0, 1], [2, 3]):
+        recorder.batch(samples=samples)
+        model(torch.randn(2, I)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        recorder.flush()
+        if samples == [0, 1]:
+            dualhook.load(tmp_path / "run").add_column("label", ["a", "b"])
+    recorder.close()
+    table = dualhook.load(tmp_path / "run").attend(model, torch.randn(1, I)).sum_by("label")
+    assert table["label"].tolist() == ["unknown", "a", "b"]
+
+
+def test_the_mean_of_asgd_needs_asgd(trained):
+    with pytest.raises(RuleError, match=r"was not trained by torch\.optim\.ASGD"):
+        trained.memory.averaged("asgd")
+
+
 def test_a_run_without_samples():
     model = nn.Linear(I, C)
     recorder = dualhook.instrument(model, verbose=False)
@@ -342,6 +384,9 @@ def test_a_run_without_samples():
         (lambda t: t.memory.attend(t.model, t.x, layers="head").top(1, layers="body"), "layer 'body' was not asked"),
         (lambda t: t.memory.attend(t.model, t.x[0]), r"the model gave a tensor of shape \[3\], expected logits"),
         (lambda t: t.memory.weight("bodi"), "did you mean 'body'"),
+        (lambda t: t.memory.attend(5, t.x), "model=int: expected the recorded"),
+        (lambda t: t.memory.attend(t.model, t.x, target="cat"), "target='cat': expected a class number"),
+        (lambda t: t.memory.attend(t.model, t.x[:0]), "inputs hold no query"),
     ],
 )
 def test_questions_that_do_not_fit(trained, call, words):

@@ -37,11 +37,17 @@ class Attention:
     """
 
     def __init__(
-        self, source: RowSource, layers: Sequence[LayerQuery], grouping: Callable[[str, str], Grouping]
+        self,
+        source: RowSource,
+        layers: Sequence[LayerQuery],
+        grouping: Callable[[str, str], Grouping],
+        *,
+        keep: object = None,
     ) -> None:
         self._source = source
         self._layers = {asked.name: asked for asked in layers}
         self._grouping = grouping
+        self._keep = keep  # what the source's files need to stay
         self._receipts: dict[str, Receipt] = {}
 
     @property
@@ -71,8 +77,8 @@ class Attention:
         """
         if by not in CRITERIA:
             raise DualHookError(f"by={by!r}: expected one of {', '.join(CRITERIA)}")
-        if k < 1:
-            raise DualHookError(f"k={k}: expected at least 1")
+        if not isinstance(k, int) or k < 1:
+            raise DualHookError(f"k={k!r}: expected at least 1")
         found = []
         for asked in self._asked(layers):
             if asked.made_of.unknown and by.endswith("contribution"):

@@ -17,6 +17,7 @@ from dualhook.store import Store
 __all__ = ["Columns"]
 
 COORDINATES = ("step", "sample", "position")
+UNKNOWN = "unknown"  # the group of patterns that have no value
 
 
 class Columns:
@@ -56,7 +57,7 @@ class Columns:
                     f"column {name!r} has no value for sample {missing[0]} ({len(missing)} are missing)"
                 )
             listed: Any = [values.get(sample) for sample in range(max([length, *(k + 1 for k in values)]))]
-            first = next(iter(values.values()))
+            first = next(iter(values.values()), 0)
             listed = [first if value is None else value for value in listed]  # rows that no pattern refers to
         else:
             listed = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
@@ -82,18 +83,38 @@ class Columns:
             DualHookError: there is no such column.
         """
         if column in COORDINATES or column in self._recorded:
-            stored = column if column in COORDINATES else f"column/{column}"
-            parts = [torch.unique(part) for part in self._store.coordinates(layer, stored)]
-            values = torch.unique(torch.cat(parts)) if parts else torch.zeros(0)
-            return Grouping(values.tolist(), lambda rows: torch.searchsorted(values, _of_rows(rows, column)))
+            return self._recorded_grouping(layer, column)
         if column not in self._added:
             raise DualHookError(f"no column {column!r}: expected one of {', '.join(self.names)}; see memory.add_column")
         labels, codes = np.unique(np.asarray(self._added[column]), return_inverse=True)
         known = torch.from_numpy(codes.astype(np.int64) + 1)
-        code = torch.cat([torch.zeros(1, dtype=torch.int64), known])  # group 0: the sample is not known
-        return Grouping(["unknown", *labels.tolist()], lambda rows: code[rows.sample + 1])
+        # group 0: the sample is not known, or came after the column was added
+        code = torch.cat([torch.zeros(1, dtype=torch.int64), known])
+        return Grouping(
+            [UNKNOWN, *labels.tolist()], lambda rows: code[torch.where(rows.sample < len(known), rows.sample, -1) + 1]
+        )
+
+    def _recorded_grouping(self, layer: str, column: str) -> Grouping:
+        stored = column if column in COORDINATES else f"column/{column}"
+        parts = [torch.unique(part.double()) for part in self._store.coordinates(layer, stored)]
+        values = torch.unique(torch.cat(parts)) if parts else torch.zeros(0, dtype=torch.float64)
+        if column in COORDINATES:
+            return Grouping(values.long().tolist(), lambda rows: torch.searchsorted(values, _of_rows(rows, column)))
+        # a batch without the column has left NaN, or -1 among whole numbers: group 0
+        known = values[~values.isnan() & (values != -1)]
+        whole = bool((known == known.round()).all())
+        labels = known.long().tolist() if whole else known.tolist()
+
+        def code(rows: Rows) -> Tensor:
+            found = _of_rows(rows, column)
+            return torch.where(found.isnan() | (found == -1), 0, 1 + torch.searchsorted(known, found))
+
+        return Grouping([UNKNOWN, *labels], code)
 
 
 def _of_rows(rows: Rows, column: str) -> Tensor:
-    values: Tensor = getattr(rows, column) if column in COORDINATES else rows.columns[column]
-    return values
+    if column in COORDINATES:
+        values: Tensor = getattr(rows, column)
+        return values.double()
+    found = rows.columns.get(column)
+    return torch.full((len(rows),), torch.nan, dtype=torch.float64) if found is None else found.double()

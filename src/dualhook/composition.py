@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dualhook.optimizers import coefficients
-from dualhook.records import AVERAGE, INEXACT, VALUE, Coefficients, Composition, LayerSpec
+from dualhook.records import AVERAGE, VALUE, Coefficients, Composition, LayerSpec
 from dualhook.store import Store
 
-__all__ = ["compose", "inexact_steps", "unknown_composition"]
+__all__ = ["compose", "unknown_composition"]
 
 
 def compose(
@@ -55,9 +55,3 @@ def _of_parameter(
         elif part == AVERAGE:  # a running mean that has not begun is the weight itself, a momentum buffer zero
             share += factor * origin[VALUE].double()
     return by_step, share
-
-
-def inexact_steps(store: Store, spec: LayerSpec, horizon: int) -> int:
-    """How many of the layer's steps up to ``horizon`` are marked inexact in the ledger."""
-    histories = [store.histories[name] for name in spec.parameters if name in store.histories]
-    return max((int((h.marked(INEXACT) & (h.step <= horizon)).sum()) for h in histories), default=0)

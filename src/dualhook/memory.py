@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from dualhook.attention import Attention
 from dualhook.capture import Observed, directions, observe
 from dualhook.columns import Columns
-from dualhook.composition import compose, inexact_steps, unknown_composition
+from dualhook.composition import compose, unknown_composition
 from dualhook.dual import DualLinear
 from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
 from dualhook.model import Target, find_layers, predicted_scores, run_model, with_module
@@ -27,6 +28,8 @@ from dualhook.store import Store
 from dualhook.table import Table
 
 __all__ = ["DualMemory", "VerifyReport", "load"]
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def load(path: str | os.PathLike[str]) -> DualMemory:
@@ -43,8 +46,8 @@ class VerifyReport(Table):
 
     @property
     def max_error(self) -> float:
-        """The largest relative error of any layer; NaN if a layer's is."""
-        return float(np.max(self["error"])) if len(self) else 0.0
+        """The largest relative error of any layer; NaN if a layer's is, or if there is no layer."""
+        return float(np.max(self["error"])) if len(self) else math.nan
 
 
 class DualMemory:
@@ -114,7 +117,7 @@ class DualMemory:
                 ", ".join(name.rpartition(".")[2] for name in self._optimizers(spec)),
                 self._rule(spec),
                 self._is_exact(spec),
-                inexact_steps(self._store, spec, self.steps),
+                self._inexact_steps(spec, self.steps),
             )
             for spec in self._specs.values()
         ]
@@ -168,7 +171,10 @@ class DualMemory:
             LayerError: the model, the inputs or the target do not fit the memory.
         """
         horizon = self._horizon(step)
-        inner, modules = find_layers(model, [self._specs[name] for name in self._named(layers)])
+        if not self._specs:
+            raise LayerError(f"{self.path} holds no patterns: no optimiser step on a recorded layer was seen")
+        specs = [self._specs[name] for name in self._named(layers)]
+        inner, modules = find_layers(model, specs)
         with torch.inference_mode(False), torch.enable_grad(), observe(modules) as calls:
             scores = predicted_scores(run_model(inner, inputs), target)
             seen = [(name, call) for name, own in calls.items() for call in own]
@@ -180,11 +186,15 @@ class DualMemory:
                 module = next(module for other, module in modules if other == spec)
                 asked.append(self._query(spec, module, own, len(scores), horizon))
         if not asked:
-            raise LayerError(f"the model's forward pass calls none of {', '.join(spec.name for spec, _ in modules)}")
-        return Attention(self._store, asked, self._columns.grouping)
+            names = ", ".join(spec.name for spec in specs)
+            raise LayerError(f"the model's forward pass calls none of {names}")
+        return Attention(self._store, asked, self._columns.grouping, keep=self._keep)
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None) -> VerifyReport:
         """Rebuild every weight from the memory and compare: ``error = |Ŵ - W| / |W|`` over weight and bias.
+
+        A layer is ``exact`` if its rule is, no step is marked otherwise, and the error is one that rounding can
+        explain: 1e-5 in float32, 1e-9 in float64, more in narrower dtypes.
 
         ``model`` holds the weights to compare with, after ``step``; default the stored weights after the last step.
 
@@ -201,8 +211,9 @@ class DualMemory:
             left = sum(float((rebuilt[name] - actual[name].double().cpu()).square().sum()) for name in known)
             size = sum(float(actual[name].double().square().sum()) for name in known)
             error = (left / size) ** 0.5 if size else left**0.5 if known else float("nan")
-            inexact = inexact_steps(self._store, spec, horizon)
-            rows.append((spec.name, error, self._rule(spec), self._is_exact(spec) and not inexact, inexact))
+            inexact = self._inexact_steps(spec, horizon)
+            exact = self._is_exact(spec) and not inexact and error <= self._rounding(spec)
+            rows.append((spec.name, error, self._rule(spec), exact, inexact))
         names = ("layer", "error", "rule", "exact", "inexact_steps")
         report = VerifyReport(
             {name: [row[k] for row in rows] for k, name in enumerate(names)},
@@ -275,6 +286,10 @@ class DualMemory:
             raise RuleError(
                 f"{self.path} has folded its first {self._store.first_step} steps into the origin: "
                 "an average needs every step; record with a larger max_bytes"
+            )
+        if name == "asgd" and not any("asgd" in self._rule(spec) for spec in self._specs.values()):
+            raise RuleError(
+                f"{self.path} was not trained by torch.optim.ASGD: there is no mean of its own to ask about"
             )
         settings = {"start": start, "every": every, "decay": decay}
         if name != "asgd":
@@ -352,10 +367,14 @@ class DualMemory:
         last, first = self.steps, self._store.first_step
         if step is None:
             return last
-        if not first <= step <= last:
+        if not isinstance(step, int) or not first <= step <= last:
             raise DualHookError(
                 f"step {step}: expected {first} to {last}"
-                + (", the steps before were folded into the origin" if 0 <= step < first else "")
+                + (
+                    ", the steps before were folded into the origin"
+                    if isinstance(step, int) and 0 <= step < first
+                    else ""
+                )
             )
         return step
 
@@ -366,6 +385,13 @@ class DualMemory:
     def _rule(self, spec: LayerSpec) -> str:
         rules = [rule_for(name) for name in self._optimizers(spec)]
         return ", ".join("none" if rule is None else rule.name for rule in rules)
+
+    def _rounding(self, spec: LayerSpec) -> float:
+        """The error that the steps' rounding can explain, for the dtype of the layer's weight."""
+        return ROUNDING.get(self._store.dtype(spec.weight), 1e-2)
+
+    def _inexact_steps(self, spec: LayerSpec, horizon: int) -> int:
+        return max(self._store.inexact_steps(name, horizon) for name in spec.parameters)
 
     def _is_exact(self, spec: LayerSpec) -> bool:
         return all((rule := rule_for(name)) is not None and rule.exact for name in self._optimizers(spec))

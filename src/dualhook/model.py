@@ -25,6 +25,8 @@ def find_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> tuple[nn.Module
     Raises:
         LayerError: a layer is not there, or has another shape: this is not the recorded model.
     """
+    if not isinstance(model, nn.Module):
+        raise LayerError(f"model={type(model).__name__}: expected the recorded torch.nn.Module")
     inner = unwrapped(model)
     there = dict(inner.named_modules(remove_duplicate=False))
     modules: list[tuple[LayerSpec, nn.Module]] = []
@@ -77,9 +79,14 @@ def predicted_scores(output: Any, target: Target) -> Tensor:
             raise LayerError("target=: expected the function to return a tensor of one number per query")
         return scores
     logits = _logits(output)
-    chosen = logits.argmax(-1) if target is None else torch.as_tensor(target, device=logits.device).long()
+    try:
+        chosen = logits.argmax(-1) if target is None else torch.as_tensor(target, device=logits.device).long()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LayerError(f"target={target!r}: expected a class number, one per query, or a function") from error
     if chosen.dim() == 0:
         chosen = chosen.expand(logits.shape[0])
+    if not len(logits):
+        raise LayerError("inputs hold no query")
     if chosen.shape != logits.shape[:1] or int(chosen.min()) < 0 or int(chosen.max()) >= logits.shape[1]:
         raise LayerError(
             f"target= of shape {list(chosen.shape)}: expected one class from 0 to {logits.shape[1] - 1}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
@@ -210,6 +211,47 @@ def test_rows_that_do_not_match_the_batch_have_no_sample():
     assert rows.sample.tolist() == [-1] * 6
 
 
+def test_a_loader_that_changes_between_passes_is_followed():
+    loader = DataLoader(Plain(), batch_size=5, collate_fn=as_list)
+    recorder = dualhook.instrument(nn.Linear(I, 2), verbose=False)
+    assert isinstance(next(iter(recorder.track(loader))), list)
+    loader.collate_fn = as_dict
+    assert isinstance(next(iter(recorder.track(loader))), dict)
+    assert recorder._book.batch is None
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_loaders_that_iterate_in_their_own_way_are_said(every):
+    class Own(DataLoader):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                if number % every == 0:
+                    yield batch
+
+    recorder = dualhook.instrument(nn.Linear(I, 2), verbose=False)
+    with pytest.warns(UserWarning, match="Own iterates in a way of its own: patterns get no sample"):
+        batches = list(recorder.track(Own(Plain(), batch_size=5)))
+    assert len(batches) == -(-8 // every)
+
+
+def test_samplers_that_draw_arrays():
+    class Arrays:
+        def __iter__(self):
+            yield from (np.arange(k, k + 5) for k in range(0, 35, 5))
+
+        def __len__(self):
+            return 7
+
+    recorder = dualhook.instrument(nn.Linear(I, 2), verbose=False)
+    for number, _ in enumerate(recorder.track(DataLoader(Plain(), batch_sampler=Arrays()))):
+        assert recorder._book.batch.samples.tolist() == list(range(5 * number, 5 * number + 5))
+
+
+def test_copies_of_a_tracked_loader():
+    tracked = dualhook.instrument(nn.Linear(I, 2), verbose=False).track(DataLoader(Plain(), batch_size=5))
+    assert len(copy.copy(tracked)) == 8
+
+
 def test_nested_batches_come_back():
     recorder = dualhook.instrument(nn.Linear(I, 2), verbose=False)
     with recorder.batch(samples=[1]):
@@ -226,6 +268,10 @@ def test_nested_batches_come_back():
     [
         ([[1, 2]], {}, r"samples= of shape \[1, 2\]"),
         ([0.5], {}, "expected the dataset row of every sample"),
+        (["a"], {}, "samples= of type list: expected the dataset row"),
+        (None, {}, "samples= of type NoneType: expected the dataset row"),
+        ([-3, 2], {}, "samples= with the number -3: expected the dataset row"),
+        ([1, 2], {"step": [1, 2]}, "column 'step' is recorded with every pattern anyway"),
         ([1, 2], {"task": [1, 2, 3]}, r"column 'task' has shape \[3\]: expected one value for each of the batch's 2"),
         (
             [1, 2],

@@ -133,6 +133,20 @@ def _at(memory, model, step):
     return twin
 
 
+def test_pausing_between_backward_passes_costs_nothing():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        x, y = batch()
+        F.cross_entropy(model(x), y).backward()
+        recorder.pause()
+        optimizer.step()
+        recorder.resume()
+    assert recorder.close().verify()["exact"].all()
+
+
 def test_steps_while_paused_are_marked_missing():
     model = network()
     recorder = dualhook.instrument(model, verbose=False)
@@ -198,7 +212,70 @@ def test_optimiser_state_replaced_in_the_middle_is_marked():
             x, y = batch()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-    assert not recorder.close().verify()["exact"].any()
+    report = recorder.close().verify()
+    assert report["inexact_steps"].tolist() == [1, 0]  # torch keeps the tensors of the other parameters
+    assert report["exact"].tolist() == [False, True]
+
+
+def test_a_momentum_buffer_written_to_is_marked():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.warns(dualhook.InexactWarning, match="step 3: "):
+        for k in range(3):
+            if k == 2:
+                optimizer.state[model[0].weight]["momentum_buffer"].zero_()
+            optimizer.zero_grad()
+            x, y = batch()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert recorder.close().verify()["exact"].tolist() == [False, True]
+
+
+def test_weights_changed_through_data_are_marked():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(dualhook.InexactWarning, match="step 2: "):
+        for _ in range(3):
+            optimizer.zero_grad()
+            x, y = batch()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            model[0].weight.data.clamp_(-0.1, 0.1)  # as a Wasserstein critic does; no version counts this
+    with pytest.warns(UserWarning, match="changed after the last recorded step"):
+        memory = recorder.close()
+    assert memory.verify()["inexact_steps"].tolist() == [2, 0]
+
+
+def test_verify_calls_nothing_exact_that_does_not_add_up():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: model[0].weight.data.mul_(0.99))  # before ours can look
+    optimizer.zero_grad()
+    x, y = batch()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    report = recorder.close().verify()
+    assert report["error"][0] > 1e-3
+    assert report["exact"].tolist() == [False, True]
+
+
+def test_clipping_in_the_optimisers_own_hook_is_measured():
+    model = network()
+    recorder = dualhook.instrument(model, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 0.1) and None)
+    for _ in range(3):
+        optimizer.zero_grad()
+        x, y = batch()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert list(optimizer._optimizer_step_pre_hooks) == [handle.id]
+    memory = recorder.close()
+    assert max(scales(memory)) < 0.9
+    assert memory.verify().max_error < 1e-12
 
 
 def test_nan_loss_is_recorded_as_it_is_and_said_once():
@@ -247,6 +324,28 @@ def test_a_dead_corner_of_the_grid_is_left_for_the_largest_entries():
     assert fit.scale == pytest.approx(0.5)
     (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient + 1}, rows).values()))
     assert not fit.explained
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("parameter", ["layer.weight", "layer.bias"])
+def test_the_whole_gradient_is_looked_at(dtype, parameter):
+    """One entry off the grid, clipped."""
+    spec = LayerSpec("layer", 200, 300, "layer.weight", "layer.bias")
+    probe = LayerProbe(spec)
+    key, output_grad = torch.randn(32, 200, dtype=dtype), torch.randn(32, 300, dtype=dtype)
+    rows = Rows(key, output_grad, *(torch.zeros(32, dtype=torch.int64) for _ in range(3)))
+    gradients = {"layer.weight": output_grad.T @ key, "layer.bias": output_grad.sum(0)}
+    fits = fit_scales(list(probe.measure(gradients, rows, whole=True).values()))
+    assert all(fit.explained for fit in fits)
+    off = next(o for o in range(300) if o not in set(probe._outputs.tolist()))
+    if parameter == "layer.weight":
+        gradients[parameter][off, 7] *= 0.9
+    else:
+        gradients[parameter][off] *= 0.9
+    for whole, explained in ((False, True), (True, False)):
+        found = probe.measure(gradients, rows, whole=whole)
+        (fit,) = fit_scales([found[parameter]])
+        assert fit.explained is explained
 
 
 def test_gradient_without_rows_is_unexplained_unless_zero():

@@ -265,13 +265,108 @@ def test_only_biases_train(model):
     assert torch.equal(memory.weight("0"), model[0].weight)
 
 
-def test_backbone_with_gradients_that_no_optimiser_steps(model):
+def test_backbone_with_gradients_that_no_optimiser_steps(model, monkeypatch):
+    monkeypatch.setattr("dualhook.recorder.steps.WAITING_BYTES", 0)
     recorder, optimizer = recorded(model), torch.optim.SGD(model[2].parameters(), lr=0.1)
     for _ in range(40):
         step(model, optimizer)  # nobody zeroes the first layer's gradients
     held = recorder._book.writer.builder.layers["0"]
     assert held.filled - held.committed <= 17 * B  # its rows do not pile up
     assert assert_exact(recorder, 40 * B).layers == ["2"]
+
+
+def test_backward_passes_that_no_optimiser_ever_uses(model, monkeypatch):
+    monkeypatch.setattr("dualhook.recorder.steps.PENDING_BYTES", 10_000)
+    recorder, optimizer = recorded(model), sgd(model)
+    step(model, optimizer)
+    with pytest.warns(UserWarning, match="dropped .* rows without an optimiser step"):
+        for _ in range(100):
+            loss_of(model).backward()
+    assert recorder._book.writer.builder.pending_bytes < 12_000
+    with pytest.warns(dualhook.InexactWarning, match="step 2: "):
+        optimizer.step()
+    assert not recorder.close().verify()["exact"].any()
+
+
+def test_an_optimiser_that_steps_rarely(model):
+    recorder = recorded(model)
+    first, second = sgd(model[0]), sgd(model[2])
+    for k in range(1, 41):
+        first.zero_grad()
+        loss_of(model).backward()
+        first.step()
+        if k % 20 == 0:
+            second.step()
+            second.zero_grad()
+    assert_exact(recorder, 40 * B)
+
+
+def test_micro_batch_dropped_where_only_the_weights_are_in_the_optimiser(model):
+    recorder = recorded(model)
+    optimizer = torch.optim.SGD([model[0].weight, model[2].weight], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.zero_grad()  # the biases' gradients stay
+        loss_of(model).backward()
+        optimizer.step()
+    assert_exact(recorder, 3 * B)
+
+
+def test_micro_batch_dropped_by_a_new_gradient(model):
+    recorder, optimizer = recorded(model), sgd(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        loss_of(model).backward()
+        optimizer.step()
+    assert_exact(recorder, 3 * B)
+
+
+def test_hooks_of_the_users_that_change_the_output_gradient(model):
+    model[0].register_forward_hook(
+        lambda module, inputs, output: output.register_hook(lambda d: d.clamp(-0.01, 0.01)) and None
+    )
+    recorder, optimizer = recorded(model), sgd(model)
+    for _ in range(3):
+        step(model, optimizer)
+    assert_exact(recorder, 3 * B)
+
+
+def test_layers_in_turn_over_several_segments(model):
+    """A layer that is stepped without rows: two heads in turn, gradients zeroed in place."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(I, O), nn.Linear(I, O)])
+            self.turn = 0
+
+        def forward(self, x):
+            return self.heads[self.turn](x)
+
+    net = Heads().double()
+    recorder, optimizer = recorded(net), sgd(net)
+    recorder._writer.segment_bytes = 1
+    for k in range(12):
+        net.turn = k // 3 % 2
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(net).backward()
+        optimizer.step()
+    assert_exact(recorder, 6 * B)
+
+
+def test_a_parameter_taken_away_in_the_middle(model):
+    recorder, optimizer = recorded(model), sgd(model)
+    step(model, optimizer)
+    model[2].bias = None
+    step(model, optimizer)
+    with pytest.warns(UserWarning, match="'2.bias' was changed after the last recorded step"):
+        memory = recorder.close()
+    assert memory.steps == 2
+    assert torch.allclose(memory.weight("2"), model[2].weight, atol=1e-12)
 
 
 def test_closure(model):

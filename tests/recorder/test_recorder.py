@@ -138,10 +138,15 @@ def test_path_that_holds_something(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"dtype": torch.int8}, "expected a floating-point dtype"),
+        ({"dtype": torch.int8}, "expected a floating-point torch.dtype"),
         ({"on_full": "panic"}, "expected 'fold', 'stop' or 'error'"),
         ({"max_bytes": 0}, "expected a number of bytes above 0"),
+        ({"dtype": "float16"}, "expected a floating-point torch.dtype"),
+        ({"max_bytes": "1GB"}, "expected a number of bytes above 0"),
         ({"optimizer": "sgd"}, "expected a torch.optim.Optimizer"),
+        ({"optimizer": 5}, "expected a torch.optim.Optimizer"),
+        ({"layers": []}, "layers= names nothing"),
+        ({"layers": 5}, "layers=5: expected names"),
         ({"layers": "head2"}, "no linear map matches 'head2'"),
     ],
 )
@@ -149,6 +154,50 @@ def test_arguments_of_a_wrong_kind(tmp_path, arguments, words):
     with pytest.raises(dualhook.DualHookError, match=words):
         dualhook.instrument(network(), tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()  # refused before anything is made
+
+
+def test_running_a_cell_again_replaces_the_recorder_that_is_still_there(tmp_path):
+    model, other = network(), network()
+    recorder = dualhook.instrument(model, tmp_path / "run", verbose=False)
+    train(model, 5)
+    again = dualhook.instrument(other, tmp_path / "run", overwrite=True, verbose=False)
+    assert "closed" in repr(recorder)
+    train(model, 2)  # nobody records this any more
+    train(other, 3)
+    del recorder
+    gc.collect()
+    memory = again.close()
+    assert memory.steps == 3
+    assert memory.verify()["exact"].all()
+    assert memory.verify().max_error < 1e-6
+
+
+def test_rows_without_any_optimiser_are_said(tmp_path):
+    model = network()
+    recorder = dualhook.instrument(model, tmp_path / "run", verbose=False)
+    for _ in range(3):
+        model(torch.randn(4, I)).square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    with pytest.warns(UserWarning, match=r"no torch\.optim\.Optimizer was seen to step"):
+        memory = recorder.close()
+    assert np.isnan(memory.verify().max_error)
+    with pytest.raises(LayerError, match="holds no patterns"):
+        memory.attend(model, torch.randn(2, I))
+
+
+def test_attention_keeps_its_temporary_memory():
+    def ask():
+        model = network()
+        recorder = dualhook.instrument(model, verbose=False)
+        train(model)
+        return recorder.close().attend(model, torch.randn(2, I))
+
+    attention = ask()
+    gc.collect()
+    assert len(attention.top(3)) == 2 * 2 * 3
 
 
 def test_a_temporary_memory_goes_with_its_last_user(tmp_path):
@@ -264,8 +313,9 @@ def test_dtype_of_the_rows(tmp_path):
     with dualhook.instrument(model, tmp_path / "run", dtype=torch.bfloat16, verbose=False) as recorder:
         train(model, 5)
     report = recorder.close().verify()
-    assert report["exact"].all()
+    assert report["inexact_steps"].tolist() == [0, 0]  # within what bfloat16 can say, every step is explained
     assert 1e-6 < report.max_error < 1e-2  # what the narrower rows cost shows
+    assert not report["exact"].any()
     rows = next(recorder.close()._store.blocks("0", last_step=5, block_rows=10))
     assert rows.key.dtype == rows.output_grad.dtype == torch.bfloat16
 
@@ -289,8 +339,8 @@ def test_first_step_says_what_it_costs(capsys, tmp_path):
     with dualhook.instrument(model, tmp_path / "run", max_bytes=10_000_000):
         train(model)
     (line,) = capsys.readouterr().err.splitlines()
-    size = 6 * (4 * (I + 8) + 24 + 4 * (8 + O) + 24)
-    assert line.startswith(f"dualhook: recording 2 layers, {size} B a step; the budget of 10 MB")
+    size = 6 * (4 * (I + 8) + 24 + 4 * (8 + O) + 24) + 4 * 64  # rows and ledger
+    assert line.startswith(f"dualhook: recording 2 layers, {size / 1000:.3g} kB a step; the budget of 10 MB")
     assert f"{10_000_000 // size:,} steps" in line
 
 
@@ -407,12 +457,47 @@ class TestBudget:
         mean = memory.averaged("asgd").weight("0")
         assert torch.allclose(mean, optimizer.state[model[0].weight]["ax"], rtol=1e-9, atol=1e-10)
 
+    def test_folding_keeps_the_momentum_of_a_layer_that_rests(self, tmp_path):
+        model = network().double()
+        with dualhook.instrument(model, tmp_path / "run", max_bytes=20_000, verbose=False) as recorder:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+            for k in range(80):
+                model[0].requires_grad_(not 10 <= k < 60)
+                optimizer.zero_grad()
+                F.cross_entropy(model(torch.randn(6, I).double()), torch.randint(0, O, (6,))).backward()
+                optimizer.step()
+                recorder._writer._sealed.join()
+        memory = recorder.close()
+        assert memory._store.first_step > 10
+        assert memory.verify()["exact"].all()
+        assert memory.verify().max_error < 1e-10
+
+    def test_folding_keeps_the_marks_and_no_more_origins_than_needed(self, tmp_path):
+        model = network().double()
+        recorder = dualhook.instrument(model, tmp_path / "run", max_bytes=20_000, verbose=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with pytest.warns(dualhook.InexactWarning, match="step 3: "):
+            for k in range(80):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(torch.randn(6, I).double()), torch.randint(0, O, (6,)))
+                (loss + (model[0].weight.square().sum() if k == 2 else 0)).backward()
+                optimizer.step()
+                recorder._writer._sealed.join()
+        memory = recorder.close()
+        assert memory._store.first_step > 3
+        assert memory.verify()["inexact_steps"].tolist() == [1, 0]
+        assert memory.verify()["exact"].tolist() == [False, True]
+        assert len(list((tmp_path / "run" / "origin").iterdir())) == 1
+
     def test_stopping_keeps_a_whole_memory_and_training_goes_on(self, tmp_path):
         model = network()
         recorder = dualhook.instrument(model, tmp_path / "run", max_bytes=5_000, on_full="stop", verbose=False)
         with pytest.warns(UserWarning, match=r"recording stopped after step \d+: .*max_bytes="):
             train(model, 50)
+        recorder.flush()
+        copied = recorder.save(tmp_path / "copy")
         memory = recorder.close()
+        assert copied.verify().max_error < 1e-6
         assert 0 < memory.steps < 50
         assert memory.verify().max_error < 1e-6
         assert memory.verify()["exact"].all()

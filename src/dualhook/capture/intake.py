@@ -58,23 +58,25 @@ class Intake:
         self.module = module
         self._sink = sink
         self._arrived: list[Arrival] = []
-        self._versions: dict[str, int] = {}  # of every gradient, after the last accumulation
+        self._left: tuple[int, int] | None = None  # the first gradient after the last accumulation: which, and version
         self._watched: dict[str, tuple[nn.Parameter, RemovableHandle, bool]] = {}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The layer's parameters by their names in the model."""
-        named = {self.spec.weight: self.module.weight, self.spec.bias: self.module.bias}
-        return {name: parameter for name, parameter in named.items() if name is not None}  # type: ignore[misc]
+        """The layer's parameters by their names in the model, as the module has them now."""
+        names = zip(self.spec.parameters, ("weight", "bias"), strict=False)
+        found = {name: getattr(self.module, attribute) for name, attribute in names}
+        return {name: value for name, value in found.items() if isinstance(value, nn.Parameter)}
 
     def on_call(self, key: Tensor, output: Tensor) -> Callable[[Tensor], None] | None:
         """A differentiable call of the layer; returns what its output gradient is to do."""
-        trains = [parameter.requires_grad for parameter in self.parameters.values()]
-        if not (self._sink.recording and any(trains)):
+        parameters = self.parameters
+        if not (self._sink.recording and any(parameter.requires_grad for parameter in parameters.values())):
             return None
         self._watch()
         # autograd refuses in-place changes of x only if it needs x for the weight's gradient
-        key = key.detach() if trains[0] else key.detach().clone()
+        needed = self.spec.weight in parameters and parameters[self.spec.weight].requires_grad
+        key = key.detach() if needed else key.detach().clone()
         batch = self._sink.batch
 
         def on_grad(output_grad: Tensor) -> None:
@@ -109,18 +111,24 @@ class Intake:
             self._arrived = [arrival for arrival in self._arrived if arrival.task != task]
             for arrival in ready:
                 self._sink.take(self.spec.name, as_rows(arrival.key, arrival.output_grad, arrival.batch))
-        self._versions = {name: p.grad._version for name, p in self.parameters.items() if p.grad is not None}
+        self._left = _state(self._gradient())
 
     def discard_if_zeroed(self) -> None:
         """Drop pending rows whose gradient has been zeroed since they were accumulated."""
         if not self._sink.holds(self.spec.name):
             return
-        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
-        if any(g is not None and g._version == self._versions.get(name) for name, g in gradients.items()):
+        gradient = self._gradient()
+        if _state(gradient) == self._left:
             return  # untouched since
-        # all-zero gradients without rows are as exact as with them, so a zero that came by chance costs nothing
-        if all(gradient is None or not bool(gradient.any()) for gradient in gradients.values()):
+        # an all-zero gradient without rows is as exact as with them, so a zero that came by chance costs nothing
+        if gradient is None or not bool(gradient.any()):
             self._sink.drop(self.spec.name)
+
+    def _gradient(self) -> Tensor | None:
+        """The gradient that tells whether a loop has zeroed: of the weight, or of the bias where only that trains."""
+        training = (parameter for parameter in self.parameters.values() if parameter.requires_grad)
+        lead = next(training, None)
+        return None if lead is None else lead.grad
 
     def _watch(self) -> None:
         """Hook the parameters that train: their gradients' accumulation is what makes rows count."""
@@ -140,6 +148,10 @@ class Intake:
 
     def _forget(self, task: int) -> None:
         self._arrived = [arrival for arrival in self._arrived if arrival.task != task]
+
+
+def _state(gradient: Tensor | None) -> tuple[int, int] | None:
+    return None if gradient is None else (id(gradient), gradient._version)
 
 
 class _Accumulated:

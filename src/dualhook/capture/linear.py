@@ -64,20 +64,22 @@ def produced(output: Tensor) -> Tensor:
 
 
 def _hook_gradient(output: Tensor, on_grad: Callable[[Tensor], None]) -> None:
-    """Call ``on_grad`` with ∂L/∂output as it is before anything changes the output in place."""
+    """Call ``on_grad`` with ∂L/∂output as the linear map's node gets it.
+
+    That is before anything that changes the output in place, and after the hooks that the output itself carries.
+    """
     source, shape = produced(output), output.shape
-    if source is output:
+    node, number = source.grad_fn, source.output_nr
+    if node is None:  # made by a forward of the user's own that returns a leaf
         output.register_hook(on_grad)  # type: ignore[no-untyped-call]
         return
-    number = source.output_nr
 
     def on_node(gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[number]
         if gradient is not None:
             on_grad(gradient.reshape(shape))
 
-    assert source.grad_fn is not None
-    source.grad_fn.register_prehook(on_node)
+    node.register_prehook(on_node)
 
 
 def silent(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:

@@ -11,7 +11,7 @@ import itertools
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from dualhook.records import Batch
 
 __all__ = ["TrackedLoader", "as_batch"]
 
+COORDINATES = ("step", "sample", "position")
+
 Announce = Callable[["Batch | None"], None]
 
 
@@ -33,15 +35,22 @@ def as_batch(samples: Any, columns: Mapping[str, Any]) -> Batch:
     Raises:
         DualHookError: samples that are no whole numbers, or a column of another length or of no numbers.
     """
-    numbers = torch.as_tensor(samples).detach().cpu()
+    expected = (
+        "expected the dataset row of every sample of the batch, a one-dimensional sequence of whole numbers from 0"
+    )
+    try:
+        numbers = torch.as_tensor(samples).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DualHookError(f"samples= of type {type(samples).__name__}: {expected}") from error
     if numbers.dim() > 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
-        raise DualHookError(
-            f"samples= of shape {list(numbers.shape)} and {numbers.dtype}: expected the dataset row of every sample "
-            "of the batch, a one-dimensional sequence of whole numbers"
-        )
+        raise DualHookError(f"samples= of shape {list(numbers.shape)} and {numbers.dtype}: {expected}")
     numbers = numbers.reshape(-1).long().clone()
+    if numbers.numel() and int(numbers.min()) < 0:
+        raise DualHookError(f"samples= with the number {int(numbers.min())}: {expected}")
     values = {}
     for name, column in columns.items():
+        if name in COORDINATES:
+            raise DualHookError(f"column {name!r} is recorded with every pattern anyway: choose another name")
         try:
             value = torch.as_tensor(column).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -63,7 +72,7 @@ def as_batch(samples: Any, columns: Mapping[str, Any]) -> Batch:
 class TrackedLoader:
     """Yields what ``loader`` yields and announces the samples of every batch before it is used.
 
-    Everything else (length, ``dataset``, ``sampler.set_epoch``, …) is the loader's own.
+    Reading anything else of it (length, ``dataset``, ``sampler.set_epoch``, …) reads the loader's own.
     """
 
     def __init__(self, loader: Iterable[Any], announce: Announce) -> None:
@@ -74,6 +83,8 @@ class TrackedLoader:
         return len(self._loader)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # a copy in the making
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
@@ -90,11 +101,14 @@ def _numbered(loader: Iterable[Any]) -> Iterator[tuple[Tensor | None, Any]]:
         return _counted(loader)
     if isinstance(loader.dataset, IterableDataset):
         return _counted_stream(loader)
-    if loader.num_workers and not getattr(loader, "in_order", True):
+    why = ""
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        why = f"{type(loader).__name__} iterates in a way of its own"
+    elif loader.num_workers and not getattr(loader, "in_order", True):
+        why = "a DataLoader with in_order=False yields batches in an order that cannot be followed"
+    if why:
         warnings.warn(
-            "a DataLoader with in_order=False yields batches in an order that cannot be followed: patterns get no "
-            "sample; use in_order=True, or name the rows with recorder.batch(samples=...)",
-            stacklevel=3,
+            f"{why}: patterns get no sample; name the rows with recorder.batch(samples=...)", UserWarning, stacklevel=4
         )
         return ((None, batch) for batch in loader)
     return _taped(loader)
@@ -121,6 +135,8 @@ class _Tape:
         return len(self.sampler)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
+        if name == "sampler":  # a copy in the making
+            raise AttributeError(name)
         return getattr(self.sampler, name)
 
 
@@ -129,33 +145,35 @@ _TWINS: weakref.WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = weakref.We
 
 
 def _twin(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
-    """A copy of the loader that shares everything but what is ``changed``; the loader itself stays untouched."""
+    """A copy of the loader as it is now, but for what is ``changed``; the loader itself stays untouched."""
     twin = _TWINS.get(loader)
+    workers = None if twin is None else twin.__dict__.get("_iterator")
     if twin is None:
-        twin = copy.copy(loader)
-        # DataLoader forbids setting these by attribute after its construction
-        twin.__dict__.update(changed, _iterator=None)
-        _TWINS[loader] = twin
+        twin = _TWINS[loader] = copy.copy(loader)
+    # DataLoader forbids setting these by attribute after its construction
+    twin.__dict__.update(loader.__dict__)
+    twin.__dict__.update(changed, _iterator=workers)
     return twin
 
 
 def _taped(loader: DataLoader[Any]) -> Iterator[tuple[Tensor | None, Any]]:
     which = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    twin = _twin(loader, **{which: _Tape(getattr(loader, which))})
-    batches = iter(twin)
-    drawn = getattr(twin, which).drawn  # of this pass over the loader
-    for batch in batches:
-        indices = drawn.popleft()
-        yield _row_numbers(indices if isinstance(indices, (Sequence, Tensor)) else [indices]), batch
+    known = _TWINS.get(loader)
+    tape = None if known is None else getattr(known, which)  # persistent workers go on with the one they know
+    if not isinstance(tape, _Tape) or tape.sampler is not getattr(loader, which):
+        tape = _Tape(getattr(loader, which))
+    drawn: deque[Any] | None = None
+    for batch in _twin(loader, **{which: tape}):
+        drawn = tape.drawn if drawn is None else drawn  # of this pass over the loader
+        yield (_row_numbers(drawn.popleft()) if drawn else None), batch
 
 
 def _row_numbers(indices: Any) -> Tensor | None:
     """The indices [b] as a tensor, or None for a dataset whose indices are no whole numbers."""
     try:
-        numbers = torch.as_tensor([int(index) for index in indices])
+        return torch.as_tensor([int(index) for index in (indices if hasattr(indices, "__len__") else [indices])]).long()
     except (TypeError, ValueError):
         return None
-    return numbers.long()
 
 
 class _Counting:

@@ -2,7 +2,8 @@
 
 A grid of some thousand entries of every weight's gradient is rebuilt from the rows and regressed against ``p.grad``.
 The slope is the scale between the two, however it came about (clipping, loss scaling, averaging over ranks); the
-residual says whether the rows explain the gradient at all.
+residual says whether the rows explain the gradient at all. Now and then the whole gradient is looked at through one sum
+of random signs per output, which sees what happens to entries off the grid.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Measurement:
     rebuilt: Array
     absolute: Array
     dtype: torch.dtype
+    whole: Measurement | None = None  # the same of every output's sum over all inputs with random signs
 
     @cached_property
     def squared(self) -> float:
@@ -85,9 +87,15 @@ class LayerProbe:
         generator = torch.Generator().manual_seed(0)  # its own: training's random numbers stay as they are
         self._outputs = torch.randperm(spec.out_features, generator=generator)[: GRID[0]].sort().values
         self._inputs = torch.randperm(spec.in_features, generator=generator)[: GRID[1]].sort().values
+        self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
 
-    def measure(self, gradients: Mapping[str, Tensor], rows: Rows | None) -> dict[str, Measurement]:
-        """Compare the gradients of the layer's parameters, by name, with what ``rows`` rebuild."""
+    def measure(
+        self, gradients: Mapping[str, Tensor], rows: Rows | None, *, whole: bool = False
+    ) -> dict[str, Measurement]:
+        """Compare the gradients of the layer's parameters, by name, with what ``rows`` rebuild.
+
+        ``whole`` looks at every entry of the gradients, if only in sums.
+        """
         outputs, inputs = self._outputs, self._inputs
         if rows is None:
             return {name: self._without_rows(gradient) for name, gradient in gradients.items()}
@@ -104,15 +112,26 @@ class LayerProbe:
             seen = gradient.detach().index_select(0, outputs.to(gradient.device))
             seen = seen.index_select(1, inputs.to(gradient.device)) if is_weight else seen
             found[name] = Measurement(
-                seen.cpu().double().numpy(),
+                _numpy(seen),
                 d.T @ x if is_weight else d.sum(axis=0),
                 absolute if is_weight else abs(d).sum(axis=0),
                 _coarser(rows.output_grad.dtype, gradient.dtype),
+                self._sums(gradient.detach(), rows, is_weight) if whole else None,
             )
         return found
 
+    def _sums(self, gradient: Tensor, rows: Rows, is_weight: bool) -> Measurement:
+        d, x = rows.output_grad, rows.key
+        signs = self._signs.to(x)
+        # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
+        seen = gradient @ self._signs.to(gradient) if is_weight else gradient.clone()
+        signed = x @ signs if is_weight else torch.ones_like(d[:, 0])
+        size = x.abs().sum(1) if is_weight else signed
+        dtype = _coarser(d.dtype, gradient.dtype)
+        return Measurement(_numpy(seen), _numpy(d.T @ signed), _numpy(d.abs().T @ size), dtype)
+
     def _without_rows(self, gradient: Tensor) -> Measurement:
-        largest = gradient.detach().abs().max().cpu().double().reshape(1).numpy()
+        largest = _numpy(gradient.detach().abs().max().reshape(1))
         return Measurement(largest, np.zeros(1), np.zeros(1), gradient.dtype)
 
 
@@ -143,7 +162,14 @@ def _fit(measured: Measurement, shared: float) -> Fit:
             scale, left = 1.0, measured.left(1.0)
     size = math.sqrt(_dot(measured.gradient, measured.gradient))
     limit = _tolerance(measured.dtype) * abs(scale) * measured.size
-    return Fit(scale, left / size if size else 0.0, left <= limit, math.isfinite(left))
+    explained = left <= limit and (measured.whole is None or _adds_up(measured.whole, scale))
+    return Fit(scale, left / size if size else 0.0, explained, math.isfinite(left))
+
+
+def _adds_up(sums: Measurement, scale: float) -> bool:
+    """Whether every single sum is explained, up to the rounding of its own parts."""
+    left = abs(sums.gradient - scale * sums.rebuilt)
+    return bool((left <= _tolerance(sums.dtype) * abs(scale) * sums.absolute).all())
 
 
 def _dot(a: Array, b: Array) -> float:
@@ -160,5 +186,9 @@ def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
 
 
 def _gather(values: Tensor, index: Tensor) -> Array:
-    gathered: Array = values.detach().index_select(1, index.to(values.device)).cpu().double().numpy()
-    return gathered
+    return _numpy(values.index_select(1, index.to(values.device)))
+
+
+def _numpy(values: Tensor) -> Array:
+    found: Array = values.detach().cpu().double().numpy()
+    return found

@@ -79,6 +79,8 @@ def _chosen(usable: dict[str, nn.Linear], layers: LayerChoice | None, reasons: d
         if not chosen:
             raise LayerError(f"the predicate given as layers= chose none of {_listed(usable)}")
         return chosen
+    if not isinstance(layers, (str, type, Iterable)):
+        raise LayerError(f"layers={layers!r}: expected names, globs, module types, a predicate, 'all' or 'head'")
     chosen = set()
     for wanted in [layers] if isinstance(layers, (str, type)) else layers:
         if isinstance(wanted, type):
@@ -89,6 +91,8 @@ def _chosen(usable: dict[str, nn.Linear], layers: LayerChoice | None, reasons: d
         if not hits:
             raise LayerError(_no_match(wanted, usable, reasons))
         chosen |= hits
+    if not chosen:
+        raise LayerError(f"layers= names nothing: expected some of {_listed(usable)}, or None for all")
     return chosen
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["StepWatcher"]
 
@@ -24,6 +25,7 @@ class StepWatcher:
         self._before = weakref.WeakMethod(before)
         self._after = weakref.WeakMethod(after)
         self._depth: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._last: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
         self._handles = [register_optimizer_step_pre_hook(self._pre), register_optimizer_step_post_hook(self._post)]
 
     def close(self) -> None:
@@ -38,13 +40,24 @@ class StepWatcher:
         if depth and not _steps_inside_itself(optimizer):
             depth = 0  # the step before ended in an exception, past torch's post hooks
         self._depth[optimizer] = depth + 1
+        if depth:
+            return
+        if optimizer._optimizer_step_pre_hooks:  # they may still clip the gradients: look after the last of them
+            self._last[optimizer] = optimizer.register_step_pre_hook(self._look)
+        else:
+            self._look(optimizer, args, kwargs)
+
+    def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         before = self._before()
-        if depth == 0 and before is not None:
+        if before is not None:
             before(optimizer, any(callable(a) for a in (*args[1:], *kwargs.values())))
 
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         depth = self._depth.get(optimizer, 1) - 1
         self._depth[optimizer] = depth
+        last = self._last.pop(optimizer, None)
+        if last is not None:
+            last.remove()
         after = self._after()
         if depth == 0 and after is not None:
             after(optimizer)

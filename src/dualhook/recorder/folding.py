@@ -10,7 +10,7 @@ from dualhook.composition import compose
 from dualhook.errors import RuleError, StoreError
 from dualhook.optimizers import components
 from dualhook.query import rebuild
-from dualhook.records import VALUE
+from dualhook.records import AVERAGE, MOMENTUM, VALUE
 from dualhook.store import Store, Writer
 
 __all__ = ["folding_to"]
@@ -44,10 +44,13 @@ def _fold(budget: int, writer: Writer) -> None:
     except RuleError as error:
         raise StoreError(f"the budget is used up and cannot be folded: {error}") from error
     dtypes = {name: str(store.dtype(name)).removeprefix("torch.") for name in parts}
-    writer.write_origin(step, parts, dtypes, folded=step)
+    inexact = {name: store.inexact_steps(name, step) for name in parts}
+    writer.write_origin(step, parts, dtypes, folded=step, inexact=inexact)
     for segment in gone:
         segment.path.unlink()
     writer.bytes = left
+    for path in store.superseded_by(parts):
+        path.unlink()
 
 
 def _origins_after(store: Store, step: int) -> dict[str, dict[str, Tensor]]:
@@ -65,7 +68,8 @@ def _origins_after(store: Store, step: int) -> dict[str, dict[str, Tensor]]:
 
 
 def _state_names(store: Store, parameter: str, step: int) -> tuple[str, ...]:
+    origin = store.origin(parameter).tensors
     history = store.histories.get(parameter)
-    if history is None:  # never stepped
-        return (VALUE,)
-    return components(history.where(history.step <= step), store.origin(parameter).tensors)
+    if history is None:  # no step in the segments that are left: it is as its origin says
+        return tuple(name for name in (VALUE, MOMENTUM, AVERAGE) if name in origin)
+    return components(history.where(history.step <= step), origin)

@@ -49,6 +49,9 @@ T = TypeVar("T")
 OnFull = Literal["fold", "stop", "error"]
 COORDINATE_BYTES = 3 * 8  # step, sample and position beside every row
 
+_OPEN: weakref.WeakValueDictionary[Path, Recorder] = weakref.WeakValueDictionary()
+"""The recorders of this process that are writing, by their directory."""
+
 
 def instrument(
     model: nn.Module,
@@ -72,7 +75,7 @@ def instrument(
             ``"head"``); default every ``nn.Linear``. A frozen layer is recorded from the moment it trains.
         optimizer: not needed, optimisers are found at their first step; named ones show in ``coverage`` before.
         dtype: dtype of the stored rows; default the one they were computed in (lossless).
-        max_bytes: budget on disk; default half of what is free there.
+        max_bytes: budget for patterns on disk; default half of what is free there.
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
             exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop.
         overwrite: replace a memory that is already at ``path``.
@@ -83,22 +86,26 @@ def instrument(
         StoreError: ``path`` holds a memory (without ``overwrite``) or something else.
         DualHookError: an argument of a wrong kind.
     """
+    if not isinstance(model, nn.Module):
+        raise DualHookError(f"model={type(model).__name__}: expected a torch.nn.Module")
     inner = unwrapped(model)
     if tapped(inner):
         raise LayerError(f"this {type(inner).__name__} is already instrumented: close() its recorder first")
-    if dtype is not None and not dtype.is_floating_point:
-        raise DualHookError(f"dtype={dtype}: expected a floating-point dtype for the stored rows, or None")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype for the stored rows, or None")
     if on_full not in ("fold", "stop", "error"):
         raise DualHookError(f"on_full={on_full!r}: expected 'fold', 'stop' or 'error'")
-    if max_bytes is not None and max_bytes <= 0:
+    if max_bytes is not None and not (isinstance(max_bytes, int) and max_bytes > 0):
         raise DualHookError(f"max_bytes={max_bytes}: expected a number of bytes above 0, or None")
-    given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    given: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer] if optimizer else []
     for one in given:
         if not isinstance(one, Optimizer):
             raise DualHookError(f"optimizer={type(one).__name__}: expected a torch.optim.Optimizer or several")
     selection = select_layers(inner, layers)
     temporary = TemporaryRoot() if path is None else None
     layout = Layout((temporary.path if temporary else Path(cast(str, path))).absolute())
+    if overwrite and (before := _OPEN.get(layout.root)) is not None:
+        before._discard()  # a notebook's cell run again: the recorder of the first time must not write any more
     layout.create(overwrite=overwrite)
     Manifest(selection.specs, _versions()).write(layout)
     budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
@@ -149,7 +156,7 @@ class Recorder:
             segment_bytes=max(1, min(SEGMENT_BYTES, budget // 8)),  # folding goes by segments
             after_write=folding_to(budget) if on_full == "fold" else None,
         )
-        # the model's hooks hold the book, the book the recorder: it lives as long as the model, held by the user or not
+        # the model's hooks hold the book, the book the recorder: it lives as long as the model, whoever holds it
         self._book = StepBook(selection, self._writer, dtype=dtype, on_step=self._on_step)
         for optimizer in optimizers:
             self._book.meet(optimizer)
@@ -159,6 +166,7 @@ class Recorder:
         self._watcher = StepWatcher(self._before_step, self._after_step)
         self._at_exit = _weakly(self.close)  # a script that forgets to close loses nothing
         atexit.register(self._at_exit)
+        _OPEN[layout.root] = self
 
     def __enter__(self) -> Recorder:
         return self
@@ -172,9 +180,7 @@ class Recorder:
         if self._temporary is None:
             self.close()
         else:  # its directory goes with it
-            self._closed = True
-            self._detach()
-            self._writer.close(discard=True)
+            self._discard()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "stopped" if self._stopped else "recording"
@@ -195,6 +201,10 @@ class Recorder:
 
         Any ``DataLoader``; an ``IterableDataset`` or another iterable is counted in order of arrival, from 0 in
         every pass. Batches, their order and the random numbers stay as they are.
+
+        The batch that was yielded last is the one a forward pass belongs to: a loop that fetches batches ahead, or
+        works on two loaders at once, names its rows with :meth:`batch`. A row's sample is the place in the first
+        dimension of the layer's input, if that is as long as the batch; otherwise the row has no sample (-1).
         """
         return TrackedLoader(loader, self._announce)
 
@@ -257,7 +267,8 @@ class Recorder:
         """
         self._check_open("flush")
         self._writer.flush()
-        self._write_latest()
+        if not self._stopped:
+            self._write_latest()
 
     def close(self) -> DualMemory:
         """Take every hook off the model, write what is left, and return the memory.
@@ -345,6 +356,13 @@ class Recorder:
                 UserWarning,
                 stacklevel=3,
             )
+        if self._book.rows_seen and not self._book.stepped:
+            warnings.warn(
+                "rows were recorded, but no torch.optim.Optimizer was seen to step on a recorded parameter: the memory "
+                "is empty (weights updated by hand, or an optimiser that is not torch's?)",
+                UserWarning,
+                stacklevel=3,
+            )
         present = set(self._model.modules())
         for spec, module in self._selection.modules:
             if module not in present:
@@ -355,6 +373,13 @@ class Recorder:
                     stacklevel=3,
                 )
         self._writer.write_latest(self.steps, values)
+
+    def _discard(self) -> None:
+        """Let go of the model and write nothing more."""
+        if not self._closed:
+            self._closed = True
+            self._detach()
+            self._writer.close(discard=True)
 
     def _detach(self) -> None:
         for handle in self._handles:

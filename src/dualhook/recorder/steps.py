@@ -21,11 +21,15 @@ from dualhook.errors import InexactWarning
 from dualhook.optimizers import class_name, rule_for
 from dualhook.records import VALUE, Batch, LayerSpec, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
+from dualhook.store.writer import SEGMENT_BYTES
 
 __all__ = ["StepBook"]
 
-PATIENCE = 16  # steps for which accumulated rows wait for an optimiser that may never come
-FINGERPRINT = 16  # entries of a parameter that are compared when something else may have written to it
+PATIENCE = 16  # steps for which accumulated rows wait at least for an optimiser that may never come
+WAITING_BYTES = SEGMENT_BYTES  # of rows that have waited so long
+PENDING_BYTES = 2**31  # of all rows that no step has used yet
+WHOLE_EVERY = 8  # steps between two looks at the whole gradient; the first few have one each
+FINGERPRINT = 256  # entries of a parameter that are compared between its steps
 
 
 @dataclass
@@ -36,40 +40,51 @@ class Watched:
     spec: LayerSpec
     module: nn.Module
     attribute: str  # of the module; looked up every time, since loading weights may put another parameter there
-    seen: Tensor | None = None  # None: not stepped yet
-    version: int = -1
-    entries: Tensor | None = None
-    state: Mapping[str, Any] | None = None  # the optimiser's own dict, compared by identity
+    entries: Tensor | None = None  # None: not stepped yet
+    state: tuple[tuple[str, int, int], ...] = ()
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter as the module has it now."""
-        found: nn.Parameter = getattr(self.module, self.attribute)
-        return found
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter as the module has it now; None if it has been taken away or is computed from others."""
+        found = getattr(self.module, self.attribute)
+        return found if isinstance(found, nn.Parameter) else None
 
     @property
     def stepped(self) -> bool:
         """Whether an optimiser has stepped on it."""
-        return self.seen is not None
+        return self.entries is not None
 
     def remember(self, optimizer: Optimizer) -> None:
         """Note what the step has left."""
-        self.seen = self.parameter
-        self.version = self.seen._version
         self.entries = self._fingerprint()
-        self.state = optimizer.state.get(self.seen)
+        self.state = self._state(optimizer)
 
     def changed_since(self) -> bool:
-        """Whether something else has written to the parameter after its last step."""
-        if self.entries is None or (self.parameter is self.seen and self.seen._version == self.version):
-            return False
-        # an evaluation that swaps averaged weights in and out again raises the version only
-        return not torch.equal(self.entries.nan_to_num(), self._fingerprint().nan_to_num())
+        """Whether something else has written to the parameter after its last step.
 
-    def _fingerprint(self) -> Tensor:
-        count = self.parameter.numel()
-        index = torch.arange(0, count, max(1, count // FINGERPRINT), device=self.parameter.device)
-        return torch.take(self.parameter.detach(), index).double()
+        By value: an evaluation may swap averaged weights in and out again, and ``.data`` leaves no other trace.
+        """
+        now = self._fingerprint()
+        return self.entries is not None and (
+            now is None or not torch.equal(self.entries.nan_to_num(), now.nan_to_num())
+        )
+
+    def state_changed_since(self, optimizer: Optimizer) -> bool:
+        """Whether the optimiser's state is another one than its last step has left."""
+        return self.stepped and self._state(optimizer) != self.state
+
+    def _state(self, optimizer: Optimizer) -> tuple[tuple[str, int, int], ...]:
+        """Which tensors the optimiser holds for the parameter, and how often they have been written to."""
+        state = state_of(optimizer, self.parameter)
+        return tuple((name, id(v), v._version) for name, v in state.items() if isinstance(v, Tensor))
+
+    def _fingerprint(self) -> Tensor | None:
+        parameter = self.parameter
+        if parameter is None:
+            return None
+        count = parameter.numel()
+        index = torch.arange(0, count, max(1, count // FINGERPRINT), device=parameter.device)
+        return torch.take(parameter.detach(), index).double()
 
 
 @dataclass
@@ -120,6 +135,12 @@ class StepBook:
         self._current: Step | None = None
         self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
         self._warned: set[str] = set()
+        self.rows_seen = False
+
+    @property
+    def stepped(self) -> bool:
+        """Whether any optimiser has stepped on a recorded parameter."""
+        return any(watched.stepped for watched in self.watched.values())
 
     @property
     def intakes(self) -> Iterator[Intake]:
@@ -131,11 +152,14 @@ class StepBook:
     def take(self, layer: str, rows: Rows) -> None:
         """Keep accumulated rows until a step uses them."""
         self._end_step()
+        if self.writer.builder.pending_bytes > PENDING_BYTES:
+            self._give_up(list(self._intakes), f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
         dtype = self._dtype or rows.key.dtype
         if rows.key.device.type != "cpu" or dtype != rows.key.dtype:
             key, output_grad = rows.key.to("cpu", dtype), rows.output_grad.to("cpu", dtype)
             rows = Rows(key, output_grad, rows.step, rows.sample, rows.position, rows.columns)
         self.writer.builder.append(layer, rows)
+        self.rows_seen = True
 
     def drop(self, layer: str) -> None:
         """Forget rows whose gradient was zeroed."""
@@ -149,7 +173,7 @@ class StepBook:
 
     def members(self, optimizer: Optimizer) -> Iterator[tuple[Watched, int]]:
         """The recorded parameters of an optimiser with the number of their group."""
-        own = {id(watched.parameter): watched for watched in self.watched.values()}
+        own = {id(w.parameter): w for w in self.watched.values() if w.parameter is not None}
         for number, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
                 if id(parameter) in own:
@@ -185,11 +209,11 @@ class StepBook:
         stepped = [
             (watched, group, self._mark(watched, optimizer))
             for watched, group in members
-            if has_closure or watched.parameter.grad is not None  # torch skips the others
+            if has_closure or gradient_of(watched) is not None  # torch skips the others
         ]
         self._keep_origins(optimizer, [watched for watched, _, _ in stepped])
         hyper = [_numbers(group) for group in optimizer.param_groups]
-        states = {w.name: (optimizer.state.get(w.parameter) or {}, hyper[group]) for w, group, _ in stepped}
+        states = {w.name: (state_of(optimizer, w.parameter), hyper[group]) for w, group, _ in stepped}
         state = {name: rule.state_numbers(*known) if rule else {} for name, known in states.items()}
         step = Step(optimizer, has_closure, stepped, hyper, state)
         if not has_closure:
@@ -209,7 +233,7 @@ class StepBook:
         self.writer.builder.add(self.step, self._entries(step))
         for layer in dict.fromkeys(watched.spec.name for watched, _, _ in step.stepped):
             self.writer.builder.commit(layer, self.step)
-            self._waited[layer] = 0
+            self._waited.pop(layer, None)
         for watched, _, _ in step.stepped:
             watched.remember(optimizer)
             self._broken.discard(watched.name)
@@ -220,9 +244,10 @@ class StepBook:
         changed = [watched.name for watched in recorded if watched.changed_since()]
         layers = {watched.spec.name for watched in recorded}
         values = {
-            watched.name: watched.parameter.detach().to("cpu", copy=True).contiguous()
+            watched.name: parameter.detach().to("cpu", copy=True).contiguous()
             for watched in self.watched.values()
             if watched.spec.name in layers and watched.name not in changed
+            if (parameter := watched.parameter) is not None
         }
         return values, changed
 
@@ -230,27 +255,36 @@ class StepBook:
         if not self._stepping:
             return
         self._stepping = []
-        for layer in self._intakes:  # rows of layers that no optimiser steps must not pile up
-            self._waited[layer] = self._waited.get(layer, 0) + 1 if self.holds(layer) else 0
-            if self._waited[layer] >= PATIENCE:
-                self.drop(layer)
-                self._waited[layer] = PATIENCE - 1
+        self._waited = {layer: self._waited.get(layer, 0) + 1 for layer in self._intakes if self.holds(layer)}
+        late = [layer for layer, steps in self._waited.items() if steps >= PATIENCE]
+        if late and self.writer.builder.pending_bytes > WAITING_BYTES:
+            self._give_up(late, f"rows that {PATIENCE} steps have not used")
         self._on_step(self.step)
         if self.writer.full:
             self.writer.seal()
+
+    def _give_up(self, layers: Sequence[str], why: str) -> None:
+        """Drop pending rows before they fill the memory; a step that uses them after all is marked unexplained."""
+        for layer in layers:
+            self.drop(layer)
+        trained = [layer for layer in layers if self._intakes[layer][0].spec.weight in self.trained_by]
+        if trained:  # the others belong to no optimiser: nobody will miss them
+            self._warn_once("dropped", f"after step {self.step}: dropped {why}, of layer {trained[0]!r} among others")
 
     def _measure(self, step: Step) -> None:
         """Compare every gradient of the step with what the rows rebuild."""
         layers: dict[str, dict[str, Tensor]] = {}
         for watched, _, _ in step.stepped:
-            if watched.parameter.grad is not None:
-                layers.setdefault(watched.spec.name, {})[watched.name] = watched.parameter.grad
+            gradient = gradient_of(watched)
+            if gradient is not None:
+                layers.setdefault(watched.spec.name, {})[watched.name] = gradient
         for layer, gradients in layers.items():
             self._intakes[layer][0].discard_if_zeroed()
             rows = self.writer.builder.pending(layer)
             if rows is None and self._stepping:  # weight and bias in two optimisers: the first has committed the rows
                 rows = self.writer.builder.of_step(layer, self.step)
-            step.measured |= self._probes[layer].measure(gradients, rows)
+            whole = self.step < 4 or self.step % WHOLE_EVERY == 0
+            step.measured |= self._probes[layer].measure(gradients, rows, whole=whole)
 
     def _entries(self, step: Step) -> Iterator[LedgerEntry]:
         fits = dict(zip(step.measured, fit_scales(list(step.measured.values())), strict=True))
@@ -266,10 +300,8 @@ class StepBook:
                     f"step {self.step}: NaN or infinity in the gradient of {watched.name!r}; recorded as it is",
                     UserWarning,
                 )
-            if not self.recording:
-                mark |= Mark.MISSING
-            elif not fit.explained:
-                mark |= Mark.UNEXPLAINED
+            if not fit.explained:
+                mark |= Mark.UNEXPLAINED if self.recording else Mark.MISSING
             self._report(watched, mark, fit.residual)
             yield LedgerEntry(
                 self.step,
@@ -285,10 +317,10 @@ class StepBook:
     def _mark(self, watched: Watched, optimizer: Optimizer) -> Mark:
         """What is known of a parameter before a step."""
         mark = Mark(0)
-        state = optimizer.state.get(watched.parameter)
+        state = state_of(optimizer, watched.parameter)
         if not state or all(value is None for value in state.values()):
             mark |= Mark.FRESH
-        elif watched.stepped and state is not watched.state:
+        elif watched.state_changed_since(optimizer):
             mark |= Mark.CHANGED
         if watched.changed_since() or watched.name in self._broken:
             mark |= Mark.CHANGED
@@ -300,13 +332,14 @@ class StepBook:
         if not new:
             return
         parts: dict[str, dict[str, Tensor]] = {}
+        for name in dict.fromkeys(name for watched in new for name in watched.spec.parameters):
+            parameter = self.watched[name].parameter
+            if parameter is not None and not self.watched[name].stepped:
+                parts[name] = {VALUE: parameter}
         for watched in new:
-            for name in watched.spec.parameters:
-                if not self.watched[name].stepped:
-                    parts.setdefault(name, {VALUE: self.watched[name].parameter})
-            state = optimizer.state.get(watched.parameter) or {}
+            state = state_of(optimizer, watched.parameter)
             parts[watched.name] |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        dtypes = {name: str(self.watched[name].parameter.dtype).removeprefix("torch.") for name in parts}
+        dtypes = {name: str(own[VALUE].dtype).removeprefix("torch.") for name, own in parts.items()}
         before = self.step - 1 if self._stepping else self.step  # a later optimiser of the current step
         self.writer.write_origin(before, parts, dtypes)
 
@@ -315,8 +348,9 @@ class StepBook:
         if mark & Mark.UNEXPLAINED:
             self._warn_once(
                 "unexplained",
-                f"{where}the recorded rows leave {residual:.1%} of the gradient of {watched.name!r} open (a penalty on "
-                f"the weights in the loss, clip_grad_value_, a double backward, a use outside its module?); {costs}",
+                f"{where}the recorded rows leave {100 * residual:.2g} % of the gradient of {watched.name!r} open (a "
+                "penalty on the weights in the loss, clip_grad_value_, a double backward, a use outside its module?); "
+                f"{costs}",
             )
         if mark & Mark.CHANGED:
             self._warn_once(
@@ -333,6 +367,17 @@ class StepBook:
         if cause not in self._warned:
             self._warned.add(cause)
             warnings.warn(message, category, stacklevel=2)
+
+
+def state_of(optimizer: Optimizer, parameter: nn.Parameter | None) -> Mapping[str, Any]:
+    """What an optimiser keeps for a parameter; nothing before its first step."""
+    found: Mapping[str, Any] | None = None if parameter is None else optimizer.state.get(parameter)
+    return found or {}
+
+
+def gradient_of(watched: Watched) -> Tensor | None:
+    """The gradient that a step would use."""
+    return None if watched.parameter is None else watched.parameter.grad
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualhook.records import VALUE, History, LayerSpec, OriginPart, Rows
+from dualhook.records import INEXACT, VALUE, History, LayerSpec, OriginPart, Rows
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
 from dualhook.store.ledger import unpack
 
@@ -72,6 +72,19 @@ class Store:
     def _origin_files(self) -> dict[str, Path]:
         """Which file holds each parameter's origin: the newest that names it."""
         return {name: path for path, header in self._origin_headers.items() for name in header["parameters"]}
+
+    def inexact_steps(self, parameter: str, last_step: int) -> int:
+        """How many steps of a parameter up to ``last_step`` are marked inexact, folded ones included."""
+        path = self._origin_files.get(parameter)
+        found = 0 if path is None else int(self._origin_headers[path]["inexact"].get(parameter, 0))
+        history = self.histories.get(parameter)
+        return found if history is None else found + int((history.marked(INEXACT) & (history.step <= last_step)).sum())
+
+    def superseded_by(self, parameters: Container[str]) -> list[Path]:
+        """The origin files that hold nothing but these parameters: a newer origin of them takes their place."""
+        return [
+            path for path, header in self._origin_headers.items() if all(n in parameters for n in header["parameters"])
+        ]
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:

@@ -18,6 +18,7 @@ from dualhook.store.ledger import pack
 __all__ = ["SegmentBuilder"]
 
 COORDINATES = ("step", "sample", "position")
+ENTRY_BYTES = 64  # of a ledger entry, about
 
 
 class LayerBuffer:
@@ -95,7 +96,7 @@ class SegmentBuilder:
     def commit(self, layer: str, step: int) -> None:
         """Turn the layer's pending rows into patterns of ``step``."""
         buffer = self.layers.get(layer)
-        if buffer is not None:
+        if buffer is not None and buffer.filled > buffer.committed:
             buffer.tensors["step"][buffer.committed : buffer.filled].fill_(step)
             buffer.committed = buffer.filled
 
@@ -106,12 +107,22 @@ class SegmentBuilder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the committed rows."""
-        return sum(
+        """Bytes of the committed rows and the ledger."""
+        return ENTRY_BYTES * len(self.ledger) + sum(
             buffer.committed * values[0].nbytes
             for buffer in self.layers.values()
             for values in buffer.tensors.values()
             if buffer.committed
+        )
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the rows that no step has used yet."""
+        return sum(
+            (buffer.filled - buffer.committed) * values[0].nbytes
+            for buffer in self.layers.values()
+            for values in buffer.tensors.values()
+            if buffer.filled > buffer.committed
         )
 
     def carry(self, successor: SegmentBuilder) -> None:

@@ -48,6 +48,7 @@ class Writer:
         self._spare: queue.SimpleQueue[SegmentBuilder] = queue.SimpleQueue()
         self._sealed: queue.Queue[SegmentBuilder | None] = queue.Queue()
         self._origins = threading.Lock()
+        self._origin_number = 0
         self._file = DirectFile()
         self._thread = threading.Thread(target=self._work, name="dualhook-writer", daemon=True)
         self._thread.start()
@@ -103,11 +104,12 @@ class Writer:
         dtypes: Mapping[str, str],
         *,
         folded: int = 0,
+        inexact: Mapping[str, int] | None = None,
     ) -> None:
         """Write where parameters begin after ``step``, at once: it must stand before the segment that needs it.
 
         ``parts`` holds the tensors of every parameter, ``dtypes`` what the model has it in. Up to step ``folded``
-        they have swallowed all patterns.
+        they have swallowed all patterns, ``inexact`` of whose steps were marked so.
         """
         tensors = {f"{name}//{part}": value for name, own in parts.items() for part, value in own.items()}
         header = {
@@ -116,9 +118,11 @@ class Writer:
             "folded": folded,
             "parameters": {name: list(own) for name, own in parts.items()},
             "dtypes": dict(dtypes),
+            "inexact": dict(inexact or {}),
         }
         with self._origins:
-            path = self.layout.origin(len(self.layout.origins()))
+            path = self.layout.origin(self._origin_number)
+            self._origin_number += 1
             write_tensors(path, {name: v.detach().to("cpu").contiguous() for name, v in tensors.items()}, header)
 
     def write_latest(self, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -136,7 +140,10 @@ class Writer:
                 self.seal()
         finally:
             self._sealed.put(None)
-            self._thread.join()
+            if threading.current_thread() is not self._thread:
+                self._thread.join()
+            else:  # a recorder that nobody holds, collected in the middle of its own writing
+                self._work()
         if not discard:
             self.check()
 
