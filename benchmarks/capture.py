@@ -76,7 +76,7 @@ class Recorded(Way):
 
 
 class Hooked(Way):
-    """Forward hooks and full backward hooks, as in the paper's code."""
+    """Forward and full backward hooks that keep the tensors they see."""
 
     def __init__(self) -> None:
         super().__init__()
