@@ -26,6 +26,13 @@ def batch(dtype=torch.float64):
     return torch.randn(B, I, dtype=dtype), torch.randint(0, O, (B,))
 
 
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, dtype=torch.float64) -> None:
+    optimizer.zero_grad()
+    x, y = batch(dtype)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
 def scales(memory: dualhook.DualMemory, parameter: str = "0.weight") -> list[float]:
     return memory._store.histories[parameter].scale.tolist()
 
@@ -55,10 +62,7 @@ def test_no_clipping_is_exactly_one():
     recorder = dualhook.instrument(model, verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(5):
-        optimizer.zero_grad()
-        x, y = batch(torch.float32)
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        step(model, optimizer, torch.float32)
     memory = recorder.close()
     assert scales(memory) == [1.0] * 5
     assert scales(memory, "2.bias") == [1.0] * 5
@@ -154,10 +158,7 @@ def test_steps_while_paused_are_marked_missing():
     with pytest.warns(dualhook.InexactWarning, match="step 2: .*paused"):
         for k in range(3):
             (recorder.pause if k == 1 else recorder.resume)()
-            optimizer.zero_grad()
-            x, y = batch()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            step(model, optimizer)
     memory = recorder.close()
     assert memory.verify().max_error > 1e-8
     assert memory.verify()["inexact_steps"].tolist() == [1, 1]
@@ -170,10 +171,7 @@ def test_weights_changed_by_something_else_are_marked():
     start = copy.deepcopy(model.state_dict())
     with pytest.warns(dualhook.InexactWarning, match="step 2: .*load_state_dict"):
         for _ in range(2):
-            optimizer.zero_grad()
-            x, y = batch()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            step(model, optimizer)
             model.load_state_dict(start)
     with pytest.warns(UserWarning, match="after the last recorded step 2"):
         memory = recorder.close()
@@ -186,10 +184,7 @@ def test_swapping_weights_in_and_out_for_an_evaluation_is_no_change():
     recorder = dualhook.instrument(model, verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
-        optimizer.zero_grad()
-        x, y = batch()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        step(model, optimizer)
         kept = copy.deepcopy(model.state_dict())
         model.load_state_dict({name: torch.zeros_like(value) for name, value in kept.items()})
         model.load_state_dict(kept)
@@ -208,10 +203,7 @@ def test_optimiser_state_replaced_in_the_middle_is_marked():
                 state = optimizer.state_dict()
                 state["state"][0]["momentum_buffer"] = torch.ones_like(state["state"][0]["momentum_buffer"])
                 optimizer.load_state_dict(state)
-            optimizer.zero_grad()
-            x, y = batch()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            step(model, optimizer)
     report = recorder.close().verify()
     assert report["inexact_steps"].tolist() == [1, 0]  # torch keeps the tensors of the other parameters
     assert report["exact"].tolist() == [False, True]
@@ -225,10 +217,7 @@ def test_a_momentum_buffer_written_to_is_marked():
         for k in range(3):
             if k == 2:
                 optimizer.state[model[0].weight]["momentum_buffer"].zero_()
-            optimizer.zero_grad()
-            x, y = batch()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            step(model, optimizer)
     assert recorder.close().verify()["exact"].tolist() == [False, True]
 
 
@@ -238,10 +227,7 @@ def test_weights_changed_through_data_are_marked():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.warns(dualhook.InexactWarning, match="step 2: "):
         for _ in range(3):
-            optimizer.zero_grad()
-            x, y = batch()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            step(model, optimizer)
             model[0].weight.data.clamp_(-0.1, 0.1)  # as a Wasserstein critic does; no version counts this
     with pytest.warns(UserWarning, match="changed after the last recorded step"):
         memory = recorder.close()
@@ -253,10 +239,7 @@ def test_verify_calls_nothing_exact_that_does_not_add_up():
     recorder = dualhook.instrument(model, verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.register_step_post_hook(lambda *_: model[0].weight.data.mul_(0.99))  # before ours can look
-    optimizer.zero_grad()
-    x, y = batch()
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
+    step(model, optimizer)
     report = recorder.close().verify()
     assert report["error"][0] > 1e-3
     assert report["exact"].tolist() == [False, True]
@@ -268,10 +251,7 @@ def test_clipping_in_the_optimisers_own_hook_is_measured():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 0.1) and None)
     for _ in range(3):
-        optimizer.zero_grad()
-        x, y = batch()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        step(model, optimizer)
         assert list(optimizer._optimizer_step_pre_hooks) == [handle.id]
     memory = recorder.close()
     assert max(scales(memory)) < 0.9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from dualhook.recorder.front import Recorder, instrument
+from dualhook.recorder.entry import instrument
+from dualhook.recorder.front import Recorder
 
 __all__ = ["Recorder", "instrument"]

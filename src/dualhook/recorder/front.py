@@ -1,18 +1,16 @@
-"""``instrument`` and the recorder that users hold."""
+"""The recorder that users hold."""
 
 from __future__ import annotations
 
 import atexit
 import os
-import platform
 import shutil
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -26,12 +24,8 @@ from dualhook.capture import (
     as_batch,
     coverage_table,
     observe,
-    select_layers,
-    tapped,
-    unwrapped,
 )
-from dualhook.capture.selection import LayerChoice
-from dualhook.errors import BudgetError, DualHookError, LayerError, StoreError
+from dualhook.errors import BudgetError, DualHookError, StoreError
 from dualhook.memory import DualMemory
 from dualhook.model import run_model
 from dualhook.optimizers import rule_for
@@ -39,80 +33,18 @@ from dualhook.recorder.folding import folding_to
 from dualhook.recorder.scope import BatchScope, TemporaryRoot
 from dualhook.recorder.steps import StepBook
 from dualhook.records import Batch, LayerSpec
-from dualhook.store import Layout, Manifest, Writer
+from dualhook.store import Layout, Writer
 from dualhook.store.writer import SEGMENT_BYTES
 from dualhook.table import Table
 
-__all__ = ["Recorder", "instrument"]
+__all__ = ["OPEN", "OnFull", "Recorder"]
 
 T = TypeVar("T")
 OnFull = Literal["fold", "stop", "error"]
 COORDINATE_BYTES = 3 * 8  # step, sample and position beside every row
 
-_OPEN: weakref.WeakValueDictionary[Path, Recorder] = weakref.WeakValueDictionary()
+OPEN: weakref.WeakValueDictionary[Path, Recorder] = weakref.WeakValueDictionary()
 """The recorders of this process that are writing, by their directory."""
-
-
-def instrument(
-    model: nn.Module,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    layers: LayerChoice | None = None,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    dtype: torch.dtype | None = None,
-    max_bytes: int | None = None,
-    on_full: OnFull = "fold",
-    overwrite: bool = False,
-    verbose: bool = True,
-) -> Recorder:
-    """Record the dual memory of ``model`` from now on: the one line in an existing script.
-
-    Args:
-        model: trained by any loop; its results are bit-identical with and without the recorder.
-        path: directory of the memory; None keeps it in a temporary directory that goes with the recorder and the
-            memory it returns (:meth:`Recorder.save` keeps a copy).
-        layers: names, globs, module types, a predicate ``(name, module) -> bool`` or a preset (``"all"``,
-            ``"head"``); default every ``nn.Linear``. A frozen layer is recorded from the moment it trains.
-        optimizer: not needed, optimisers are found at their first step; named ones show in ``coverage`` before.
-        dtype: dtype of the stored rows; default the one they were computed in (lossless).
-        max_bytes: budget for patterns on disk; default half of what is free there.
-        on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
-            exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop.
-        overwrite: replace a memory that is already at ``path``.
-        verbose: say in one line on standard error, after the first step, what is recorded and what it costs.
-
-    Raises:
-        LayerError: the model has no linear map, ``layers`` matches none, or the model is already instrumented.
-        StoreError: ``path`` holds a memory (without ``overwrite``) or something else.
-        DualHookError: an argument of a wrong kind.
-    """
-    if not isinstance(model, nn.Module):
-        raise DualHookError(f"model={type(model).__name__}: expected a torch.nn.Module")
-    inner = unwrapped(model)
-    if tapped(inner):
-        raise LayerError(f"this {type(inner).__name__} is already instrumented: close() its recorder first")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype for the stored rows, or None")
-    if on_full not in ("fold", "stop", "error"):
-        raise DualHookError(f"on_full={on_full!r}: expected 'fold', 'stop' or 'error'")
-    if max_bytes is not None and not (isinstance(max_bytes, int) and max_bytes > 0):
-        raise DualHookError(f"max_bytes={max_bytes}: expected a number of bytes above 0, or None")
-    given: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer] if optimizer else []
-    for one in given:
-        if not isinstance(one, Optimizer):
-            raise DualHookError(f"optimizer={type(one).__name__}: expected a torch.optim.Optimizer or several")
-    selection = select_layers(inner, layers)
-    temporary = TemporaryRoot() if path is None else None
-    layout = Layout((temporary.path if temporary else Path(cast(str, path))).absolute())
-    if overwrite and (before := _OPEN.get(layout.root)) is not None:
-        before._discard()  # a notebook's cell run again: the recorder of the first time must not write any more
-    layout.create(overwrite=overwrite)
-    Manifest(selection.specs, _versions()).write(layout)
-    budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
-    return Recorder(
-        inner, selection, layout, optimizers=given, dtype=dtype, budget=budget, on_full=on_full, verbose=verbose,
-        temporary=temporary,
-    )  # fmt: skip
 
 
 class Recorder:
@@ -166,7 +98,7 @@ class Recorder:
         self._watcher = StepWatcher(self._before_step, self._after_step)
         self._at_exit = _weakly(self.close)  # a script that forgets to close loses nothing
         atexit.register(self._at_exit)
-        _OPEN[layout.root] = self
+        OPEN[layout.root] = self
 
     def __enter__(self) -> Recorder:
         return self
@@ -180,7 +112,7 @@ class Recorder:
         if self._temporary is None:
             self.close()
         else:  # its directory goes with it
-            self._discard()
+            self.discard()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "stopped" if self._stopped else "recording"
@@ -287,6 +219,13 @@ class Recorder:
             self._memory = DualMemory(self._layout.root, keep=self._temporary)
         return self._memory
 
+    def discard(self) -> None:
+        """Let go of the model and write nothing more; what is on disk stays as it is."""
+        if not self._closed:
+            self._closed = True
+            self._detach()
+            self._writer.close(discard=True)
+
     def save(self, path: str | os.PathLike[str]) -> DualMemory:
         """Copy the memory to ``path``: how one without a path of its own outlives the process.
 
@@ -374,13 +313,6 @@ class Recorder:
                 )
         self._writer.write_latest(self.steps, values)
 
-    def _discard(self) -> None:
-        """Let go of the model and write nothing more."""
-        if not self._closed:
-            self._closed = True
-            self._detach()
-            self._writer.close(discard=True)
-
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -409,14 +341,6 @@ def _weakly(method: Callable[..., object]) -> Callable[..., None]:
             found(*args)
 
     return call
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "dualhook": metadata.version("dualhook"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _human(size: int) -> str:

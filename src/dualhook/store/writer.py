@@ -1,10 +1,9 @@
-"""Writes a memory while training runs: one background thread, a fixed number of buffers, nothing half visible."""
+"""Writes a memory while training runs: one background thread, three builders in turn, nothing half visible."""
 
 from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
@@ -38,8 +37,6 @@ class Writer:
         self.segment_bytes = segment_bytes
         self.bytes = 0
         """Bytes of the segments on disk."""
-        self.waited = 0.0
-        """Seconds the training loop has waited for the disk."""
         self.error: BaseException | None = None
         self._after_write = after_write
         self._number = 0
@@ -151,10 +148,7 @@ class Writer:
         if self._spare.empty() and self._made < BUILDERS:
             self._made += 1
             return SegmentBuilder()
-        started = time.perf_counter()
-        builder = self._spare.get()
-        self.waited += time.perf_counter() - started
-        return builder
+        return self._spare.get()
 
     def _work(self) -> None:
         while (builder := self._sealed.get()) is not None:

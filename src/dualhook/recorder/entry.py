@@ -1,0 +1,94 @@
+"""``instrument``: checks what it is given and makes the recorder."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dualhook.capture import select_layers, tapped, unwrapped
+from dualhook.capture.selection import LayerChoice
+from dualhook.errors import DualHookError, LayerError
+from dualhook.recorder.front import OPEN, OnFull, Recorder
+from dualhook.recorder.scope import TemporaryRoot
+from dualhook.store import Layout, Manifest
+
+__all__ = ["instrument"]
+
+
+def instrument(
+    model: nn.Module,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    layers: LayerChoice | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    dtype: torch.dtype | None = None,
+    max_bytes: int | None = None,
+    on_full: OnFull = "fold",
+    overwrite: bool = False,
+    verbose: bool = True,
+) -> Recorder:
+    """Record the dual memory of ``model`` from now on: the one line in an existing script.
+
+    Args:
+        model: trained by any loop; its results are bit-identical with and without the recorder.
+        path: directory of the memory; None keeps it in a temporary directory that goes with the recorder and the
+            memory it returns (:meth:`Recorder.save` keeps a copy).
+        layers: names, globs, module types, a predicate ``(name, module) -> bool`` or a preset (``"all"``,
+            ``"head"``); default every ``nn.Linear``. A frozen layer is recorded from the moment it trains.
+        optimizer: not needed, optimisers are found at their first step; named ones show in ``coverage`` before.
+        dtype: dtype of the stored rows; default the one they were computed in (lossless).
+        max_bytes: budget for patterns on disk; default half of what is free there.
+        on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
+            exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop.
+        overwrite: replace a memory that is already at ``path``.
+        verbose: say in one line on standard error, after the first step, what is recorded and what it costs.
+
+    Raises:
+        LayerError: the model has no linear map, ``layers`` matches none, or the model is already instrumented.
+        StoreError: ``path`` holds a memory (without ``overwrite``) or something else.
+        DualHookError: an argument of a wrong kind.
+    """
+    if not isinstance(model, nn.Module):
+        raise DualHookError(f"model={type(model).__name__}: expected a torch.nn.Module")
+    inner = unwrapped(model)
+    if tapped(inner):
+        raise LayerError(f"this {type(inner).__name__} is already instrumented: close() its recorder first")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype for the stored rows, or None")
+    if on_full not in ("fold", "stop", "error"):
+        raise DualHookError(f"on_full={on_full!r}: expected 'fold', 'stop' or 'error'")
+    if max_bytes is not None and not (isinstance(max_bytes, int) and max_bytes > 0):
+        raise DualHookError(f"max_bytes={max_bytes}: expected a number of bytes above 0, or None")
+    given: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer] if optimizer else []
+    for one in given:
+        if not isinstance(one, Optimizer):
+            raise DualHookError(f"optimizer={type(one).__name__}: expected a torch.optim.Optimizer or several")
+    selection = select_layers(inner, layers)
+    temporary = TemporaryRoot() if path is None else None
+    layout = Layout((temporary.path if temporary else Path(cast(str, path))).absolute())
+    if overwrite and (before := OPEN.get(layout.root)) is not None:
+        before.discard()  # a notebook's cell run again: the recorder of the first time must not write any more
+    layout.create(overwrite=overwrite)
+    Manifest(selection.specs, _versions()).write(layout)
+    budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
+    return Recorder(
+        inner, selection, layout, optimizers=given, dtype=dtype, budget=budget, on_full=on_full, verbose=verbose,
+        temporary=temporary,
+    )  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "dualhook": metadata.version("dualhook"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
