@@ -463,14 +463,18 @@ def test_subclass_that_calls_the_step_of_sgd():
             return super().step(closure)
 
     dualhook.optimizers.register(Shrinking, ShrinkingRule())
-    layer = nn.Linear(I, O).double()
-    recorder = recorded(layer)
-    optimizer = Shrinking(layer.parameters(), lr=0.1, momentum=0.9)
-    optimizer.param_groups[0]["shrink"] = 0.2
-    for _ in range(4):
-        step(layer, optimizer)
-    memory = assert_exact(recorder, 4 * B)
-    assert memory.steps == 4
+    for own_hook in (False, True):
+        layer = nn.Linear(I, O).double()
+        recorder = recorded(layer)
+        optimizer = Shrinking(layer.parameters(), lr=0.1, momentum=0.9)
+        optimizer.param_groups[0]["shrink"] = 0.2
+        if own_hook:
+            optimizer.register_step_pre_hook(lambda *_: None)
+        for _ in range(4):
+            step(layer, optimizer)
+        assert len(optimizer._optimizer_step_pre_hooks) == own_hook
+        memory = assert_exact(recorder, 4 * B)
+        assert memory.steps == 4
 
 
 class ShrinkingRule(dualhook.optimizers.SGDRule):

@@ -30,7 +30,7 @@ class StepWatcher:
 
     def close(self) -> None:
         """Stop watching."""
-        for handle in self._handles:
+        for handle in [*self._handles, *self._last.values()]:
             handle.remove()
 
     # torch takes what a hook returns for changed arguments, so both return None
@@ -42,6 +42,7 @@ class StepWatcher:
         self._depth[optimizer] = depth + 1
         if depth:
             return
+        self._unlook(optimizer)
         if optimizer._optimizer_step_pre_hooks:  # they may still clip the gradients: look after the last of them
             self._last[optimizer] = optimizer.register_step_pre_hook(self._look)
         else:
@@ -49,18 +50,23 @@ class StepWatcher:
 
     def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         before = self._before()
-        if before is not None:
+        if before is not None and self._depth[optimizer] == 1:
             before(optimizer, any(callable(a) for a in (*args[1:], *kwargs.values())))
 
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         depth = self._depth.get(optimizer, 1) - 1
         self._depth[optimizer] = depth
+        if depth:
+            return
+        self._unlook(optimizer)
+        after = self._after()
+        if after is not None:
+            after(optimizer)
+
+    def _unlook(self, optimizer: Optimizer) -> None:
         last = self._last.pop(optimizer, None)
         if last is not None:
             last.remove()
-        after = self._after()
-        if depth == 0 and after is not None:
-            after(optimizer)
 
 
 def _steps_inside_itself(optimizer: Optimizer) -> bool:
