@@ -313,6 +313,17 @@ def test_micro_batch_dropped_where_only_the_weights_are_in_the_optimiser(model):
     assert_exact(recorder, 3 * B)
 
 
+def test_a_weight_whose_gradient_is_zero_beside_a_bias_whose_is_not():
+    layer = nn.Linear(I, O).double()
+    recorder, optimizer = recorded(layer), sgd(layer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (layer(torch.zeros(B, I, dtype=torch.float64)) + 1).square().mean().backward()
+        nn.utils.clip_grad_norm_(layer.parameters(), 0.1)  # touches the gradients
+        optimizer.step()
+    assert_exact(recorder, 3 * B)
+
+
 def test_micro_batch_dropped_by_a_new_gradient(model):
     recorder, optimizer = recorded(model), sgd(model)
     for _ in range(3):

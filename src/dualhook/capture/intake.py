@@ -120,8 +120,9 @@ class Intake:
         gradient = self._gradient()
         if _state(gradient) == self._left:
             return  # untouched since
-        # an all-zero gradient without rows is as exact as with them, so a zero that came by chance costs nothing
-        if gradient is None or not bool(gradient.any()):
+        # all-zero gradients without rows are as exact as with them, so a zero that came by chance costs nothing
+        every = [p.grad for p in self.parameters.values() if p.requires_grad and p.grad is not None]
+        if gradient is None or not any(bool(one.any()) for one in every):
             self._sink.drop(self.spec.name)
 
     def _gradient(self) -> Tensor | None:
