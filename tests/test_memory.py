@@ -141,7 +141,7 @@ def test_body_contributions_use_the_gradient_of_the_logit(trained):
     made_of = memory._composition(memory._spec("body"), STEPS)
     change = x @ (model.body.weight - made_of.origin_weight).T + model.body.bias - made_of.origin_bias
     total = memory.attend(model, x, target=1).sum_by("step", layers="body")["contribution"].sum()
-    assert total == pytest.approx(float((u * change).sum()), abs=1e-10)
+    assert total == pytest.approx((u * change).sum().item(), abs=1e-10)
 
 
 def test_sum_by(trained):

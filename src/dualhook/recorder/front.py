@@ -192,7 +192,7 @@ class Recorder:
         )
 
     def flush(self) -> None:
-        """Put every finished step on disk, so that ``dualhook.load`` sees it.
+        """Put everything recorded so far on disk, so that ``dualhook.load`` sees it; for between two steps.
 
         Raises:
             StoreError: the disk refused.
