@@ -11,12 +11,11 @@ from torch import Tensor
 
 from dualhook.attention import Grouping
 from dualhook.errors import DualHookError
-from dualhook.records import NO_SAMPLE, Rows
+from dualhook.records import COORDINATES, NO_SAMPLE, Rows
 from dualhook.store import Store
 
 __all__ = ["Columns"]
 
-COORDINATES = ("step", "sample", "position")
 UNKNOWN = "unknown"  # the group of patterns that have no value
 
 

@@ -236,8 +236,8 @@ class DualMemory:
     def without(self, samples: int | Iterable[int]) -> dict[str, Tensor]:
         """All recorded parameters after the last step, minus the values of these samples' patterns.
 
-        Bookkeeping, not retraining: the values are what the weights are made of, 50 to 90 times larger than what
-        leaving the samples out of training would change.
+        Bookkeeping, not retraining: the values are what the weights are made of, far larger than what leaving the
+        samples out of training would change.
 
         Raises:
             DualHookError: the run named no samples, or not these.
@@ -282,18 +282,19 @@ class DualMemory:
         Raises:
             RuleError: an unknown average, or settings that make none.
         """
-        if self._store.first_step and name != "asgd":
+        settings: dict[str, Any] = {"start": start, "every": every, "decay": decay}
+        if name == "asgd":
+            if not any("asgd" in self._rule(spec) for spec in self._specs.values()):
+                raise RuleError(
+                    f"{self.path} was not trained by torch.optim.ASGD: there is no mean of its own to ask about"
+                )
+        elif self._store.first_step:
             raise RuleError(
                 f"{self.path} has folded its first {self._store.first_step} steps into the origin: "
                 "an average needs every step; record with a larger max_bytes"
             )
-        if name == "asgd" and not any("asgd" in self._rule(spec) for spec in self._specs.values()):
-            raise RuleError(
-                f"{self.path} was not trained by torch.optim.ASGD: there is no mean of its own to ask about"
-            )
-        settings = {"start": start, "every": every, "decay": decay}
-        if name != "asgd":
-            average_weights(name, horizon=self.steps, **settings)  # type: ignore[arg-type]
+        else:
+            average_weights(name, horizon=self.steps, **settings)  # refuses settings that make no average
         twin = copy.copy(self)
         twin._average, twin._composed = (name, settings), {}
         return twin
@@ -368,14 +369,8 @@ class DualMemory:
         if step is None:
             return last
         if not isinstance(step, int) or not first <= step <= last:
-            raise DualHookError(
-                f"step {step}: expected {first} to {last}"
-                + (
-                    ", the steps before were folded into the origin"
-                    if isinstance(step, int) and 0 <= step < first
-                    else ""
-                )
-            )
+            folded = f", steps before {first} were folded into the origin" if first else ""
+            raise DualHookError(f"step {step}: expected {first} to {last}{folded}")
         return step
 
     def _optimizers(self, spec: LayerSpec) -> list[str]:

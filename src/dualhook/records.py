@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "AVERAGE",
+    "COORDINATES",
     "INEXACT",
     "MOMENTUM",
     "NO_SAMPLE",
@@ -30,6 +31,9 @@ __all__ = [
     "RowSource",
     "Rows",
 ]
+
+COORDINATES = ("step", "sample", "position")
+"""What every row carries beside key and output gradient, int64 [n] each."""
 
 NO_SAMPLE = -1
 """Sample number of a row whose dataset row is not known."""

@@ -435,9 +435,7 @@ class TestBudget:
         assert memory.verify()["exact"].all()
         for step in (first, (first + 120) // 2):
             assert torch.allclose(memory.weight("0", step=step), values[step - 1]["0.weight"], atol=1e-12)
-        with pytest.raises(
-            dualhook.DualHookError, match=f"step {first - 1}: expected {first} to 120, the steps before"
-        ):
+        with pytest.raises(dualhook.DualHookError, match=f"step {first - 1}: expected {first} to 120, steps before"):
             memory.weight("0", step=first - 1)
         assert memory.attend(model, torch.randn(2, I).double()).explained["explained"].min() > 1 - 1e-9
         with pytest.raises(dualhook.DualHookError, match="an average needs every step"):

@@ -49,7 +49,7 @@ def written(root: Path, layers: tuple[LayerSpec, ...] = (SPEC,), segment_bytes: 
     Manifest(layers, {"dualhook": "test"}).write(layout)
     writer = Writer(layout, segment_bytes=segment_bytes)
     values = {name: {"value": torch.ones(2, 3)} for spec in layers for name in spec.parameters}
-    writer.write_origin(0, values, dict.fromkeys(values, "float32"))
+    writer.write_origin(0, values, dict.fromkeys(values, torch.float32))
     return writer
 
 

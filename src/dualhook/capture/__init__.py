@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dualhook.capture.coverage import coverage_table
-from dualhook.capture.intake import Intake, Sink
+from dualhook.capture.intake import Intake
 from dualhook.capture.linear import LinearTap, tapped
 from dualhook.capture.loader import TrackedLoader, as_batch
 from dualhook.capture.observe import Observed, directions, observe
@@ -18,7 +18,6 @@ __all__ = [
     "Measurement",
     "Observed",
     "Selection",
-    "Sink",
     "StepWatcher",
     "TrackedLoader",
     "as_batch",

@@ -68,7 +68,7 @@ class Intake:
         found = {name: getattr(self.module, attribute) for name, attribute in names}
         return {name: value for name, value in found.items() if isinstance(value, nn.Parameter)}
 
-    def on_call(self, key: Tensor, output: Tensor) -> Callable[[Tensor], None] | None:
+    def on_call(self, key: Tensor) -> Callable[[Tensor], None] | None:
         """A differentiable call of the layer; returns what its output gradient is to do."""
         parameters = self.parameters
         if not (self._sink.recording and any(parameter.requires_grad for parameter in parameters.values())):

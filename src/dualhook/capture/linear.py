@@ -19,13 +19,13 @@ from dualhook.records import NO_SAMPLE, Batch, Rows
 
 __all__ = ["LinearTap", "as_rows", "call_input", "produced", "tapped"]
 
-OnCall = Callable[[Tensor, Tensor], "Callable[[Tensor], None] | None"]
+OnCall = Callable[[Tensor], "Callable[[Tensor], None] | None"]
 
 
 class LinearTap:
     """Reports every differentiable call of one linear map.
 
-    ``on_call(x, y)`` gets input and output and returns what is to be done with ∂L/∂y when it arrives, or None.
+    ``on_call(x)`` gets the input and returns what is to be done with ∂L/∂y when it arrives, or None.
     A copy of the tap (in a deep-copied or pickled model) reports nothing.
     """
 
@@ -42,7 +42,7 @@ class LinearTap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
         if module is not self._module() or not (torch.is_grad_enabled() and output.requires_grad):
             return
-        on_grad = self._on_call(call_input(args, kwargs), output)
+        on_grad = self._on_call(call_input(args, kwargs))
         if on_grad is not None:
             _hook_gradient(output, on_grad)
 

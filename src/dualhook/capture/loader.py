@@ -20,11 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from dualhook.errors import DualHookError
-from dualhook.records import Batch
+from dualhook.records import COORDINATES, Batch
 
 __all__ = ["TrackedLoader", "as_batch"]
-
-COORDINATES = ("step", "sample", "position")
 
 Announce = Callable[["Batch | None"], None]
 

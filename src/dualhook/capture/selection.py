@@ -22,7 +22,6 @@ __all__ = ["LayerChoice", "Selection", "select_layers", "unwrapped"]
 LayerChoice = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Iterable[str | type[nn.Module]]
 
 ROOT = "(model)"  # the layer name of a model that is itself a linear map
-PRESETS = ("all", "head")
 
 
 @dataclass(frozen=True)

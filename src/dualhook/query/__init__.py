@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dualhook.query.collectors import Collector, GroupSums, Receipt, TopPatterns
-from dualhook.query.streaming import BLOCK_ROWS, LayerQuery, dual_output, scan
+from dualhook.query.streaming import LayerQuery, dual_output, scan
 from dualhook.query.weights import rebuild
 
 __all__ = [
-    "BLOCK_ROWS",
     "Collector",
     "GroupSums",
     "LayerQuery",

@@ -43,7 +43,7 @@ def _fold(budget: int, writer: Writer) -> None:
         parts = _origins_after(store, step)
     except RuleError as error:
         raise StoreError(f"the budget is used up and cannot be folded: {error}") from error
-    dtypes = {name: str(store.dtype(name)).removeprefix("torch.") for name in parts}
+    dtypes = {name: store.dtype(name) for name in parts}
     inexact = {name: store.inexact_steps(name, step) for name in parts}
     writer.write_origin(step, parts, dtypes, folded=step, inexact=inexact)
     for segment in gone:

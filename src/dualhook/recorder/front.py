@@ -32,7 +32,7 @@ from dualhook.optimizers import rule_for
 from dualhook.recorder.folding import folding_to
 from dualhook.recorder.scope import BatchScope, TemporaryRoot
 from dualhook.recorder.steps import StepBook
-from dualhook.records import Batch, LayerSpec
+from dualhook.records import COORDINATES, Batch, LayerSpec
 from dualhook.store import Layout, Writer
 from dualhook.store.writer import SEGMENT_BYTES
 from dualhook.table import Table
@@ -41,7 +41,6 @@ __all__ = ["OPEN", "OnFull", "Recorder"]
 
 T = TypeVar("T")
 OnFull = Literal["fold", "stop", "error"]
-COORDINATE_BYTES = 3 * 8  # step, sample and position beside every row
 
 OPEN: weakref.WeakValueDictionary[Path, Recorder] = weakref.WeakValueDictionary()
 """The recorders of this process that are writing, by their directory."""
@@ -324,7 +323,7 @@ class Recorder:
 
     def _row_bytes(self, spec: LayerSpec) -> int:
         dtype = self._dtype or dict(self._model.named_parameters())[spec.weight].dtype
-        return (spec.in_features + spec.out_features) * dtype.itemsize + COORDINATE_BYTES
+        return (spec.in_features + spec.out_features) * dtype.itemsize + len(COORDINATES) * torch.int64.itemsize
 
     def _check_open(self, what: str) -> None:
         if self._closed:

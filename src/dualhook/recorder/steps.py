@@ -284,7 +284,7 @@ class StepBook:
         for watched in new:
             state = state_of(optimizer, watched.parameter)
             parts[watched.name] |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        dtypes = {name: str(own[VALUE].dtype).removeprefix("torch.") for name, own in parts.items()}
+        dtypes = {name: own[VALUE].dtype for name, own in parts.items()}
         before = self.step - 1 if self._stepping else self.step  # a later optimiser of the current step
         self.writer.write_origin(before, parts, dtypes)
 

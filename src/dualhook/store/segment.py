@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualhook.records import LedgerEntry, Rows
+from dualhook.records import COORDINATES, LedgerEntry, Rows
 from dualhook.store.ledger import pack
 
 __all__ = ["SegmentBuilder"]
 
-COORDINATES = ("step", "sample", "position")
 ENTRY_BYTES = 64  # of a ledger entry, about
 
 
@@ -29,6 +28,11 @@ class LayerBuffer:
         self.committed = 0
         self.filled = 0
         self.first = 0  # pattern number of row 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in all tensors."""
+        return sum(values[0].nbytes for values in self.tensors.values() if len(values))
 
     def append(self, rows: Rows) -> None:
         """Copy rows behind the pending ones."""
@@ -108,22 +112,13 @@ class SegmentBuilder:
     @property
     def nbytes(self) -> int:
         """Bytes of the committed rows and the ledger."""
-        return ENTRY_BYTES * len(self.ledger) + sum(
-            buffer.committed * values[0].nbytes
-            for buffer in self.layers.values()
-            for values in buffer.tensors.values()
-            if buffer.committed
-        )
+        rows = sum(buffer.committed * buffer.row_bytes for buffer in self.layers.values())
+        return rows + ENTRY_BYTES * len(self.ledger)
 
     @property
     def pending_bytes(self) -> int:
         """Bytes of the rows that no step has used yet."""
-        return sum(
-            (buffer.filled - buffer.committed) * values[0].nbytes
-            for buffer in self.layers.values()
-            for values in buffer.tensors.values()
-            if buffer.filled > buffer.committed
-        )
+        return sum((buffer.filled - buffer.committed) * buffer.row_bytes for buffer in self.layers.values())
 
     def carry(self, successor: SegmentBuilder) -> None:
         """Hand the pending rows and the pattern numbers on to the builder of the next segment."""

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from dualhook.errors import StoreError
@@ -98,7 +99,7 @@ class Writer:
         self,
         step: int,
         parts: Mapping[str, Mapping[str, Tensor]],
-        dtypes: Mapping[str, str],
+        dtypes: Mapping[str, torch.dtype],
         *,
         folded: int = 0,
         inexact: Mapping[str, int] | None = None,
@@ -114,7 +115,7 @@ class Writer:
             "step": step,
             "folded": folded,
             "parameters": {name: list(own) for name, own in parts.items()},
-            "dtypes": dict(dtypes),
+            "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()},
             "inexact": dict(inexact or {}),
         }
         with self._origins:
