@@ -90,6 +90,20 @@ def test_the_commands_it_proposes_work(summary, capsys):
     assert "ankle boot" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("called", "found", "proposed"),
+    [
+        (".venv/bin/dualhook", None, "  .venv/bin/dualhook info "),  # an environment that is not activated
+        ("/somewhere/bin/dualhook", "/somewhere/bin/dualhook", "  dualhook info "),
+        ("script.py", None, "  dualhook info "),
+    ],
+)
+def test_the_commands_are_called_as_the_shell_finds_them(summary, monkeypatch, called, found, proposed):
+    monkeypatch.setattr("sys.argv", [called])
+    monkeypatch.setattr("shutil.which", lambda name: found)
+    assert proposed in str(summary)
+
+
 def test_the_same_seed_gives_the_same_run_whatever_the_global_one(summary, tmp_path):
     torch.manual_seed(17)
     before = torch.random.get_rng_state()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +57,7 @@ class DemoSummary:
         return self.max_error < TOLERANCE
 
     def __str__(self) -> str:
-        memory, queries = self.out / "memory", self.out / "queries.npy"
+        memory, queries, program = self.out / "memory", self.out / "queries.npy", _program()
         explained, cancellation = self.receipt["explained"], self.receipt["cancellation"]
         lines = [
             f"test accuracy      {self.accuracy:.1%}",
@@ -77,9 +79,9 @@ class DemoSummary:
             f"memory             {memory}",
             "",
             "Try next:",
-            f"  dualhook info {memory}",
-            f"  dualhook verify {memory}",
-            f"  dualhook attend {memory} --model dualhook.demo:network --inputs {queries} --top 3 --sum-by class",
+            f"  {program} info {memory}",
+            f"  {program} verify {memory}",
+            f"  {program} attend {memory} --model dualhook.demo:network --inputs {queries} --top 3 --sum-by class",
         ]
         return "\n".join(lines)
 
@@ -170,6 +172,12 @@ def _ask(out: Path, memory: DualMemory, model: nn.Module, data: FashionMnist) ->
     return DemoSummary(
         out, float(correct.float().mean()), memory.steps, patterns, size, max_error, attention.receipt, questions
     )
+
+
+def _program() -> str:
+    """How to call the command line again: as it was called, where the shell does not find it by its name."""
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "dualhook" and shutil.which("dualhook") is None else "dualhook"
 
 
 def _require_matplotlib() -> None:
