@@ -171,12 +171,47 @@ def asgd_settings(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
+def adam_settings(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "lr": draw(st.sampled_from([1e-3, 1e-2])),
+        "betas": draw(st.sampled_from([(0.9, 0.999), (0.5, 0.9)])),
+        "eps": draw(st.sampled_from([1e-8, 1e-4])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.1])),
+        "amsgrad": draw(st.booleans()),
+        "maximize": draw(st.booleans()),
+        "foreach": draw(st.sampled_from([None, True, False])),
+    }
+
+
+@st.composite
+def rmsprop_settings(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "lr": draw(st.sampled_from([1e-3, 1e-2])),
+        "alpha": draw(st.sampled_from([0.99, 0.9])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.1])),
+        "momentum": draw(st.sampled_from([0.0, 0.9])),
+        "centered": draw(st.booleans()),
+    }
+
+
+def plain_settings(*rates: float, decays: tuple[float, ...] = (0.0, 0.1)) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({"lr": st.sampled_from(rates), "weight_decay": st.sampled_from(decays)})
+
+
+SCALAR = ((torch.optim.SGD, sgd_settings()), (torch.optim.ASGD, asgd_settings()))
+REPLAYED = (
+    (torch.optim.Adam, adam_settings()),
+    (torch.optim.AdamW, adam_settings()),
+)
+
+
+@st.composite
 def runs(draw: st.DrawFn, *, max_steps: int = 10) -> Run:
     depth = draw(st.integers(1, 4))
     hidden = draw(st.integers(1, 12))
     widths = [draw(st.integers(1, 10)), *(hidden for _ in range(depth - 1))]
     make, settings = draw(
-        st.sampled_from([(torch.optim.SGD, sgd_settings()), (torch.optim.ASGD, asgd_settings())])
+        st.sampled_from([*SCALAR, *REPLAYED])
         .flatmap(lambda pair: st.tuples(st.just(pair[0]), pair[1]))
     )  # fmt: skip
     steps = draw(st.integers(1, max_steps))

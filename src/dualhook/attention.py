@@ -132,9 +132,7 @@ class Attention:
         cancellation: sum of absolute contributions over the absolute value of their sum; 100 to 700 is normal, and
         says that single contributions are large terms of a small difference.
         """
-        for asked in self._layers.values():
-            if asked.name not in self._receipts:
-                self._pass(asked)
+        self._complete()
         parts = [
             {
                 "query": np.arange(len(asked)),
@@ -145,6 +143,27 @@ class Attention:
             for name, asked in self._layers.items()
         ]
         return self._by_query(parts, title="receipt", bars=(("query", "layer"), "explained"), footer=False)
+
+    @property
+    def parts(self) -> Table:
+        """What a layer's answer is made of, along the direction: columns query, layer, part, contribution.
+
+        Parts are ``origin`` (the untrained weights, decayed, with the optimiser's state where recording began),
+        ``patterns`` (the sum of all contributions), under optimisers with a replayed rule ``weight-decay`` (what
+        coupled weight decay put into the weights through the preconditioner) and ``rounding`` (of the optimiser
+        itself), and ``residual``: what is left of the layer's output.
+        """
+        self._complete()
+        rows = []
+        for name, asked in self._layers.items():
+            along = self._receipts[name].along_direction()
+            whole = (asked.direction.double() * asked.output.double()).sum((1, 2))
+            along["residual"] = whole - sum(along.values(), torch.zeros(()))
+            rows += [(q, name, part, float(values[q])) for q in range(len(asked)) for part, values in along.items()]
+        rows.sort(key=lambda row: row[0])
+        names = ("query", "layer", "part", "contribution")
+        table = {column: [row[k] for row in rows] for k, column in enumerate(names)}
+        return Table(table, title="parts", bars=(("layer", "part"), "contribution"))
 
     @property
     def explained(self) -> Table:
@@ -170,10 +189,17 @@ class Attention:
                 raise LayerError(f"layer {name!r} was not asked: this attention has {', '.join(self._layers)}")
         return [self._layers[name] for name in names]
 
+    def _complete(self) -> None:
+        """Every layer's receipt."""
+        for asked in self._layers.values():
+            if asked.name not in self._receipts:
+                self._pass(asked)
+
     def _pass(self, asked: LayerQuery, *collectors: Collector) -> None:
         receipt = None if asked.name in self._receipts else Receipt(asked)
-        scan(self._source, asked, [*collectors, *([receipt] if receipt else [])])
+        through = scan(self._source, asked, [*collectors, *([receipt] if receipt else [])], outputs=receipt is not None)
         if receipt:
+            receipt.parts = through.parts
             self._receipts[asked.name] = receipt
 
     def _by_query(

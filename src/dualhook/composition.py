@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from dualhook.optimizers import coefficients
-from dualhook.records import AVERAGE, VALUE, Coefficients, Composition, LayerSpec
+from dualhook.errors import RuleError
+from dualhook.optimizers import Entry, ReplayedScalar, ReplayRule, Rule, ScalarRule, coefficients, rule_for
+from dualhook.query import REPLAY_BYTES, Composition, Replay, ReplayShare, StepTaken
+from dualhook.records import AVERAGE, VALUE, Coefficients, History, LayerSpec, Mark
 from dualhook.store import Store
 
-__all__ = ["compose", "unknown_composition"]
+__all__ = ["compose", "is_replayed", "replayed_states", "rules_of", "unknown_composition"]
 
 
 def compose(
-    store: Store, spec: LayerSpec, *, horizon: int, weights: Tensor | None = None, component: str = VALUE
+    store: Store,
+    spec: LayerSpec,
+    *,
+    horizon: int,
+    weights: Tensor | None = None,
+    component: str = VALUE,
+    replay_bytes: int = REPLAY_BYTES,
 ) -> Composition:
     """The composition of a layer after step ``horizon``.
 
     ``weights`` [horizon + 1] asks for that average of the weights along the way, ``component`` for another part of
-    the optimiser's state than the weight itself.
+    the optimiser's state than the weight itself (of parameters under a scalar rule only); ``replay_bytes`` is the
+    budget of replays.
 
     Raises:
         RuleError: the layer was trained by an optimiser without a rule.
     """
-    parts = [_of_parameter(store, name, horizon, weights, component) for name in spec.parameters]
-    return Composition(spec, *parts[0], *(parts[1] if len(parts) > 1 else ()))
+    replays, parts = [], []
+    for name in spec.parameters:
+        if is_replayed(store, name):
+            replays.append(_replay_share(store, name, horizon, weights))
+            nothing = torch.zeros_like(store.origin(name).tensors[VALUE], dtype=torch.float64)
+            parts.append((torch.zeros(horizon + 1, dtype=torch.float64), nothing))
+        else:
+            parts.append(_of_parameter(store, name, horizon, weights, component))
+    weight, origin_weight = parts[0]
+    bias, origin_bias = parts[1] if len(parts) > 1 else (None, None)
+    return Composition(spec, weight, origin_weight, bias, origin_bias, tuple(replays), replay_bytes)
 
 
 def unknown_composition(spec: LayerSpec, horizon: int, why: str) -> Composition:
@@ -34,6 +54,71 @@ def unknown_composition(spec: LayerSpec, horizon: int, why: str) -> Composition:
     if spec.bias is None:
         return Composition(spec, nan, weight, unknown=why)
     return Composition(spec, nan, weight, nan, weight[:, 0], unknown=why)
+
+
+def rules_of(store: Store, parameter: str) -> dict[str, Rule | None]:
+    """The rule of every optimiser that has stepped on a parameter, by the optimiser's class."""
+    history = store.histories.get(parameter)
+    return {} if history is None else {name: rule_for(name) for name in dict.fromkeys(history.optimizer)}
+
+
+def is_replayed(store: Store, parameter: str) -> bool:
+    """Whether a parameter's rules need its rows."""
+    rules = rules_of(store, parameter).values()
+    return any(isinstance(rule, ReplayRule) for rule in rules) and all(rule is not None for rule in rules)
+
+
+def replayed_states(store: Store, spec: LayerSpec, step: int, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Value and optimiser state after ``step`` of those of the layer's parameters that are replayed."""
+    shares = [_replay_share(store, name, step, None) for name in names]
+    found = Replay(store, spec.name, shares, budget=REPLAY_BYTES).forward() if shares else []
+    states = {}
+    for share, (weight, tensors) in zip(shares, found, strict=True):
+        states[share.parameter] = {VALUE: weight.double(), **{n: v.double() for n, v in tensors.items()}}
+    return states
+
+
+def _replay_share(store: Store, name: str, horizon: int, weights: Tensor | None) -> ReplayShare:
+    origin = store.origin(name)
+    readout = torch.zeros(horizon + 1, dtype=torch.float64)
+    if weights is None:
+        readout[horizon] = 1.0
+    else:
+        readout += weights.double()
+    history = store.histories[name]
+    return ReplayShare(
+        name,
+        min(origin.step, horizon),
+        origin.tensors[VALUE],
+        {part: value for part, value in origin.tensors.items() if part != VALUE},
+        _taken(history.where(history.step <= horizon)),
+        readout,
+        store.dtype(name),
+    )
+
+
+def _taken(history: History) -> dict[int, list[StepTaken]]:
+    """The steps of a history as a replay takes them."""
+    rules: dict[str, ReplayRule] = {}
+    for name in dict.fromkeys(history.optimizer):
+        rule = rule_for(name)
+        if isinstance(rule, ScalarRule):
+            rules[name] = ReplayedScalar(rule)
+        elif isinstance(rule, ReplayRule):
+            rules[name] = rule
+        else:
+            raise RuleError(f"{history.parameter!r} was trained by {name}, which has no rule that can be replayed")
+    hyper = {name: values.tolist() for name, values in history.hyper.items()}
+    state = {name: values.tolist() for name, values in history.state.items()}
+    fresh, scale = history.marked(Mark.FRESH).tolist(), history.scale.tolist()
+    found: dict[int, list[StepTaken]] = {}
+    for e, step in enumerate(history.step.tolist()):
+        numbers = {name: values[e] for name, values in hyper.items()}
+        noted = {name: values[e] for name, values in state.items()}
+        optimizer = history.optimizer[e]
+        entry = Entry(numbers, noted, scale[e], fresh[e])
+        found.setdefault(step, []).append(StepTaken(entry, rules[optimizer], optimizer))
+    return found
 
 
 def _of_parameter(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dualhook.query import dual_output, rebuild
-from dualhook.records import Composition, RowSource
+from dualhook.query import Composition, dual_output, rebuild
+from dualhook.records import RowSource
 
 __all__ = ["DualLinear"]
 

@@ -21,9 +21,9 @@ from dualhook.composition import compose, unknown_composition
 from dualhook.dual import DualLinear
 from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
 from dualhook.model import Target, find_layers, predicted_scores, run_model, with_module
-from dualhook.optimizers import average_weights, rule_for
-from dualhook.query import LayerQuery, rebuild
-from dualhook.records import AVERAGE, Composition, LayerSpec, Rows
+from dualhook.optimizers import Exactness, average_weights, rule_for
+from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, rebuild
+from dualhook.records import AVERAGE, LayerSpec, Rows
 from dualhook.store import Store
 from dualhook.table import Table
 
@@ -63,6 +63,8 @@ class DualMemory:
         self._average: tuple[str, dict[str, Any]] | None = None
         self._composed: dict[tuple[str, int], Composition] = {}
         self._keep = keep
+        self.replay_bytes = REPLAY_BYTES
+        """What a replay may keep in memory at a time (elementwise and matrix rules); set it before asking."""
 
     # ---- what is in it ---------------------------------------------------------------------------------------
 
@@ -305,12 +307,12 @@ class DualMemory:
         place = (spec.name, horizon)
         if place not in self._composed:
             if self._average is None:
-                made_of = compose(self._store, spec, horizon=horizon)
+                made_of = compose(self._store, spec, horizon=horizon, replay_bytes=self.replay_bytes)
             elif self._average[0] == "asgd":
                 made_of = compose(self._store, spec, horizon=horizon, component=AVERAGE)
             else:
                 weights = average_weights(self._average[0], horizon=horizon, **self._average[1])
-                made_of = compose(self._store, spec, horizon=horizon, weights=weights)
+                made_of = compose(self._store, spec, horizon=horizon, weights=weights, replay_bytes=self.replay_bytes)
             self._composed = {place: made_of} | {k: v for k, v in self._composed.items() if k[1] == horizon}
         return self._composed[place]
 
@@ -389,4 +391,7 @@ class DualMemory:
         return max(self._store.inexact_steps(name, horizon) for name in spec.parameters)
 
     def _is_exact(self, spec: LayerSpec) -> bool:
-        return all((rule := rule_for(name)) is not None and rule.exact for name in self._optimizers(spec))
+        return all(
+            (rule := rule_for(name)) is not None and rule.exactness is not Exactness.APPROXIMATE
+            for name in self._optimizers(spec)
+        )

@@ -5,8 +5,8 @@ Letters in shapes: ``n`` pattern, ``i`` input, ``o`` output, ``t`` step, ``e`` l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from typing import Protocol
 
@@ -16,13 +16,13 @@ from torch import Tensor
 __all__ = [
     "AVERAGE",
     "COORDINATES",
+    "FIELDS",
     "INEXACT",
     "MOMENTUM",
     "NO_SAMPLE",
     "VALUE",
     "Batch",
     "Coefficients",
-    "Composition",
     "History",
     "LayerSpec",
     "LedgerEntry",
@@ -34,6 +34,9 @@ __all__ = [
 
 COORDINATES = ("step", "sample", "position")
 """What every row carries beside key and output gradient, int64 [n] each."""
+
+FIELDS = ("key", "output_grad", *COORDINATES)
+"""The tensors of a block of rows that are always there."""
 
 NO_SAMPLE = -1
 """Sample number of a row whose dataset row is not known."""
@@ -105,6 +108,28 @@ class Rows:
 
     def __len__(self) -> int:
         return int(self.key.shape[0])
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Rows ``start`` to ``stop``, without a copy."""
+        cut = self._each(lambda values: values[start:stop])
+        return replace(cut, first=self.first + start)
+
+    def where(self, mask: Tensor) -> Rows:
+        """The rows that a bool mask [n] chooses; they keep no pattern numbers."""
+        return self._each(lambda values: values[mask])
+
+    def joined(self, other: Rows) -> Rows:
+        """These rows and those that follow them."""
+        columns = {name: torch.cat([values, other.columns[name]]) for name, values in self.columns.items()}
+        key, output_grad, step, sample, position = (
+            torch.cat([getattr(self, name), getattr(other, name)]) for name in FIELDS
+        )
+        return Rows(key, output_grad, step, sample, position, columns, self.first)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        columns = {name: change(values) for name, values in self.columns.items()}
+        key, output_grad, step, sample, position = (change(getattr(self, name)) for name in FIELDS)
+        return Rows(key, output_grad, step, sample, position, columns, self.first)
 
 
 @dataclass(frozen=True)
@@ -183,31 +208,9 @@ class Coefficients:
     origin: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Composition:
-    """One layer at a horizon ``t``: ``W = origin_weight - sum_s weight[step_s] · output_grad_s key_sᵀ``.
-
-    ``weight`` and ``bias`` hold the coefficient of every step's patterns, float64 [t + 1]. Origins are float64, [o, i]
-    and [o], with whatever optimiser state there was where recording began. A layer without bias has None twice.
-    """
-
-    spec: LayerSpec
-    weight: Tensor
-    origin_weight: Tensor
-    bias: Tensor | None = None
-    origin_bias: Tensor | None = None
-    unknown: str = ""
-    """Why nothing of this is known (all NaN): no rule explains the optimiser."""
-
-    @property
-    def horizon(self) -> int:
-        """The step after which this is the layer."""
-        return int(self.weight.numel()) - 1
-
-
 class RowSource(Protocol):
     """Where a question gets its patterns from."""
 
-    def blocks(self, layer: str, *, last_step: int, block_rows: int) -> Iterator[Rows]:
-        """The layer's patterns up to ``last_step``, oldest first, at most ``block_rows`` at a time."""
+    def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
+        """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""
         ...

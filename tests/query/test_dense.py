@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dualhook.query import GroupSums, LayerQuery, Receipt, TopPatterns, dual_output, rebuild, scan
-from dualhook.records import Composition, LayerSpec, Rows
+from dualhook.query import Composition, GroupSums, LayerQuery, Receipt, TopPatterns, dual_output, rebuild, scan
+from dualhook.records import LayerSpec, Rows
 
 I, O = 3, 2
 
@@ -21,7 +21,7 @@ class Held:
         self.rows = rows
         self.cuts = [0, *sorted(cuts), len(rows)]
 
-    def blocks(self, layer: str, *, last_step: int, block_rows: int):
+    def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0):
         for start, stop in zip(self.cuts[:-1], self.cuts[1:], strict=True):
             for first in range(start, stop, block_rows):
                 last = min(stop, first + block_rows)
@@ -138,7 +138,7 @@ def test_receipt_dual_output_and_rebuilt_weight(case):
     assert all(close(left[name], value) for name, value in rebuild(Held(kept, []), made_of).items())
     asked = LayerQuery(made_of, query, direction, output)
     receipt = Receipt(asked)
-    scan(source, asked, [receipt])
+    receipt.parts = scan(source, asked, [receipt]).parts
     assert (receipt.explained > 1 - 1e-9).all()
     true = contribution.abs().sum(1) / contribution.sum(1).abs()
     assert close(receipt.cancellation[true < 1e6], true[true < 1e6])
@@ -152,6 +152,6 @@ def test_receipt_sees_what_is_missing(case, share):
     grown = output + share / (1 - share) * (output - origin)  # the patterns are then 1 - share of what training did
     asked = LayerQuery(made_of, query, direction, grown)
     receipt = Receipt(asked)
-    scan(source, asked, [receipt])
+    receipt.parts = scan(source, asked, [receipt]).parts
     moved = (output - origin).flatten(1).norm(dim=1) > 1e-6
     assert close(receipt.explained[moved], torch.full_like(receipt.explained[moved], 1 - share))

@@ -7,18 +7,42 @@ installed, and a later version of this package can explain what an earlier one r
 from __future__ import annotations
 
 from dualhook.optimizers.averages import average_weights
-from dualhook.optimizers.registry import class_name, register, rule_for
-from dualhook.optimizers.scalar import ASGDRule, ScalarRule, SGDRule, Transitions, coefficients, components
+from dualhook.optimizers.elementwise import AdamRule
+from dualhook.optimizers.registry import class_name, register, rule_for, rules
+from dualhook.optimizers.replay import Adjoint, ParameterState, advance, apply
+from dualhook.optimizers.rule import Entry, Exactness, LinearStep, ReplayRule, Rule, Side
+from dualhook.optimizers.scalar import (
+    ASGDRule,
+    ReplayedScalar,
+    ScalarRule,
+    SGDRule,
+    Transitions,
+    coefficients,
+    components,
+)
 
 __all__ = [
     "ASGDRule",
+    "AdamRule",
+    "Adjoint",
+    "Entry",
+    "Exactness",
+    "LinearStep",
+    "ParameterState",
+    "ReplayRule",
+    "ReplayedScalar",
+    "Rule",
     "SGDRule",
     "ScalarRule",
+    "Side",
     "Transitions",
+    "advance",
+    "apply",
     "average_weights",
     "class_name",
     "coefficients",
     "components",
     "register",
     "rule_for",
+    "rules",
 ]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dualhook.optimizers.scalar import ScalarRule
+from dualhook.optimizers.rule import Rule
 
-__all__ = ["class_name", "register", "rule_for"]
+__all__ = ["class_name", "register", "rule_for", "rules"]
 
-_RULES: dict[str, ScalarRule] = {}
+_RULES: dict[str, Rule] = {}
 
 
-def register(optimizer: type | str, rule: ScalarRule) -> None:
+def register(optimizer: type | str, rule: Rule) -> None:
     """Explain an optimiser class (or its qualified name, ``"package.module.Class"``) by a rule.
 
     Subclasses share the rule as long as they do not override ``step``.
@@ -21,9 +19,14 @@ def register(optimizer: type | str, rule: ScalarRule) -> None:
     _RULES[optimizer if isinstance(optimizer, str) else _qualified(optimizer)] = rule
 
 
-def rule_for(name: str) -> ScalarRule | None:
+def rule_for(name: str) -> Rule | None:
     """The rule of an optimiser class, by the name :func:`class_name` gave."""
     return _RULES.get(name)
+
+
+def rules() -> dict[str, Rule]:
+    """Every registered rule by the qualified name of its optimiser class."""
+    return dict(_RULES)
 
 
 def class_name(optimizer: type) -> str:

@@ -12,7 +12,7 @@ factors one backward pass finds: the adjoint of the recursion.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from dualhook.errors import RuleError
 from dualhook.optimizers.registry import register, rule_for
+from dualhook.optimizers.rule import Entry, LinearStep, ReplayRule, Rule
 from dualhook.records import AVERAGE, MOMENTUM, VALUE, Coefficients, History, Mark
 
-__all__ = ["ASGDRule", "SGDRule", "ScalarRule", "Transitions", "coefficients", "components"]
+__all__ = ["ASGDRule", "ReplayedScalar", "SGDRule", "ScalarRule", "Transitions", "coefficients", "components"]
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,11 @@ class Transitions:
             getattr(self, field.name)[chosen] = getattr(part, field.name)
 
 
-class ScalarRule(ABC):
+class ScalarRule(Rule):
     """An optimiser whose step is linear in weight, momentum buffer and gradient, with scalar factors."""
 
-    exact: ClassVar[bool] = True
-    name: str = "scalar"
-
-    def state_numbers(self, state: Mapping[str, object], hyper: Mapping[str, float]) -> dict[str, float]:
-        """The numbers of a parameter's optimiser state that the next step depends on, noted before every step."""
-        return {}
+    kind: ClassVar[str] = "scalar"
+    cost: ClassVar[str] = "one pass over the rows"
 
     @abstractmethod
     def transitions(self, history: History) -> Transitions:
@@ -133,6 +130,45 @@ class ASGDRule(ScalarRule):
         return history.state["mu"]
 
 
+class ReplayedScalar(ReplayRule):
+    """A scalar rule among replayed ones, for a parameter that optimisers of both families have trained."""
+
+    kind: ClassVar[str] = "scalar"
+    buffer: ClassVar[str | None] = MOMENTUM
+
+    def __init__(self, rule: ScalarRule) -> None:
+        self.name = rule.name
+        self._rule = rule
+        self._couples = isinstance(rule, SGDRule) and not rule.decoupled
+
+    def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
+        return {MOMENTUM: torch.zeros_like(weight)}
+
+    def decay(self, entry: Entry) -> float:
+        return entry["weight_decay"] if self._couples else 0.0
+
+    def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
+        handled = ("maximize", "weight_decay") if self._couples else ("maximize",)
+        hyper = {name: 0.0 if name in handled else value for name, value in entry.hyper.items()}
+        numbers = self._rule.transitions(_single(hyper, entry))
+        ww, wb, wg, bb, bg = (float(getattr(numbers, name)[0]) for name in ("ww", "wb", "wg", "bb", "bg"))
+        return LinearStep(1.0, from_buffer=-wb, from_gradient=-wg, keep=bb, take=bg, shrink=ww)
+
+
+def _single(hyper: Mapping[str, float], entry: Entry) -> History:
+    """One entry as a history, for a gradient that is already scaled."""
+    return History(
+        "",
+        torch.ones(1, dtype=torch.int64),
+        ("",),
+        {name: torch.tensor([value], dtype=torch.float64) for name, value in hyper.items()},
+        {name: torch.tensor([value], dtype=torch.float64) for name, value in entry.state.items()},
+        torch.ones(1, dtype=torch.float64),
+        torch.zeros(1, dtype=torch.float64),
+        torch.tensor([int(Mark.FRESH) if entry.fresh else 0]),
+    )
+
+
 register("torch.optim.sgd.SGD", SGDRule())
 register("torch.optim.asgd.ASGD", ASGDRule())
 
@@ -181,7 +217,7 @@ def _rules(history: History) -> dict[str, ScalarRule]:
     rules = {}
     for name in dict.fromkeys(history.optimizer):
         rule = rule_for(name)
-        if rule is None:
+        if not isinstance(rule, ScalarRule):
             raise RuleError(
                 f"{history.parameter!r} was trained by {name}, for which no exact rule exists yet; "
                 "its rows are recorded and attention weights can be asked (by='weight'), contributions cannot"

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dualhook.query.collectors import Collector, GroupSums, Receipt, TopPatterns
+from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken
+from dualhook.query.replay import Replay
 from dualhook.query.streaming import LayerQuery, dual_output, scan
 from dualhook.query.weights import rebuild
 
 __all__ = [
+    "REPLAY_BYTES",
     "Collector",
+    "Composition",
     "GroupSums",
     "LayerQuery",
     "Receipt",
+    "Replay",
+    "ReplayShare",
+    "StepTaken",
     "TopPatterns",
     "dual_output",
     "rebuild",

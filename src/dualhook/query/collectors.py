@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from dualhook.query.streaming import LayerQuery, Scores, origin_output
+from dualhook.query.streaming import LayerQuery, Scores
 from dualhook.records import Rows
 
 __all__ = ["Collector", "Criterion", "GroupSums", "Receipt", "TopPatterns"]
@@ -41,11 +41,15 @@ class TopPatterns:
         self.by = by
         self.largest = largest
         self._best: dict[str, Tensor] = {}
+        self._first = 0  # pattern number of the block that was seen last
 
     def add(self, scores: Scores) -> None:
         found = self._candidates(scores)
-        if self._best:
-            found = {name: torch.cat([self._best[name], values], 1) for name, values in found.items()}
+        if self._best:  # a replay shows the newest patterns first
+            newer = scores.rows.first >= self._first
+            pair = (self._best, found) if newer else (found, self._best)
+            found = {name: torch.cat([part[name] for part in pair], 1) for name in found}
+        self._first = scores.rows.first
         # stable: earlier patterns stand first among equals
         order = found["rank"].sort(dim=1, descending=self.largest, stable=True).indices[:, : self.k]
         self._best = {name: values.gather(1, order) for name, values in found.items()}
@@ -93,33 +97,41 @@ class GroupSums:
 
 
 class Receipt:
-    """Does the sum add up? The share of the trained output that origin and patterns explain, and the cancellation."""
+    """Does the sum add up? The share of the trained output that the parts explain, and the cancellation."""
 
     def __init__(self, asked: LayerQuery) -> None:
-        self._trained = asked.output.double() - origin_output(asked.made_of, asked.query)
-        steps = asked.made_of.horizon + 1  # every step has rounded the weight once
-        self._rounding = 4 * torch.finfo(asked.query.dtype).eps * steps**0.5 * asked.output.flatten(1).norm(dim=1)
-        self._rebuilt = torch.zeros_like(self._trained)
+        self._asked = asked
         self._signed = torch.zeros(len(asked), dtype=torch.float64)
         self._absolute = torch.zeros(len(asked), dtype=torch.float64)
+        self.parts: Mapping[str, Tensor] = {}
+        """What the layer answers by parts [q, p, o], see :attr:`Pass.parts`; set when the pass is through."""
 
     def add(self, scores: Scores) -> None:
-        self._rebuilt += scores.output()
         self._signed += scores.contribution.sum(1, dtype=torch.float64)
         self._absolute += scores.contribution.abs().sum(1, dtype=torch.float64)
 
     @property
     def explained(self) -> Tensor:
-        """``1 - |W q - a W_0 q - sum| / |W q - a W_0 q|`` per query [q].
+        """``1 - |W q - a W_0 q - sum| / |W q - a W_0 q|`` per query [q]; the sum holds patterns and weight decay.
 
         1 where training changed the output by no more than the steps' rounding of ``W q`` itself.
         """
-        left = (self._trained - self._rebuilt).flatten(1).norm(dim=1)
-        whole = self._trained.flatten(1).norm(dim=1)
-        nothing = torch.maximum(left, whole) <= self._rounding
+        output = self._asked.output.double()
+        trained = output - self.parts["origin"]
+        rebuilt = self.parts["patterns"] + self.parts.get("weight-decay", 0.0)
+        left = (trained - rebuilt).flatten(1).norm(dim=1)
+        whole = trained.flatten(1).norm(dim=1)
+        steps = self._asked.made_of.horizon + 1  # every step has rounded the weight once
+        rounding = 4 * torch.finfo(self._asked.query.dtype).eps * steps**0.5 * output.flatten(1).norm(dim=1)
+        nothing = torch.maximum(left, whole) <= rounding
         return torch.where(nothing, 1.0, 1.0 - left / whole)
 
     @property
     def cancellation(self) -> Tensor:
         """Sum of absolute contributions over the absolute value of their sum [q]."""
         return torch.where(self._absolute == 0, 1.0, self._absolute / self._signed.abs())
+
+    def along_direction(self) -> dict[str, Tensor]:
+        """What every part puts into the prediction, ``direction · part`` [q]."""
+        direction = self._asked.direction.double()
+        return {name: (part * direction).sum((1, 2)) for name, part in self.parts.items()}

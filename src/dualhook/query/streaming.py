@@ -6,7 +6,7 @@ sequence), ``i`` input, ``o`` output, ``t`` step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dualhook.records import Composition, Rows, RowSource
+from dualhook.query.parts import Composition
+from dualhook.query.replay import Replay
+from dualhook.query.scoring import ReplayScores
+from dualhook.records import Rows, RowSource
 
 if TYPE_CHECKING:
     from dualhook.query.collectors import Collector
 
-__all__ = ["BLOCK_ROWS", "LayerQuery", "Scores", "dual_output", "scan"]
+__all__ = ["BLOCK_ROWS", "LayerQuery", "Pass", "Scores", "dual_output", "scan"]
 
 BLOCK_ROWS = 4096
 BLOCK_SCORES = 2**24  # numbers of one score matrix: many queries make the blocks shorter
@@ -50,9 +53,10 @@ class LayerQuery:
 class Scores:
     """One block of rows against all queries; each quantity is computed when a collector asks for it."""
 
-    def __init__(self, asked: LayerQuery, rows: Rows) -> None:
+    def __init__(self, asked: LayerQuery, rows: Rows, replayed: Tensor | None = None) -> None:
         self._asked = asked
         self.rows = rows
+        self._replayed = replayed
         self._dtype = _computing_dtype(rows)
 
     @cached_property
@@ -82,35 +86,93 @@ class Scores:
     @cached_property
     def contribution(self) -> Tensor:
         """``direction · value (key · query)`` [q, n]; sums to what training has put into the direction."""
+        if self._replayed is not None and self._asked.made_of.only_replays:
+            return self._replayed
         aligned = _against(self._asked.direction, self.rows.output_grad, self._dtype)
-        return -(self._attended * aligned).sum(1)
+        by_step = -(self._attended * aligned).sum(1)
+        return by_step if self._replayed is None else by_step + self._replayed
 
     def output(self) -> Tensor:
-        """What the block adds to the layer's output, ``sum_n value_n (key_n · query)`` [q, p, o]."""
+        """What the block's coefficients by step add to the layer's output [q, p, o]."""
         return -(self._attended @ self.rows.output_grad.to(self._dtype))
 
 
-def scan(source: RowSource, asked: LayerQuery, collectors: Sequence[Collector]) -> None:
-    """Show every block of the layer's patterns to the collectors, oldest first."""
-    rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
-    for block in source.blocks(asked.name, last_step=asked.made_of.horizon, block_rows=rows):
-        scores = Scores(asked, block)
+class Pass:
+    """One pass over the patterns of a layer, in whatever order what it is made of asks for.
+
+    ``outputs=True`` also adds up what the layer answers, part by part: :attr:`parts`.
+    """
+
+    def __init__(self, source: RowSource, asked: LayerQuery, *, scores: bool = True, outputs: bool = True) -> None:
+        self._source = source
+        self._asked = asked
+        self._outputs = outputs
+        self._by_step = torch.zeros((*asked.query.shape[:2], asked.made_of.origin_weight.shape[0]), dtype=torch.float64)
+        self._scores = ReplayScores(asked.query, asked.direction) if scores and asked.made_of.replays else None
+
+    def __iter__(self) -> Iterator[Scores]:
+        for rows in self._blocks():
+            replayed = None if self._scores is None else self._scores.take(int(rows.step[0]))
+            scores = Scores(self._asked, rows, replayed)
+            yield scores
+            if self._outputs and not self._asked.made_of.only_replays:
+                self._by_step += scores.output()
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """What the layer answers by parts, float64 [q, p, o], once the pass is through; they sum to its output.
+
+        ``origin``, ``patterns``, and where there was coupled weight decay or the optimiser's own rounding under a
+        replayed rule, ``weight-decay`` and ``rounding``.
+        """
+        made_of, query = self._asked.made_of, self._asked.query.double()
+        found = {"origin": origin_output(made_of, self._asked.query), "patterns": self._by_step}
+        for share in made_of.replays:
+            assert share.totals is not None
+            for name in ("origin", "patterns", "weight_decay", "rounding"):
+                part = getattr(share.totals, name)
+                if name in ("origin", "patterns") or part.any():
+                    added = query @ part.T if part.ndim == 2 else part.expand(*query.shape[:2], -1)
+                    label = name.replace("_", "-")
+                    found[label] = found[label] + added if label in found else added
+        return found
+
+    def _blocks(self) -> Iterator[Rows]:
+        asked = self._asked
+        if asked.made_of.replays:
+            replay = Replay(self._source, asked.name, asked.made_of.replays, budget=asked.made_of.replay_bytes)
+            totals = self._outputs and any(share.totals is None for share in asked.made_of.replays)
+            yield from replay.backward(None if self._scores is None else self._scores.visit, totals=totals)
+            if totals:
+                for share, found in zip(asked.made_of.replays, replay.sums(), strict=True):
+                    share.totals = found
+            return
+        rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
+        yield from self._source.blocks(asked.name, last_step=asked.made_of.horizon, block_rows=rows)
+
+
+def scan(source: RowSource, asked: LayerQuery, collectors: Sequence[Collector], *, outputs: bool = True) -> Pass:
+    """Show every block of the layer's patterns to the collectors; the pass that is through."""
+    through = Pass(source, asked, outputs=outputs)
+    for scores in through:
         for collector in collectors:
             collector.add(scores)
+    return through
 
 
 def dual_output(source: RowSource, made_of: Composition, query: Tensor) -> Tensor:
     """The layer's output for inputs [..., i] in dual form: origin, plus attention over every training pattern."""
     flat = query.reshape(1, -1, query.shape[-1])
-    total = origin_output(made_of, flat)
-    asked = LayerQuery(made_of, flat, flat, flat)
-    for block in source.blocks(asked.name, last_step=made_of.horizon, block_rows=BLOCK_ROWS):
-        total += Scores(asked, block).output()
+    asked = LayerQuery(made_of.unsummed(), flat, flat, flat)
+    through = Pass(source, asked, scores=False)
+    for _ in through:
+        pass
+    total = sum(through.parts.values(), torch.zeros(()))
     return total.reshape(*query.shape[:-1], -1).to(query.dtype)
 
 
 def origin_output(made_of: Composition, query: Tensor) -> Tensor:
-    """What the origin alone answers, float64 [q, p, o]."""
+    """What the origin alone answers as far as no replay is needed to know it, float64 [q, p, o]."""
     output = query.double() @ made_of.origin_weight.T
     return output if made_of.origin_bias is None else output + made_of.origin_bias
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from dualhook.query.parts import Composition
+from dualhook.query.replay import Replay
 from dualhook.query.streaming import BLOCK_ROWS
-from dualhook.records import Composition, Rows, RowSource
+from dualhook.records import Rows, RowSource
 
 __all__ = ["rebuild"]
 
@@ -16,13 +18,14 @@ Chosen = Callable[[Rows], Tensor]
 
 
 def rebuild(source: RowSource, made_of: Composition, leave_out: Chosen | None = None) -> dict[str, Tensor]:
-    """The layer's parameters by name, float64: origin and every pattern up to the horizon.
+    """The layer's parameters by name, float64: origin, every pattern up to the horizon, and the named parts.
 
     ``leave_out`` masks the patterns [n] of a block whose values are not wanted.
     """
     weight = made_of.origin_weight.clone()
     bias = None if made_of.origin_bias is None else made_of.origin_bias.clone()
-    for rows in source.blocks(made_of.spec.name, last_step=made_of.horizon, block_rows=BLOCK_ROWS):
+    found = dict(zip(made_of.spec.parameters, (weight, bias), strict=False))
+    for rows in () if made_of.only_replays else _blocks(source, made_of):
         key, output_grad, step = rows.key, rows.output_grad, rows.step
         if leave_out is not None:
             wanted = (~leave_out(rows)).nonzero().squeeze(1)
@@ -33,4 +36,17 @@ def rebuild(source: RowSource, made_of: Composition, leave_out: Chosen | None = 
         weight -= (output_grad * made_of.weight[step].to(dtype)[:, None]).T @ key.to(dtype)
         if bias is not None and made_of.bias is not None:
             bias -= output_grad.double().T @ made_of.bias[step]
-    return {name: part for name, part in zip(made_of.spec.parameters, (weight, bias), strict=False) if part is not None}
+    if made_of.replays:
+        replay = Replay(source, made_of.spec.name, made_of.replays, budget=made_of.replay_bytes)
+        counted = None if leave_out is None else lambda rows: ~leave_out(rows)
+        for _ in replay.backward(None, totals=True, counted=counted):
+            pass
+        for share, totals in zip(made_of.replays, replay.sums(), strict=True):
+            if leave_out is None:
+                share.totals = totals
+            found[share.parameter] = totals.value
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def _blocks(source: RowSource, made_of: Composition) -> Iterator[Rows]:
+    return source.blocks(made_of.spec.name, last_step=made_of.horizon, block_rows=BLOCK_ROWS)

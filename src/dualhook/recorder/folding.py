@@ -6,11 +6,10 @@ from functools import partial
 
 from torch import Tensor
 
-from dualhook.composition import compose
+from dualhook.composition import compose, is_replayed, replayed_states
 from dualhook.errors import RuleError, StoreError
 from dualhook.optimizers import components
 from dualhook.query import rebuild
-from dualhook.records import AVERAGE, MOMENTUM, VALUE
 from dualhook.store import Store, Writer
 
 __all__ = ["folding_to"]
@@ -58,18 +57,22 @@ def _origins_after(store: Store, step: int) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for spec in store.layers:
         begun = [name for name in spec.parameters if store.origin_steps[name] <= step]
-        wanted = {name: _state_names(store, name, step) for name in begun}
+        for name in begun:
+            history = store.histories.get(name)
+            if history is None or int(history.step[0]) > step:  # no step in the folded segments: as its origin says
+                parts[name] = {n: value.double() for n, value in store.origin(name).tensors.items()}
+        begun = [name for name in begun if name not in parts]
+        replayed = [name for name in begun if is_replayed(store, name)]
+        parts |= replayed_states(store, spec, step, replayed)
+        begun = [name for name in begun if name not in replayed]
+        histories = {name: store.histories[name] for name in begun}
+        wanted = {
+            name: components(history.where(history.step <= step), store.origin(name).tensors)
+            for name, history in histories.items()
+        }
         for component in dict.fromkeys(component for names in wanted.values() for component in names):
             rebuilt = rebuild(store, compose(store, spec, horizon=step, component=component))
             for name in begun:
                 if component in wanted[name]:
                     parts.setdefault(name, {})[component] = rebuilt[name]
     return parts
-
-
-def _state_names(store: Store, parameter: str, step: int) -> tuple[str, ...]:
-    origin = store.origin(parameter).tensors
-    history = store.histories.get(parameter)
-    if history is None:  # no step in the segments that are left: it is as its origin says
-        return tuple(name for name in (VALUE, MOMENTUM, AVERAGE) if name in origin)
-    return components(history.where(history.step <= step), origin)

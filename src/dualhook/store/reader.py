@@ -125,19 +125,22 @@ class Store:
         step = int(read_header(self.layout.latest, file)["step"])
         return step, {name: file.get_tensor(name) for name in tensor_names(file)}
 
-    def blocks(self, layer: str, *, last_step: int, block_rows: int) -> Iterator[Rows]:
-        """The layer's patterns up to ``last_step``, oldest first, at most ``block_rows`` at a time."""
+    def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
+        """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""
         for segment in self.segments:
             count = segment.count(layer)
-            if not count or segment.header["steps"][0] > last_step:
+            if not count or segment.header["steps"][0] > last_step or segment.last_step < first_step:
                 continue
             file = open_tensors(segment.path)
             prefix = f"rows/{layer}/"
             tensors = {n.removeprefix(prefix): file.get_tensor(n) for n in tensor_names(file) if n.startswith(prefix)}
             if segment.last_step > last_step:  # steps only rise within a segment
                 count = int(torch.searchsorted(tensors["step"], last_step, right=True))
+            begin = 0
+            if segment.header["steps"][0] < first_step:
+                begin = int(torch.searchsorted(tensors["step"], first_step))
             first = int(segment.header["rows"][layer]["first"])
-            for start in range(0, count, block_rows):
+            for start in range(begin, count, block_rows):
                 part = {name: values[start : min(count, start + block_rows)] for name, values in tensors.items()}
                 columns = {n.removeprefix("column/"): values for n, values in part.items() if n.startswith("column/")}
                 yield Rows(

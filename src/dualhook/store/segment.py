@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualhook.records import COORDINATES, LedgerEntry, Rows
+from dualhook.records import FIELDS, LedgerEntry, Rows
 from dualhook.store.ledger import pack
 
 __all__ = ["SegmentBuilder"]
@@ -148,7 +148,7 @@ class SegmentBuilder:
 
 
 def _fields(rows: Rows) -> dict[str, Tensor]:
-    fields = {name: getattr(rows, name) for name in ("key", "output_grad", *COORDINATES)}
+    fields = {name: getattr(rows, name) for name in FIELDS}
     return fields | {f"column/{name}": values for name, values in rows.columns.items()}
 
 

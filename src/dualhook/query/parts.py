@@ -1,0 +1,105 @@
+"""What a layer is made of at a horizon: coefficients by step, and shares that have to be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dualhook.optimizers import Entry, ReplayRule
+from dualhook.records import LayerSpec
+
+__all__ = ["REPLAY_BYTES", "Composition", "ReplayShare", "StepTaken", "Totals"]
+
+REPLAY_BYTES = 2**30
+"""Default budget for what a replay keeps in memory at a time."""
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """One optimiser step on one parameter: the ledger's numbers, the rule, and the optimiser's class."""
+
+    entry: Entry
+    rule: ReplayRule
+    optimizer: str
+
+
+@dataclass
+class Totals:
+    """What a parameter is made of, float64, each of its shape; the parts sum to its value at the horizon."""
+
+    origin: Tensor
+    patterns: Tensor
+    weight_decay: Tensor
+    rounding: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """The sum of all parts."""
+        return self.origin + self.patterns + self.weight_decay + self.rounding
+
+
+@dataclass
+class ReplayShare:
+    """A parameter that has to be replayed: where its recording begins, and the steps taken on it.
+
+    ``weight`` and ``tensors`` are value and optimiser state after step ``begins``; ``readout`` [t + 1] says with which
+    factor the weight after each step counts (the horizon alone, or an average along the way), ``dtype`` what the model
+    computes the parameter in.
+    """
+
+    parameter: str
+    begins: int
+    weight: Tensor
+    tensors: Mapping[str, Tensor]
+    taken: Mapping[int, Sequence[StepTaken]]
+    readout: Tensor
+    dtype: torch.dtype
+    totals: Totals | None = None
+    """Known once a pass over all output units has come back to the origin."""
+
+    @property
+    def horizon(self) -> int:
+        """The last step that is asked about."""
+        return int(self.readout.numel()) - 1
+
+    @property
+    def separable(self) -> bool:
+        """Whether its output units can be replayed in blocks."""
+        return all(step.rule.separable for taken in self.taken.values() for step in taken)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """One layer at a horizon ``t``: ``W = origin_weight - sum_s weight[step_s] · output_grad_s key_sᵀ`` + replays.
+
+    ``weight`` and ``bias`` hold the coefficient of every step's patterns, float64 [t + 1]. Origins are float64, [o, i]
+    and [o], with whatever optimiser state there was where recording began. A layer without bias has None twice.
+    A parameter in ``replays`` adds what its replay finds; its coefficients and origin here are zero.
+    """
+
+    spec: LayerSpec
+    weight: Tensor
+    origin_weight: Tensor
+    bias: Tensor | None = None
+    origin_bias: Tensor | None = None
+    replays: tuple[ReplayShare, ...] = ()
+    replay_bytes: int = REPLAY_BYTES
+    unknown: str = ""
+    """Why nothing of this is known (all NaN): no rule explains the optimiser."""
+
+    @property
+    def horizon(self) -> int:
+        """The step after which this is the layer."""
+        return int(self.weight.numel()) - 1
+
+    @property
+    def only_replays(self) -> bool:
+        """Whether every parameter of the layer is replayed: no coefficient by step says anything."""
+        return len(self.replays) == len(self.spec.parameters)
+
+    def unsummed(self) -> Composition:
+        """The same with no totals known: the next pass adds them up again."""
+        return replace(self, replays=tuple(replace(share, totals=None) for share in self.replays))
