@@ -183,25 +183,70 @@ def adam_settings(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@st.composite
-def rmsprop_settings(draw: st.DrawFn) -> dict[str, Any]:
-    return {
-        "lr": draw(st.sampled_from([1e-3, 1e-2])),
-        "alpha": draw(st.sampled_from([0.99, 0.9])),
-        "weight_decay": draw(st.sampled_from([0.0, 0.1])),
-        "momentum": draw(st.sampled_from([0.0, 0.9])),
-        "centered": draw(st.booleans()),
-    }
+def fixed(**choices: list[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Settings drawn one by one from lists."""
+    return st.fixed_dictionaries({name: st.sampled_from(values) for name, values in choices.items()})
 
 
-def plain_settings(*rates: float, decays: tuple[float, ...] = (0.0, 0.1)) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries({"lr": st.sampled_from(rates), "weight_decay": st.sampled_from(decays)})
+BETAS = [(0.9, 0.999), (0.5, 0.9)]
+DECAYS = [0.0, 0.1]
+FLAGS = [False, True]
+
+
+def lion_settings() -> st.SearchStrategy[dict[str, Any]]:
+    return fixed(lr=[1e-3, 1e-2], betas=BETAS, weight_decay=DECAYS)
+
+
+def muon_settings() -> st.SearchStrategy[dict[str, Any]]:
+    return fixed(
+        lr=[1e-3, 1e-2],
+        weight_decay=DECAYS,
+        momentum=[0.95, 0.5],
+        nesterov=FLAGS,
+        adjust_lr_fn=[None, "original", "match_rms_adamw"],
+        ns_steps=[5, 3],
+    )
 
 
 SCALAR = ((torch.optim.SGD, sgd_settings()), (torch.optim.ASGD, asgd_settings()))
 REPLAYED = (
     (torch.optim.Adam, adam_settings()),
     (torch.optim.AdamW, adam_settings()),
+    (
+        torch.optim.NAdam,
+        fixed(
+            lr=[1e-3, 1e-2],
+            betas=BETAS,
+            weight_decay=DECAYS,
+            momentum_decay=[4e-3, 0.1],
+            decoupled_weight_decay=FLAGS,
+            maximize=FLAGS,
+        ),
+    ),
+    (
+        torch.optim.RAdam,
+        fixed(lr=[1e-3, 1e-2], betas=BETAS, weight_decay=DECAYS, decoupled_weight_decay=FLAGS, maximize=FLAGS),
+    ),
+    (torch.optim.Adamax, fixed(lr=[1e-3, 1e-2], betas=BETAS, weight_decay=DECAYS, maximize=FLAGS)),
+    (
+        torch.optim.RMSprop,
+        fixed(
+            lr=[1e-3, 1e-2], alpha=[0.99, 0.9], weight_decay=DECAYS, momentum=[0.0, 0.9], centered=FLAGS, maximize=FLAGS
+        ),
+    ),
+    (
+        torch.optim.Adagrad,
+        fixed(
+            lr=[1e-2, 0.1],
+            lr_decay=[0.0, 0.1],
+            weight_decay=DECAYS,
+            initial_accumulator_value=[0.0, 0.1],
+            maximize=FLAGS,
+        ),
+    ),
+    (torch.optim.Adadelta, fixed(lr=[1.0, 0.1], rho=[0.9, 0.99], weight_decay=DECAYS, maximize=FLAGS)),
+    (torch.optim.Adafactor, fixed(lr=[1e-2, 1e-1], d=[1.0, 2.0], weight_decay=DECAYS, maximize=FLAGS)),
+    (torch.optim.Rprop, fixed(lr=[1e-3, 1e-2], etas=[(0.5, 1.2), (0.9, 1.05)], maximize=FLAGS)),
 )
 
 

@@ -59,9 +59,10 @@ class Mark(IntFlag):
     NONFINITE = 4  # rows or gradient hold NaN or infinity
     CHANGED = 8  # parameter or optimiser state was changed between two steps by something else
     MISSING = 16  # the step fell into a pause: its rows were not recorded
+    MISPREDICTED = 32  # the optimiser did something else than its rule says, by the self-check
 
 
-INEXACT = Mark.UNEXPLAINED | Mark.CHANGED | Mark.MISSING
+INEXACT = Mark.UNEXPLAINED | Mark.CHANGED | Mark.MISSING | Mark.MISPREDICTED
 """The marks of a step after which the identity no longer holds."""
 
 

@@ -7,7 +7,19 @@ installed, and a later version of this package can explain what an earlier one r
 from __future__ import annotations
 
 from dualhook.optimizers.averages import average_weights
-from dualhook.optimizers.elementwise import AdamRule
+from dualhook.optimizers.elementwise import (
+    AdadeltaRule,
+    AdafactorRule,
+    AdagradRule,
+    AdamaxRule,
+    AdamRule,
+    LionRule,
+    NAdamRule,
+    RAdamRule,
+    RMSpropRule,
+    RpropRule,
+)
+from dualhook.optimizers.matrix import MuonRule
 from dualhook.optimizers.registry import class_name, register, rule_for, rules
 from dualhook.optimizers.replay import Adjoint, ParameterState, advance, apply
 from dualhook.optimizers.rule import Entry, Exactness, LinearStep, ReplayRule, Rule, Side
@@ -23,14 +35,24 @@ from dualhook.optimizers.scalar import (
 
 __all__ = [
     "ASGDRule",
+    "AdadeltaRule",
+    "AdafactorRule",
+    "AdagradRule",
     "AdamRule",
+    "AdamaxRule",
     "Adjoint",
     "Entry",
     "Exactness",
     "LinearStep",
+    "LionRule",
+    "MuonRule",
+    "NAdamRule",
     "ParameterState",
+    "RAdamRule",
+    "RMSpropRule",
     "ReplayRule",
     "ReplayedScalar",
+    "RpropRule",
     "Rule",
     "SGDRule",
     "ScalarRule",

@@ -39,8 +39,10 @@ def advance(rule: ReplayRule, at: ParameterState, gradient: Tensor, entry: Entry
     ``gradient`` is the rebuilt one, without scale and decay. Without ``whole`` only what later steps' factors depend
     on is moved.
     """
-    if entry.fresh or not at.tensors:
-        at.tensors = rule.start(at.weight, entry) | ({} if entry.fresh else at.tensors)
+    if entry.fresh:
+        at.tensors = rule.start(at.weight, entry)
+    elif not at.tensors or (rule.buffer is not None and rule.buffer not in at.tensors):
+        at.tensors = rule.start(at.weight, entry) | at.tensors
     scale, decay = rule.gradient_scale(entry), rule.decay(entry)
     g = gradient if scale == 1.0 else gradient * scale
     if decay:
@@ -56,6 +58,9 @@ def advance(rule: ReplayRule, at: ParameterState, gradient: Tensor, entry: Entry
         if step.shrink != 1.0:
             at.weight.mul_(step.shrink)
         at.weight.sub_(apply(step.factor, direction, side))
+        if rule.buffer is not None and step.plain_from_buffer:
+            at.weight.sub_(at.tensors[rule.buffer], alpha=step.plain_from_buffer)
+            moves_buffer = True
         if step.rest is not None:
             at.weight.sub_(step.rest)
     if moves_buffer and rule.buffer is not None:
@@ -101,6 +106,8 @@ class Adjoint:
             self.buffer = 0.0
         else:
             self.buffer = _accumulate(self.buffer, step.keep, step.factor, self.weight * step.from_buffer)
+            if step.plain_from_buffer:
+                self.buffer = _accumulate(self.buffer, 1.0, self.weight * step.plain_from_buffer, 1.0)
         self.weight *= step.shrink
         return coefficient
 

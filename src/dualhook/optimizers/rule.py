@@ -46,6 +46,14 @@ class Rule(ABC):
         """The numbers of a parameter's optimiser state that the next step depends on, noted before every step."""
         return {}
 
+    def hyper_numbers(self, group: Mapping[str, object]) -> dict[str, float]:
+        """Settings of a parameter group that are no numbers themselves, as numbers for the ledger."""
+        return {}
+
+    def refuses(self, hyper: Mapping[str, float]) -> str:
+        """Which setting of a group the rule does not know; empty if it knows all. A refused optimiser has no rule."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -71,7 +79,7 @@ class Entry:
 class LinearStep:
     """One step of an optimiser, linear in weight ``W``, buffer ``B`` and gradient ``g`` with the rest held fixed::
 
-        W' = shrink · W  -  factor ∘ (from_buffer · B + from_gradient · g)  -  rest
+        W' = shrink · W  -  factor ∘ (from_buffer · B + from_gradient · g)  -  plain_from_buffer · B  -  rest
         B' = keep · B  +  buffer_factor ∘ (take · g)
 
     ``∘`` is the elementwise product, or for a matrix rule the product with ``factor`` from the left ([o, o]) or from
@@ -86,6 +94,7 @@ class LinearStep:
     take: float = 0.0
     buffer_factor: Tensor | float = 1.0
     shrink: float = 1.0
+    plain_from_buffer: float = 0.0
     rest: Tensor | None = None
 
 

@@ -167,7 +167,7 @@ class Recorder:
         rules: dict[str, str] = {}
         for parameter, name in self._book.trained_by.items():
             rule = rule_for(name)
-            rules[parameter] = f"{rule.name} (exact)" if rule is not None else f"none yet for {name}"
+            rules[parameter] = f"{rule.name} ({rule.exactness.value})" if rule is not None else f"none for {name}"
         sizes = {spec.name: self._row_bytes(spec) for spec in self._selection.specs}
         return coverage_table(self._model, self._selection, rules, sizes)
 

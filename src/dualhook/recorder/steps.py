@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from dualhook.capture import Intake, LayerProbe, Measurement, Selection, fit_scales
 from dualhook.errors import InexactWarning
-from dualhook.optimizers import class_name, rule_for
+from dualhook.optimizers import Rule, class_name, rule_for
+from dualhook.recorder.selfcheck import Prediction, is_due, predict
 from dualhook.recorder.watched import Watched, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
@@ -37,11 +38,13 @@ class Step:
     """One optimiser step, between torch's hook before it and the one after it."""
 
     optimizer: Optimizer
+    name: str  # what the ledger calls the optimiser
     has_closure: bool
     stepped: list[tuple[Watched, int, Mark]]  # parameter, its group, what is known beforehand
     hyper: list[dict[str, float]]
     state: dict[str, dict[str, float]]
     measured: dict[str, Measurement] = field(default_factory=dict)
+    predicted: dict[str, Prediction] = field(default_factory=dict)
 
 
 class StepBook:
@@ -125,8 +128,14 @@ class StepBook:
                     yield own[id(parameter)], number
 
     def meet(self, optimizer: Optimizer) -> str:
-        """Note which parameters an optimiser holds; returns the name of its class."""
+        """Note which parameters an optimiser holds; returns what the ledger calls it: its class.
+
+        With a setting that its class's rule does not know it is called by that as well, and has no rule.
+        """
         name = class_name(type(optimizer))
+        rule = rule_for(name)
+        refused = {rule.refuses(_numbers(group, rule)) for group in optimizer.param_groups} if rule else set()
+        name += "".join(f" ({why})" for why in sorted(refused) if why)
         self.trained_by |= {watched.name: name for watched, _ in self.members(optimizer)}
         return name
 
@@ -157,12 +166,13 @@ class StepBook:
             if has_closure or gradient_of(watched) is not None  # torch skips the others
         ]
         self._keep_origins(optimizer, [watched for watched, _, _ in stepped])
-        hyper = [_numbers(group) for group in optimizer.param_groups]
+        hyper = [_numbers(group, rule) for group in optimizer.param_groups]
         states = {w.name: (state_of(optimizer, w.parameter), hyper[group]) for w, group, _ in stepped}
         state = {name: rule.state_numbers(*known) if rule else {} for name, known in states.items()}
-        step = Step(optimizer, has_closure, stepped, hyper, state)
+        step = Step(optimizer, name, has_closure, stepped, hyper, state)
         if not has_closure:
             self._measure(step)
+            self._predict(step, rule)
         self._current = step
 
     def after(self, optimizer: Optimizer) -> None:
@@ -231,9 +241,21 @@ class StepBook:
             whole = self.step < 4 or self.step % WHOLE_EVERY == 0
             step.measured |= self._probes[layer].measure(gradients, rows, whole=whole)
 
+    def _predict(self, step: Step, rule: Rule | None) -> None:
+        """The self-check, where it is due: what the rule says that the step will do."""
+        if rule is None or not is_due(self.step + 1, rule):
+            return
+        for watched, group, mark in step.stepped:
+            gradient, fresh = gradient_of(watched), bool(mark & Mark.FRESH)
+            if gradient is not None:
+                numbers = step.state[watched.name]
+                found = predict(watched, step.optimizer, rule, gradient, step.hyper[group], numbers, fresh)
+                if found is not None:
+                    step.predicted[watched.name] = found
+
     def _entries(self, step: Step) -> Iterator[LedgerEntry]:
         fits = dict(zip(step.measured, fit_scales(list(step.measured.values())), strict=True))
-        optimizer = class_name(type(step.optimizer))
+        optimizer = step.name
         for watched, group, mark in step.stepped:
             if watched.name not in fits:  # a closure that left no gradient: torch skips the parameter
                 continue
@@ -247,6 +269,15 @@ class StepBook:
                 )
             if not fit.explained:
                 mark |= Mark.UNEXPLAINED if self.recording else Mark.MISSING
+            off_by = step.predicted[watched.name].off_by() if watched.name in step.predicted else None
+            if off_by is not None:
+                mark |= Mark.MISPREDICTED
+                self._warn_once(
+                    "mispredicted",
+                    f"step {self.step}: the rule of {optimizer} is off by {100 * off_by:.2g} % of what the step did to "
+                    f"{watched.name!r} (weights changed in a hook after the step, an option the rule does not know?); "
+                    "from this step on its memory is inexact, verify() shows by how much",
+                )
             self._report(watched, mark, fit.residual)
             yield LedgerEntry(
                 self.step,
@@ -314,9 +345,9 @@ class StepBook:
             warnings.warn(message, category, stacklevel=2)
 
 
-def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(group: Mapping[str, Any], rule: Rule | None) -> dict[str, float]:
     """The hyper-parameters of a group that are numbers; pairs like ``betas`` as ``betas.0`` and ``betas.1``."""
-    found: dict[str, float] = {}
+    found: dict[str, float] = {} if rule is None else rule.hyper_numbers(group)
     for name, value in group.items():
         if name == "params":
             continue
