@@ -8,9 +8,20 @@ import torch
 from torch import Tensor
 
 from dualhook.errors import RuleError
-from dualhook.optimizers import Entry, ReplayedScalar, ReplayRule, Rule, ScalarRule, coefficients, rule_for
+from dualhook.optimizers import (
+    Entry,
+    Exactness,
+    FittedRule,
+    ReplayedScalar,
+    ReplayRule,
+    Rule,
+    ScalarRule,
+    coefficients,
+    collapsed,
+    rules_in,
+)
 from dualhook.query import REPLAY_BYTES, Composition, Replay, ReplayShare, StepTaken
-from dualhook.records import AVERAGE, VALUE, Coefficients, History, LayerSpec, Mark
+from dualhook.records import AVERAGE, VALUE, Coefficients, FactorVectors, History, LayerSpec, Mark
 from dualhook.store import Store
 
 __all__ = ["compose", "is_replayed", "replayed_states", "rules_of", "unknown_composition"]
@@ -34,17 +45,20 @@ def compose(
     Raises:
         RuleError: the layer was trained by an optimiser without a rule.
     """
-    replays, parts = [], []
+    replays, parts, factor = [], [], None
     for name in spec.parameters:
         if is_replayed(store, name):
             replays.append(_replay_share(store, name, horizon, weights))
             nothing = torch.zeros_like(store.origin(name).tensors[VALUE], dtype=torch.float64)
             parts.append((torch.zeros(horizon + 1, dtype=torch.float64), nothing))
-        else:
-            parts.append(_of_parameter(store, name, horizon, weights, component))
+            continue
+        found = _coefficients(store, name, horizon, weights, component)
+        parts.append(_by_step(store, name, horizon, found))
+        if name == spec.weight and component == VALUE:
+            factor = _factor(store, name, horizon, found)
     weight, origin_weight = parts[0]
     bias, origin_bias = parts[1] if len(parts) > 1 else (None, None)
-    return Composition(spec, weight, origin_weight, bias, origin_bias, tuple(replays), replay_bytes)
+    return Composition(spec, weight, origin_weight, bias, origin_bias, tuple(replays), replay_bytes, factor)
 
 
 def unknown_composition(spec: LayerSpec, horizon: int, why: str) -> Composition:
@@ -56,16 +70,20 @@ def unknown_composition(spec: LayerSpec, horizon: int, why: str) -> Composition:
     return Composition(spec, nan, weight, nan, weight[:, 0], unknown=why)
 
 
-def rules_of(store: Store, parameter: str) -> dict[str, Rule | None]:
+def rules_of(store: Store, parameter: str) -> dict[str, Rule]:
     """The rule of every optimiser that has stepped on a parameter, by the optimiser's class."""
     history = store.histories.get(parameter)
-    return {} if history is None else {name: rule_for(name) for name in dict.fromkeys(history.optimizer)}
+    return {} if history is None else rules_in(history)
 
 
 def is_replayed(store: Store, parameter: str) -> bool:
     """Whether a parameter's rules need its rows."""
-    rules = rules_of(store, parameter).values()
-    return any(isinstance(rule, ReplayRule) for rule in rules) and all(rule is not None for rule in rules)
+    return any(isinstance(rule, ReplayRule) for rule in rules_of(store, parameter).values())
+
+
+def is_exact(store: Store, parameter: str) -> bool:
+    """Whether every rule of a parameter is, at least up to the optimiser's own rounding."""
+    return all(rule.exactness is not Exactness.APPROXIMATE for rule in rules_of(store, parameter).values())
 
 
 def replayed_states(store: Store, spec: LayerSpec, step: int, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -100,8 +118,7 @@ def _replay_share(store: Store, name: str, horizon: int, weights: Tensor | None)
 def _taken(history: History) -> dict[int, list[StepTaken]]:
     """The steps of a history as a replay takes them."""
     rules: dict[str, ReplayRule] = {}
-    for name in dict.fromkeys(history.optimizer):
-        rule = rule_for(name)
+    for name, rule in rules_in(history).items():
         if isinstance(rule, ScalarRule):
             rules[name] = ReplayedScalar(rule)
         elif isinstance(rule, ReplayRule):
@@ -121,18 +138,21 @@ def _taken(history: History) -> dict[int, list[StepTaken]]:
     return found
 
 
-def _of_parameter(
-    store: Store, name: str, horizon: int, weights: Tensor | None, component: str
-) -> tuple[Tensor, Tensor]:
-    """Coefficients by step [horizon + 1] and the origin's share of one parameter."""
-    by_step = torch.zeros(horizon + 1, dtype=torch.float64)
-    origin = store.origin(name).tensors
+def _coefficients(store: Store, name: str, horizon: int, weights: Tensor | None, component: str) -> Coefficients:
+    """What one parameter is made of, by its scalar rules."""
     history = store.histories.get(name)
     if history is None:  # never stepped: it is what it was
-        found = Coefficients(torch.zeros(0, dtype=torch.float64), {component: 1.0})
-    else:
-        found = coefficients(history, horizon=horizon, weights=weights, component=component)
-        by_step.index_add_(0, history.step[: found.pattern.numel()], found.pattern)
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return Coefficients(nothing, {component: 1.0}, nothing)
+    return coefficients(history, horizon=horizon, weights=weights, component=component)
+
+
+def _by_step(store: Store, name: str, horizon: int, found: Coefficients) -> tuple[Tensor, Tensor]:
+    """Coefficients by step [horizon + 1] and the origin's share of one parameter."""
+    by_step = torch.zeros(horizon + 1, dtype=torch.float64)
+    if found.pattern.numel():
+        by_step.index_add_(0, store.histories[name].step[: found.pattern.numel()], found.pattern)
+    origin = store.origin(name).tensors
     share = torch.zeros_like(origin[VALUE], dtype=torch.float64)
     for part, factor in found.origin.items():
         if part in origin:
@@ -140,3 +160,10 @@ def _of_parameter(
         elif part == AVERAGE:  # a running mean that has not begun is the weight itself, a momentum buffer zero
             share += factor * origin[VALUE].double()
     return by_step, share
+
+
+def _factor(store: Store, name: str, horizon: int, found: Coefficients) -> FactorVectors | None:
+    """What multiplies the rows of a weight whose steps were fitted; None if none was."""
+    if not any(isinstance(rule, FittedRule) for rule in rules_of(store, name).values()):
+        return None
+    return collapsed(store.histories[name], found, store.fitted(name), horizon)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from dualhook.attention import Attention
 from dualhook.capture import Observed, directions, observe
 from dualhook.columns import Columns
-from dualhook.composition import compose, unknown_composition
+from dualhook.composition import compose, is_exact, rules_of, unknown_composition
 from dualhook.dual import DualLinear
 from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
 from dualhook.model import Target, find_layers, predicted_scores, run_model, with_module
-from dualhook.optimizers import Exactness, average_weights, rule_for
+from dualhook.optimizers import average_weights
 from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, rebuild
 from dualhook.records import AVERAGE, LayerSpec, Rows
 from dualhook.store import Store
@@ -380,8 +380,8 @@ class DualMemory:
         return list(dict.fromkeys(name for history in histories for name in history.optimizer))
 
     def _rule(self, spec: LayerSpec) -> str:
-        rules = [rule_for(name) for name in self._optimizers(spec)]
-        return ", ".join("none" if rule is None else rule.name for rule in rules)
+        rules = [rule for name in spec.parameters for rule in rules_of(self._store, name).values()]
+        return ", ".join(dict.fromkeys(rule.name for rule in rules))
 
     def _rounding(self, spec: LayerSpec) -> float:
         """The error that the steps' rounding can explain, for the dtype of the layer's weight."""
@@ -391,7 +391,4 @@ class DualMemory:
         return max(self._store.inexact_steps(name, horizon) for name in spec.parameters)
 
     def _is_exact(self, spec: LayerSpec) -> bool:
-        return all(
-            (rule := rule_for(name)) is not None and rule.exactness is not Exactness.APPROXIMATE
-            for name in self._optimizers(spec)
-        )
+        return all(is_exact(self._store, name) for name in spec.parameters)

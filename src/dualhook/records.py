@@ -23,6 +23,7 @@ __all__ = [
     "VALUE",
     "Batch",
     "Coefficients",
+    "FactorVectors",
     "History",
     "LayerSpec",
     "LedgerEntry",
@@ -149,6 +150,20 @@ class LedgerEntry:
     scale: float
     residual: float
     mark: Mark
+    vectors: FactorVectors | None = None
+    """Of a fitted step on a matrix: what multiplies its rows, beside the numbers in ``state``."""
+
+
+@dataclass(frozen=True)
+class FactorVectors:
+    """A rank-1 factor ``row columnᵀ`` of a gradient [o, i]: ``row`` [o] and ``column`` [i], or one of each per step."""
+
+    row: Tensor
+    column: Tensor
+
+    def to_cpu(self) -> FactorVectors:
+        """The same, off any accelerator."""
+        return FactorVectors(self.row.cpu(), self.column.cpu())
 
 
 @dataclass(frozen=True)
@@ -203,10 +218,12 @@ class Coefficients:
     """What a parameter is made of: ``sum_k origin[k] · O_k  -  sum_e pattern[e] · G_e``.
 
     ``G_e`` is the gradient the rows of entry ``e`` rebuild (``output_gradᵀ key``), ``O_k`` the origin's tensors.
+    ``reach`` [e] is the factor with which the parameter right after each entry stands in the result.
     """
 
     pattern: Tensor
     origin: Mapping[str, float]
+    reach: Tensor
 
 
 class RowSource(Protocol):

@@ -236,7 +236,8 @@ def test_verify_calls_nothing_exact_that_does_not_add_up():
     recorder = dualhook.instrument(model, verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.register_step_post_hook(lambda *_: model[0].weight.data.mul_(0.99))  # before ours can look
-    step(model, optimizer)
+    with pytest.warns(dualhook.InexactWarning, match=r"the rule of torch\.optim\.sgd\.SGD is off by"):
+        step(model, optimizer)
     report = recorder.close().verify()
     assert report["error"][0] > 1e-3
     assert report["exact"].tolist() == [False, True]

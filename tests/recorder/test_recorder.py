@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import dualhook
 from dualhook.errors import BudgetError, LayerError, StoreError
+from dualhook.optimizers import registry
 
 I, O = 5, 3
 optimizer_module = importlib.import_module("torch.optim.optimizer")  # the attribute is deleted
@@ -387,26 +388,24 @@ def test_coverage_tells_every_trainable_parameter():
     recorder.close()
 
 
-def test_an_optimiser_without_a_rule_is_recorded_and_said(tmp_path):
+def test_an_optimiser_whose_rule_is_gone_has_attention_weights_only(tmp_path, monkeypatch):
     model = network()
     with dualhook.instrument(model, tmp_path / "run", verbose=False) as recorder:
         optimizer = torch.optim.Adam(model.parameters())
-        with pytest.warns(dualhook.InexactWarning, match=r"no exact rule exists yet for torch\.optim\.adam\.Adam"):
-            for _ in range(2):
-                optimizer.zero_grad()
-                F.cross_entropy(model(torch.randn(6, I)), torch.randint(0, O, (6,))).backward()
-                optimizer.step()
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(6, I)), torch.randint(0, O, (6,))).backward()
+            optimizer.step()
     memory = recorder.close()
-    assert memory.patterns("2") == 12
-    assert memory.info()["rule"].tolist() == ["none", "none"]
+    monkeypatch.delitem(registry._RULES, "torch.optim.adam.Adam")  # as in a process that has not registered it
     assert not memory.info()["exact"].any()
     assert memory._store.histories["0.weight"].hyper["betas.1"].tolist() == [0.999, 0.999]
     for ask in (memory.verify, lambda: memory.weight("0"), lambda: memory.dual(model), lambda: memory.without([])):
-        with pytest.raises(dualhook.DualHookError, match="no exact rule exists yet"):
+        with pytest.raises(dualhook.DualHookError, match=r"torch\.optim\.adam\.Adam, whose rule was registered"):
             ask()
     x = torch.randn(2, I)
     attention = memory.attend(model, x)
-    with pytest.raises(dualhook.DualHookError, match="attention weights can be asked"):
+    with pytest.raises(dualhook.DualHookError, match="attention weights, by='weight', need no rule"):
         attention.top(3)
     top = attention.top(3, by="weight", layers="0")
     keys = torch.cat([rows.key for rows in memory._store.blocks("0", last_step=9, block_rows=99)])
@@ -507,13 +506,15 @@ class TestBudget:
             train(model, 50)
         assert recorder.close().verify().max_error < 1e-6
 
-    def test_folding_needs_a_rule(self, tmp_path):
+    def test_folding_needs_a_rule(self, tmp_path, monkeypatch):
         model = network()
         recorder = dualhook.instrument(model, tmp_path / "run", max_bytes=20_000, verbose=False)
         optimizer = torch.optim.RMSprop(model.parameters())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for _ in range(200):
+            for k in range(200):
+                if k == 3:
+                    monkeypatch.delitem(registry._RULES, "torch.optim.rmsprop.RMSprop")
                 optimizer.zero_grad()
                 F.cross_entropy(model(torch.randn(6, I)), torch.randint(0, O, (6,))).backward()
                 optimizer.step()

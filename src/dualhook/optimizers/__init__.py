@@ -19,8 +19,9 @@ from dualhook.optimizers.elementwise import (
     RMSpropRule,
     RpropRule,
 )
+from dualhook.optimizers.fitted import FittedRule, StepFit, Tracker, collapsed
 from dualhook.optimizers.matrix import MuonRule
-from dualhook.optimizers.registry import class_name, register, rule_for, rules
+from dualhook.optimizers.registry import class_name, register, rule_for, rules, rules_in
 from dualhook.optimizers.replay import Adjoint, ParameterState, advance, apply
 from dualhook.optimizers.rule import Entry, Exactness, LinearStep, ReplayRule, Rule, Side
 from dualhook.optimizers.scalar import (
@@ -43,6 +44,7 @@ __all__ = [
     "Adjoint",
     "Entry",
     "Exactness",
+    "FittedRule",
     "LinearStep",
     "LionRule",
     "MuonRule",
@@ -57,14 +59,18 @@ __all__ = [
     "SGDRule",
     "ScalarRule",
     "Side",
+    "StepFit",
+    "Tracker",
     "Transitions",
     "advance",
     "apply",
     "average_weights",
     "class_name",
     "coefficients",
+    "collapsed",
     "components",
     "register",
     "rule_for",
     "rules",
+    "rules_in",
 ]

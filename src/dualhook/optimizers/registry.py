@@ -5,8 +5,15 @@ from __future__ import annotations
 import inspect
 
 from dualhook.optimizers.rule import Rule
+from dualhook.records import History
 
-__all__ = ["class_name", "register", "rule_for", "rules"]
+__all__ = ["ANY", "FIT_RATE", "class_name", "register", "rule_for", "rules", "rules_in"]
+
+ANY = "*"
+"""The name under which the rule is registered that takes every optimiser without one of its own."""
+
+FIT_RATE = "fit.rate"
+"""The number that every fitted step has in the ledger."""
 
 _RULES: dict[str, Rule] = {}
 
@@ -19,14 +26,27 @@ def register(optimizer: type | str, rule: Rule) -> None:
     _RULES[optimizer if isinstance(optimizer, str) else _qualified(optimizer)] = rule
 
 
-def rule_for(name: str) -> Rule | None:
-    """The rule of an optimiser class, by the name :func:`class_name` gave."""
-    return _RULES.get(name)
+def rule_for(name: str) -> Rule:
+    """The rule of an optimiser class, by the name :func:`class_name` gave; where none is registered, the fitted one."""
+    return _RULES.get(name) or _RULES[ANY]
+
+
+def rules_in(history: History) -> dict[str, Rule]:
+    """The rule of every optimiser that has stepped on a parameter, by the optimiser's class.
+
+    A step that was fitted when it was recorded stays so: the ledger holds no more than the fit.
+    """
+    fitted = history.state.get(FIT_RATE)
+    found = {}
+    for e, name in enumerate(history.optimizer):
+        if name not in found:
+            found[name] = rule_for(name) if fitted is None or bool(fitted[e].isnan()) else _RULES[ANY]
+    return found
 
 
 def rules() -> dict[str, Rule]:
     """Every registered rule by the qualified name of its optimiser class."""
-    return dict(_RULES)
+    return {name: rule for name, rule in _RULES.items() if name != ANY}
 
 
 def class_name(optimizer: type) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dualhook.errors import RuleError
-from dualhook.optimizers.registry import register, rule_for
+from dualhook.optimizers.registry import register, rules_in
 from dualhook.optimizers.rule import Entry, LinearStep, ReplayRule, Rule
 from dualhook.records import AVERAGE, MOMENTUM, VALUE, Coefficients, History, Mark
 
@@ -54,6 +54,10 @@ class ScalarRule(Rule):
     @abstractmethod
     def transitions(self, history: History) -> Transitions:
         """The numbers of every entry of ``history``."""
+
+    def keeps_buffer(self, history: History) -> bool:
+        """Whether the momentum buffer plays a part in any entry of ``history``."""
+        return bool((history.column("momentum") != 0).any())
 
     def average_rate(self, history: History) -> Tensor:
         """How far each step moves the optimiser's own running mean towards the weight, in [0, 1], float64 [e]."""
@@ -177,7 +181,7 @@ def components(history: History, origin: Mapping[str, object]) -> tuple[str, ...
     """Which tensors make up the parameter's state at the end of ``history``: what a moved origin has to hold."""
     names = [VALUE]
     rules = _rules(history)
-    if MOMENTUM in origin or bool((history.column("momentum") != 0).any()):
+    if MOMENTUM in origin or any(rule.keeps_buffer(history) for rule in rules.values()):
         names.append(MOMENTUM)
     if AVERAGE in origin or any(isinstance(rule, ASGDRule) for rule in rules.values()):
         names.append(AVERAGE)
@@ -207,23 +211,19 @@ def coefficients(
         readout[-1] = 1.0
     else:
         readout = _by_entry(used.step, weights)
-    pattern, value, buffer = _adjoint(_transitions(used, rules), readout, momentum)
+    pattern, reach, value, buffer = _adjoint(_transitions(used, rules), readout, momentum)
     parts = {VALUE: value, MOMENTUM: buffer, AVERAGE: origin_average}
-    return Coefficients(pattern, {name: factor for name, factor in parts.items() if factor != 0.0})
+    return Coefficients(pattern, {name: factor for name, factor in parts.items() if factor != 0.0}, reach)
 
 
 def _rules(history: History) -> dict[str, ScalarRule]:
     """The rule of every optimiser in a history."""
-    rules = {}
-    for name in dict.fromkeys(history.optimizer):
-        rule = rule_for(name)
+    found = {}
+    for name, rule in rules_in(history).items():
         if not isinstance(rule, ScalarRule):
-            raise RuleError(
-                f"{history.parameter!r} was trained by {name}, for which no exact rule exists yet; "
-                "its rows are recorded and attention weights can be asked (by='weight'), contributions cannot"
-            )
-        rules[name] = rule
-    return rules
+            raise RuleError(f"{history.parameter!r} was trained by {name}, which has no scalar rule")
+        found[name] = rule
+    return found
 
 
 def _transitions(history: History, rules: Mapping[str, ScalarRule]) -> Transitions:
@@ -253,14 +253,18 @@ def _by_entry(step: Tensor, weights: Tensor) -> Tensor:
     return total[edges[1:]] - total[edges[:-1]]
 
 
-def _adjoint(steps: Transitions, readout: Tensor, momentum: float) -> tuple[Tensor, float, float]:
-    """One pass from the last entry to the first: (pattern coefficients [e], factor of W_0, factor of B_0)."""
+def _adjoint(steps: Transitions, readout: Tensor, momentum: float) -> tuple[Tensor, Tensor, float, float]:
+    """One pass from the last entry to the first.
+
+    Returns the pattern coefficients [e], the factor of W after each entry [e], and those of W_0 and B_0.
+    """
     ww, wb, wg, bw, bb, bg = (getattr(steps, field.name).tolist() for field in fields(Transitions))
     read = readout.tolist()
     count = len(ww)
-    pattern = [0.0] * count
+    pattern, reach = [0.0] * count, [0.0] * count
     value, buffer = read[count], momentum
     for e in range(count - 1, -1, -1):
+        reach[e] = value
         pattern[e] = -(value * wg[e] + buffer * bg[e])
         value, buffer = value * ww[e] + buffer * bw[e] + read[e], value * wb[e] + buffer * bb[e]
-    return torch.tensor(pattern, dtype=torch.float64), value, buffer
+    return torch.tensor(pattern, dtype=torch.float64), torch.tensor(reach, dtype=torch.float64), value, buffer

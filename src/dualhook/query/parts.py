@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualhook.optimizers import Entry, ReplayRule
-from dualhook.records import LayerSpec
+from dualhook.records import FactorVectors, LayerSpec
 
 __all__ = ["REPLAY_BYTES", "Composition", "ReplayShare", "StepTaken", "Totals"]
 
@@ -78,6 +78,7 @@ class Composition:
     ``weight`` and ``bias`` hold the coefficient of every step's patterns, float64 [t + 1]. Origins are float64, [o, i]
     and [o], with whatever optimiser state there was where recording began. A layer without bias has None twice.
     A parameter in ``replays`` adds what its replay finds; its coefficients and origin here are zero.
+    With ``factor`` ([t + 1, o] and [t + 1, i]) the weight's rows are multiplied by the vectors of their step first.
     """
 
     spec: LayerSpec
@@ -87,6 +88,7 @@ class Composition:
     origin_bias: Tensor | None = None
     replays: tuple[ReplayShare, ...] = ()
     replay_bytes: int = REPLAY_BYTES
+    factor: FactorVectors | None = None
     unknown: str = ""
     """Why nothing of this is known (all NaN): no rule explains the optimiser."""
 

@@ -65,17 +65,18 @@ class Scores:
         return _against(self._asked.query, self.rows.key, self._dtype)
 
     @cached_property
-    def _attended(self) -> Tensor:
-        """``key · query`` with every pattern's coefficient, the bias as one more key component [q, p, n]."""
-        weight, bias = self._coefficients
-        attended = self._products * weight
-        return attended if bias is None else attended + bias
-
-    @cached_property
-    def _coefficients(self) -> tuple[Tensor, Tensor | None]:
-        made_of, step = self._asked.made_of, self.rows.step
-        weight = made_of.weight[step].to(self._dtype)
-        return weight, None if made_of.bias is None else made_of.bias[step].to(self._dtype)
+    def _terms(self) -> list[tuple[Tensor, Tensor]]:
+        """What sums to minus the layer's change: attention with coefficient [q, p, n], output gradients [n, o]."""
+        made_of, step, d = self._asked.made_of, self.rows.step, self.rows.output_grad.to(self._dtype)
+        products, bias = self._products, None if made_of.bias is None else made_of.bias[step].to(self._dtype)
+        weight, factor = made_of.weight[step].to(self._dtype), made_of.factor
+        if factor is None:  # the bias is one more key component
+            attended = products * weight
+            return [(attended if bias is None else attended + bias, d)]
+        keys = self.rows.key.to(self._dtype) * factor.column[step].to(self._dtype)
+        attended = _against(self._asked.query, keys, self._dtype) * weight
+        own = (attended, d * factor.row[step].to(self._dtype))
+        return [own] if bias is None else [own, (bias.expand_as(products), d)]
 
     @cached_property
     def weight(self) -> Tensor:
@@ -88,13 +89,15 @@ class Scores:
         """``direction · value (key · query)`` [q, n]; sums to what training has put into the direction."""
         if self._replayed is not None and self._asked.made_of.only_replays:
             return self._replayed
-        aligned = _against(self._asked.direction, self.rows.output_grad, self._dtype)
-        by_step = -(self._attended * aligned).sum(1)
+        along = self._asked.direction
+        terms = [(attended * _against(along, d, self._dtype)).sum(1) for attended, d in self._terms]
+        by_step = -torch.stack(terms).sum(0) if len(terms) > 1 else -terms[0]
         return by_step if self._replayed is None else by_step + self._replayed
 
     def output(self) -> Tensor:
         """What the block's coefficients by step add to the layer's output [q, p, o]."""
-        return -(self._attended @ self.rows.output_grad.to(self._dtype))
+        terms = [attended @ d for attended, d in self._terms]
+        return -torch.stack(terms).sum(0) if len(terms) > 1 else -terms[0]
 
 
 class Pass:

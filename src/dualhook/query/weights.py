@@ -31,9 +31,12 @@ def rebuild(source: RowSource, made_of: Composition, leave_out: Chosen | None = 
             wanted = (~leave_out(rows)).nonzero().squeeze(1)
             key, output_grad, step = key[wanted], output_grad[wanted], step[wanted]
         dtype = torch.promote_types(key.dtype, torch.float32)
-        output_grad = output_grad.to(dtype)
+        output_grad, key = output_grad.to(dtype), key.to(dtype)
+        values = output_grad * made_of.weight[step].to(dtype)[:, None]
+        if (factor := made_of.factor) is not None:
+            values, key = values * factor.row[step].to(dtype), key * factor.column[step].to(dtype)
         # [o, n] · [n, i] in the rows' precision, summed over the blocks in float64
-        weight -= (output_grad * made_of.weight[step].to(dtype)[:, None]).T @ key.to(dtype)
+        weight -= values.T @ key
         if bias is not None and made_of.bias is not None:
             bias -= output_grad.double().T @ made_of.bias[step]
     if made_of.replays:

@@ -167,7 +167,7 @@ class Recorder:
         rules: dict[str, str] = {}
         for parameter, name in self._book.trained_by.items():
             rule = rule_for(name)
-            rules[parameter] = f"{rule.name} ({rule.exactness.value})" if rule is not None else f"none for {name}"
+            rules[parameter] = f"{rule.name} ({rule.exactness.value})"
         sizes = {spec.name: self._row_bytes(spec) for spec in self._selection.specs}
         return coverage_table(self._model, self._selection, rules, sizes)
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 
 from dualhook.capture import Intake, LayerProbe, Measurement, Selection, fit_scales
 from dualhook.errors import InexactWarning
-from dualhook.optimizers import Rule, class_name, rule_for
+from dualhook.optimizers import FittedRule, Rule, StepFit, Tracker, class_name, rule_for
 from dualhook.recorder.selfcheck import Prediction, is_due, predict
 from dualhook.recorder.watched import Watched, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LedgerEntry, Mark, Rows
@@ -43,6 +44,7 @@ class Step:
     stepped: list[tuple[Watched, int, Mark]]  # parameter, its group, what is known beforehand
     hyper: list[dict[str, float]]
     state: dict[str, dict[str, float]]
+    fitting: dict[str, Tensor] = field(default_factory=dict)  # copies of parameters whose change is to be fitted
     measured: dict[str, Measurement] = field(default_factory=dict)
     predicted: dict[str, Prediction] = field(default_factory=dict)
 
@@ -78,6 +80,7 @@ class StepBook:
             for spec in selection.specs
             for name, attribute in zip(spec.parameters, ("weight", "bias"), strict=False)
         }
+        self._trackers: weakref.WeakKeyDictionary[Optimizer, dict[str, Tracker]] = weakref.WeakKeyDictionary()
         self._stepping: list[Optimizer] = []  # the optimisers that have stepped in the current step
         self._waited: dict[str, int] = {}  # steps for which a layer's pending rows have been waiting
         self._current: Step | None = None
@@ -134,7 +137,7 @@ class StepBook:
         """
         name = class_name(type(optimizer))
         rule = rule_for(name)
-        refused = {rule.refuses(_numbers(group, rule)) for group in optimizer.param_groups} if rule else set()
+        refused = {rule.refuses(_numbers(group, rule)) for group in optimizer.param_groups}
         name += "".join(f" ({why})" for why in sorted(refused) if why)
         self.trained_by |= {watched.name: name for watched, _ in self.members(optimizer)}
         return name
@@ -149,11 +152,12 @@ class StepBook:
             return
         name = self.meet(optimizer)
         rule = rule_for(name)
-        if rule is None:
+        if isinstance(rule, FittedRule):
             self._warn_once(
                 f"rule {name}",
-                f"no exact rule exists yet for {name}: rows and hyper-parameters are recorded and attention weights "
-                "can be asked, contributions, weight(), dual() and verify() cannot",
+                f"no exact rule is known for {name}: what each of its steps does to the weights is fitted, which is "
+                "approximate; every answer's receipt and verify() say how much that explains "
+                "(dualhook.optimizers.register adds a rule)",
             )
         if any(known is optimizer for known in self._stepping):
             self._end_step()
@@ -168,10 +172,13 @@ class StepBook:
         self._keep_origins(optimizer, [watched for watched, _, _ in stepped])
         hyper = [_numbers(group, rule) for group in optimizer.param_groups]
         states = {w.name: (state_of(optimizer, w.parameter), hyper[group]) for w, group, _ in stepped}
-        state = {name: rule.state_numbers(*known) if rule else {} for name, known in states.items()}
+        state = {name: rule.state_numbers(*known) for name, known in states.items()}
         step = Step(optimizer, name, has_closure, stepped, hyper, state)
+        if isinstance(rule, FittedRule):
+            step.fitting = {w.name: w.parameter.detach().clone() for w, _, _ in stepped if w.parameter is not None}
         if not has_closure:
             self._measure(step)
+            self._show_trackers(step)
             self._predict(step, rule)
         self._current = step
 
@@ -182,6 +189,7 @@ class StepBook:
             return
         if step.has_closure:
             self._measure(step)
+            self._show_trackers(step)
         if not self._stepping:
             self.step += 1
         self._stepping.append(optimizer)
@@ -241,9 +249,24 @@ class StepBook:
             whole = self.step < 4 or self.step % WHOLE_EVERY == 0
             step.measured |= self._probes[layer].measure(gradients, rows, whole=whole)
 
-    def _predict(self, step: Step, rule: Rule | None) -> None:
+    def _show_trackers(self, step: Step) -> None:
+        """Let those who fit the step see its gradients; a foreach step may write to them."""
+        trackers = self._trackers.setdefault(step.optimizer, {}) if step.fitting else {}
+        for watched, group, _ in step.stepped:
+            gradient = gradient_of(watched)
+            if watched.name in step.fitting and gradient is not None:
+                trackers.setdefault(watched.name, Tracker(step.hyper[group])).see(gradient)
+
+    def _fit(self, step: Step, watched: Watched) -> StepFit | None:
+        """What a step without a rule has done to a parameter."""
+        before, parameter = step.fitting.get(watched.name), watched.parameter
+        if before is None or parameter is None:
+            return None
+        return self._trackers[step.optimizer][watched.name].fit(before, parameter)
+
+    def _predict(self, step: Step, rule: Rule) -> None:
         """The self-check, where it is due: what the rule says that the step will do."""
-        if rule is None or not is_due(self.step + 1, rule):
+        if isinstance(rule, FittedRule) or not is_due(self.step + 1, rule):
             return
         for watched, group, mark in step.stepped:
             gradient, fresh = gradient_of(watched), bool(mark & Mark.FRESH)
@@ -279,15 +302,17 @@ class StepBook:
                     "from this step on its memory is inexact, verify() shows by how much",
                 )
             self._report(watched, mark, fit.residual)
+            done = self._fit(step, watched)
             yield LedgerEntry(
                 self.step,
                 watched.name,
                 optimizer,
                 step.hyper[group],
-                step.state[watched.name],
+                step.state[watched.name] | (done.numbers if done else {}),
                 fit.scale,
                 fit.residual,
                 mark,
+                None if done is None or done.vectors is None else done.vectors.to_cpu(),
             )
 
     def _mark(self, watched: Watched, optimizer: Optimizer) -> Mark:
@@ -345,9 +370,9 @@ class StepBook:
             warnings.warn(message, category, stacklevel=2)
 
 
-def _numbers(group: Mapping[str, Any], rule: Rule | None) -> dict[str, float]:
+def _numbers(group: Mapping[str, Any], rule: Rule) -> dict[str, float]:
     """The hyper-parameters of a group that are numbers; pairs like ``betas`` as ``betas.0`` and ``betas.1``."""
-    found: dict[str, float] = {} if rule is None else rule.hyper_numbers(group)
+    found = rule.hyper_numbers(group)
     for name, value in group.items():
         if name == "params":
             continue

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualhook.records import History, LedgerEntry
+from dualhook.records import FactorVectors, History, LedgerEntry
 
-__all__ = ["pack", "unpack"]
+__all__ = ["fit_vectors", "pack", "unpack"]
+
+
+FIT = ("step", "row", "column")
 
 
 def pack(entries: Sequence[LedgerEntry]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -43,7 +46,27 @@ def pack(entries: Sequence[LedgerEntry]) -> tuple[dict[str, Tensor], dict[str, A
         "hyper": hyper_names,
         "state": state_names,
     }
-    return tensors, header
+    return tensors | _pack_vectors(entries), header
+
+
+def fit_vectors(file: Any, parameter: str) -> list[tuple[int, FactorVectors]]:
+    """The vectors of a parameter's fitted steps in an open segment, oldest first."""
+    prefix = f"fit/{parameter}/"
+    if f"{prefix}step" not in set(file.keys()):
+        return []
+    step, row, column = (file.get_tensor(prefix + part) for part in FIT)
+    return [(number, FactorVectors(row[k], column[k])) for k, number in enumerate(step.tolist())]
+
+
+def _pack_vectors(entries: Sequence[LedgerEntry]) -> dict[str, Tensor]:
+    """``fit/<parameter>/…``: step [k], row [k, o] and column [k, i] of the fitted steps that have vectors."""
+    tensors: dict[str, Tensor] = {}
+    for parameter in _numbered(entry.parameter for entry in entries if entry.vectors is not None):
+        own = [(e.step, e.vectors) for e in entries if e.parameter == parameter and e.vectors is not None]
+        steps = torch.tensor([step for step, _ in own], dtype=torch.int64)
+        vectors = torch.stack([v.row for _, v in own]), torch.stack([v.column for _, v in own])
+        tensors |= {f"fit/{parameter}/{part}": values for part, values in zip(FIT, (steps, *vectors), strict=True)}
+    return tensors
 
 
 def unpack(parts: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> dict[str, History]:

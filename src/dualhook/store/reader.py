@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualhook.records import INEXACT, VALUE, History, LayerSpec, OriginPart, Rows
+from dualhook.records import INEXACT, VALUE, FactorVectors, History, LayerSpec, OriginPart, Rows
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
-from dualhook.store.ledger import unpack
+from dualhook.store.ledger import fit_vectors, unpack
 
 __all__ = ["Store"]
 
@@ -72,6 +72,13 @@ class Store:
     def _origin_files(self) -> dict[str, Path]:
         """Which file holds each parameter's origin: the newest that names it."""
         return {name: path for path, header in self._origin_headers.items() for name in header["parameters"]}
+
+    def fitted(self, parameter: str) -> Iterator[tuple[int, FactorVectors]]:
+        """The vectors of a parameter's fitted steps with their step, newest first."""
+        begins = self.origin_steps[parameter]
+        for segment in reversed(self.segments):
+            found = fit_vectors(open_tensors(segment.path), parameter)
+            yield from ((step, vectors) for step, vectors in reversed(found) if step > begins)
 
     def inexact_steps(self, parameter: str, last_step: int) -> int:
         """How many steps of a parameter up to ``last_step`` are marked inexact, folded ones included."""
