@@ -39,12 +39,18 @@ class _AdamLike(_Counted):
     """Running means of gradient and squared gradient."""
 
     buffer: ClassVar[str | None] = "exp_avg"
+    preview_state: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
 
     def __init__(self, *, decoupled: bool = False) -> None:
         self.decoupled = decoupled
 
     def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
         return {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+
+    def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
+        beta2 = entry["betas.1"]
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        return self.step_from(state, entry)
 
     def decay(self, entry: Entry) -> float:
         return 0.0 if self._decouples(entry) else entry["weight_decay"]
@@ -61,17 +67,23 @@ class AdamRule(_AdamLike):
     """``torch.optim.Adam`` and ``AdamW``, amsgrad included (Kingma and Ba 2015; Loshchilov and Hutter 2019)."""
 
     name = "adam"
+    preview_state: ClassVar[tuple[str, ...]] = ("exp_avg_sq", "max_exp_avg_sq")
 
     def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
         largest = {"max_exp_avg_sq": torch.zeros_like(weight)} if entry["amsgrad"] else {}
         return super().start(weight, entry) | largest
 
     def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
-        step = entry.state["step"] + 1
-        beta1, beta2 = entry["betas.0"], entry["betas.1"]
+        beta2 = entry["betas.1"]
         second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         if entry["amsgrad"]:
-            second = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
+            torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
+        return self.step_from(state, entry)
+
+    def step_from(self, state: Mapping[str, Tensor], entry: Entry) -> LinearStep:
+        step = entry.state["step"] + 1
+        beta1, beta2 = entry["betas.0"], entry["betas.1"]
+        second = state["max_exp_avg_sq" if entry["amsgrad"] else "exp_avg_sq"]
         factor = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(entry["eps"])
         factor.reciprocal_().mul_(entry["lr"] / (1 - beta1**step))
         return LinearStep(factor, beta1, 1 - beta1, keep=beta1, take=1 - beta1, shrink=self.shrink(entry))
@@ -91,11 +103,10 @@ class NAdamRule(_AdamLike):
         # after the step, in the precision that torch keeps it in
         return numbers | {"mu_product": float(product.detach() * _nadam_mu(hyper, numbers["step"] + 1))}
 
-    def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
+    def step_from(self, state: Mapping[str, Tensor], entry: Entry) -> LinearStep:
         step, product = entry.state["step"] + 1, entry.state["mu_product"]
         beta1, beta2 = entry["betas.0"], entry["betas.1"]
-        second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        factor = second.div(1 - beta2**step).sqrt_().add_(entry["eps"]).reciprocal_().mul_(entry["lr"])
+        factor = state["exp_avg_sq"].div(1 - beta2**step).sqrt_().add_(entry["eps"]).reciprocal_().mul_(entry["lr"])
         mu, following = _nadam_mu(entry.hyper, step), _nadam_mu(entry.hyper, step + 1)
         direct, through = (1 - mu) / (1 - product), following / (1 - product * following)
         return LinearStep(
@@ -113,17 +124,17 @@ class RAdamRule(_AdamLike):
 
     name = "radam"
 
-    def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
+    def step_from(self, state: Mapping[str, Tensor], entry: Entry) -> LinearStep:
         step = entry.state["step"] + 1
         beta1, beta2 = entry["betas.0"], entry["betas.1"]
-        second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         rate, unbias = entry["lr"] / (1 - beta1**step), 1 - beta2**step
         longest = 2 / (1 - beta2) - 1
         length = longest - 2 * step * beta2**step / unbias
         factor: Tensor | float = rate
         if length > 5.0:
             rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-            factor = second.sqrt().add_(entry["eps"]).reciprocal_().mul_(rate * (rectified * unbias) ** 0.5)
+            root = state["exp_avg_sq"].sqrt().add_(entry["eps"])
+            factor = root.reciprocal_().mul_(rate * (rectified * unbias) ** 0.5)
         return LinearStep(factor, beta1, 1 - beta1, keep=beta1, take=1 - beta1, shrink=self.shrink(entry))
 
 
@@ -132,15 +143,19 @@ class AdamaxRule(_Counted):
 
     name = "adamax"
     buffer: ClassVar[str | None] = "exp_avg"
+    preview_state: ClassVar[tuple[str, ...]] = ("exp_inf",)
 
     def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
         return {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_inf")}
 
     def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
-        step, beta1 = entry.state["step"] + 1, entry["betas.0"]
         largest = state["exp_inf"].mul_(entry["betas.1"])
         torch.maximum(largest, gradient.abs().add_(entry["eps"]), out=largest)
-        factor = largest.reciprocal().mul_(entry["lr"] / (1 - beta1**step))
+        return self.step_from(state, entry)
+
+    def step_from(self, state: Mapping[str, Tensor], entry: Entry) -> LinearStep:
+        step, beta1 = entry.state["step"] + 1, entry["betas.0"]
+        factor = state["exp_inf"].reciprocal().mul_(entry["lr"] / (1 - beta1**step))
         return LinearStep(factor, beta1, 1 - beta1, keep=beta1, take=1 - beta1)
 
 
@@ -149,18 +164,24 @@ class RMSpropRule(ReplayRule):
 
     name = "rmsprop"
     buffer: ClassVar[str | None] = "momentum_buffer"
+    preview_state: ClassVar[tuple[str, ...]] = ("square_avg", "grad_avg")
 
     def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
         return {name: torch.zeros_like(weight) for name in ("square_avg", "grad_avg", "momentum_buffer")}
 
     def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
-        alpha, momentum = entry["alpha"], entry["momentum"]
-        second = state["square_avg"].mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
+        alpha = entry["alpha"]
+        state["square_avg"].mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
         if entry["centered"]:
-            mean = state["grad_avg"].lerp_(gradient, 1 - alpha)
-            root = second.addcmul(mean, mean, value=-1).sqrt_()
+            state["grad_avg"].lerp_(gradient, 1 - alpha)
+        return self.step_from(state, entry)
+
+    def step_from(self, state: Mapping[str, Tensor], entry: Entry) -> LinearStep:
+        momentum, root = entry["momentum"], state["square_avg"]
+        if entry["centered"]:
+            root = root.addcmul(state["grad_avg"], state["grad_avg"], value=-1).sqrt_()
         else:
-            root = second.sqrt()
+            root = root.sqrt()
         inverse = root.add_(entry["eps"]).reciprocal_()
         if momentum > 0:  # W' = W - lr B' with B' = momentum B + inverse g
             return LinearStep(
@@ -178,31 +199,43 @@ class AdagradRule(_Counted):
     """``torch.optim.Adagrad`` (Duchi et al. 2011)."""
 
     name = "adagrad"
+    preview_state: ClassVar[tuple[str, ...]] = ("sum",)
 
     def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
         return {"sum": torch.full_like(weight, entry["initial_accumulator_value"])}
 
     def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
-        total = state["sum"].addcmul_(gradient, gradient)
+        state["sum"].addcmul_(gradient, gradient)
+        return self.step_from(state, entry)
+
+    def step_from(self, state: Mapping[str, Tensor], entry: Entry) -> LinearStep:
         rate = entry["lr"] / (1 + entry.state["step"] * entry["lr_decay"])
-        return LinearStep(total.sqrt().add_(entry["eps"]).reciprocal_().mul_(rate))
+        return LinearStep(state["sum"].sqrt().add_(entry["eps"]).reciprocal_().mul_(rate))
 
 
 class AdadeltaRule(ReplayRule):
     """``torch.optim.Adadelta`` (Zeiler 2012)."""
 
     name = "adadelta"
+    preview_state: ClassVar[tuple[str, ...]] = ("square_avg", "acc_delta")
 
     def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
         return {name: torch.zeros_like(weight) for name in ("square_avg", "acc_delta")}
 
     def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
-        rho, eps = entry["rho"], entry["eps"]
-        second = state["square_avg"].mul_(rho).addcmul_(gradient, gradient, value=1 - rho)
-        factor = state["acc_delta"].add(eps).sqrt_().div_(second.add(eps).sqrt_())
+        rho = entry["rho"]
+        state["square_avg"].mul_(rho).addcmul_(gradient, gradient, value=1 - rho)
+        factor = self._factor(state, entry)
         delta = factor * gradient
-        state["acc_delta"].mul_(rho).addcmul_(delta, delta, value=1 - rho)
+        state["acc_delta"].mul_(rho).addcmul_(delta, delta, value=1 - rho)  # the factor has seen it from before
         return LinearStep(factor.mul_(entry["lr"]))
+
+    def step_from(self, state: Mapping[str, Tensor], entry: Entry) -> LinearStep:
+        return LinearStep(self._factor(state, entry).mul_(entry["lr"]))
+
+    def _factor(self, state: Mapping[str, Tensor], entry: Entry) -> Tensor:
+        eps = entry["eps"]
+        return state["acc_delta"].add(eps).sqrt_().div_(state["square_avg"].add(eps).sqrt_())
 
 
 class RpropRule(ReplayRule):

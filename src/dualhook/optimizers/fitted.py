@@ -8,9 +8,9 @@ With ``W`` and ``W'`` before and after a step, ``g`` the gradient it saw and ``M
 much for fewer numbers, the other is constant. A vector parameter has the rate alone: one number per entry would
 explain anything.
 
-Both vectors are scaled to root mean square 1, weighted with the running energy of ``M`` in the row or column: units that
-never fire would spoil any other gauge. ``rate`` is then the size of the step, and momentum collapses: a gradient stands
-in later weights with the product of a scalar coefficient and the rate-weighted means of the vectors.
+Both vectors are scaled to root mean square 1, weighted with the running energy of ``M`` in the row or column: units
+that never fire would spoil any other gauge. ``rate`` is then the size of the step, and momentum collapses: a gradient
+stands in later weights with the product of a scalar coefficient and the rate-weighted means of the vectors.
 """
 
 from __future__ import annotations

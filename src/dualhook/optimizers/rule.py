@@ -107,6 +107,8 @@ class ReplayRule(Rule):
     - ``buffer``: name of the state tensor that is linear in the gradients (``"exp_avg"``), None if there is none
     - ``reads_weight``, ``reads_buffer``: ``linearize`` looks at the weight or at the buffer, so that they have to be
       carried along; coupled weight decay is not a reason, the caller knows of it by :meth:`decay`
+    - ``preview_state``: the state tensors that the factor is made of, if it is made of nothing else; a few snapshots of
+      them, and :meth:`step_from`, then do for a preview without a replay
     - ``separable``: output units are independent of each other, so that a block of them can be replayed alone
     """
 
@@ -116,6 +118,7 @@ class ReplayRule(Rule):
     reads_weight: ClassVar[bool] = False
     reads_buffer: ClassVar[bool] = False
     separable: ClassVar[bool] = True
+    preview_state: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
@@ -128,6 +131,13 @@ class ReplayRule(Rule):
         ``gradient`` is what the optimiser works with: scaled, negated under ``maximize``, coupled decay added. It must
         not be written to, and the tensors in the result must not be those of ``state``.
         """
+
+    def step_from(self, state: Mapping[str, Tensor], entry: Entry) -> LinearStep:
+        """The step's linear map from ``preview_state`` as it is after the step; of rules that have one.
+
+        The factor is proportional to the learning rate. ``state`` must not be written to.
+        """
+        raise NotImplementedError(f"the factor of {self.name} is made of more than its state")
 
     def decay(self, entry: Entry) -> float:
         """Coupled weight decay: what multiplies the weight that is added to the gradient."""
