@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from dualhook.errors import RuleError
-from dualhook.optimizers import Entry, ReplayedScalar, ReplayRule, Rule, ScalarRule, coefficients, rule_for
-from dualhook.query import REPLAY_BYTES, Composition, Replay, ReplayShare, StepTaken
-from dualhook.records import AVERAGE, VALUE, Coefficients, History, LayerSpec, Mark
+from dualhook.optimizers import (
+    Entry,
+    LookaheadRule,
+    ReplayedScalar,
+    ReplayRule,
+    Rule,
+    ScalarRule,
+    coefficients,
+    rule_for,
+)
+from dualhook.query import REPLAY_BYTES, Composition, Replay, ReplayShare, StepTaken, Synchronization
+from dualhook.records import AVERAGE, SLOW, VALUE, Coefficients, History, LayerSpec, Mark
 from dualhook.store import Store
 
 __all__ = ["compose", "is_replayed", "replayed_states", "rules_of", "unknown_composition"]
@@ -97,11 +106,13 @@ def _replay_share(store: Store, name: str, horizon: int, weights: Tensor | None)
     )
 
 
-def _taken(history: History) -> dict[int, list[StepTaken]]:
+def _taken(history: History) -> dict[int, list[StepTaken | Synchronization]]:
     """The steps of a history as a replay takes them."""
     rules: dict[str, ReplayRule] = {}
     for name in dict.fromkeys(history.optimizer):
         rule = rule_for(name)
+        if isinstance(rule, LookaheadRule):
+            continue
         if isinstance(rule, ScalarRule):
             rules[name] = ReplayedScalar(rule)
         elif isinstance(rule, ReplayRule):
@@ -111,11 +122,14 @@ def _taken(history: History) -> dict[int, list[StepTaken]]:
     hyper = {name: values.tolist() for name, values in history.hyper.items()}
     state = {name: values.tolist() for name, values in history.state.items()}
     fresh, scale = history.marked(Mark.FRESH).tolist(), history.scale.tolist()
-    found: dict[int, list[StepTaken]] = {}
+    found: dict[int, list[StepTaken | Synchronization]] = {}
     for e, step in enumerate(history.step.tolist()):
         numbers = {name: values[e] for name, values in hyper.items()}
         noted = {name: values[e] for name, values in state.items()}
         optimizer = history.optimizer[e]
+        if optimizer not in rules:
+            found.setdefault(step, []).append(Synchronization(numbers["alpha"], int(numbers["slow_step"])))
+            continue
         entry = Entry(numbers, noted, scale[e], fresh[e])
         found.setdefault(step, []).append(StepTaken(entry, rules[optimizer], optimizer))
     return found
@@ -126,17 +140,17 @@ def _of_parameter(
 ) -> tuple[Tensor, Tensor]:
     """Coefficients by step [horizon + 1] and the origin's share of one parameter."""
     by_step = torch.zeros(horizon + 1, dtype=torch.float64)
-    origin = store.origin(name).tensors
+    begins, origin = store.origin(name).step, store.origin(name).tensors
     history = store.histories.get(name)
     if history is None:  # never stepped: it is what it was
         found = Coefficients(torch.zeros(0, dtype=torch.float64), {component: 1.0})
     else:
-        found = coefficients(history, horizon=horizon, weights=weights, component=component)
+        found = coefficients(history, horizon=horizon, weights=weights, component=component, begins=begins)
         by_step.index_add_(0, history.step[: found.pattern.numel()], found.pattern)
     share = torch.zeros_like(origin[VALUE], dtype=torch.float64)
     for part, factor in found.origin.items():
         if part in origin:
             share += factor * origin[part].double()
-        elif part == AVERAGE:  # a running mean that has not begun is the weight itself, a momentum buffer zero
+        elif part in (AVERAGE, SLOW):  # what has not begun is the weight itself, a momentum buffer zero
             share += factor * origin[VALUE].double()
     return by_step, share

@@ -19,6 +19,7 @@ from dualhook.optimizers.elementwise import (
     RMSpropRule,
     RpropRule,
 )
+from dualhook.optimizers.lookahead import LOOKAHEAD, LookaheadRule, fit_synchronization
 from dualhook.optimizers.matrix import MuonRule
 from dualhook.optimizers.registry import class_name, register, rule_for, rules
 from dualhook.optimizers.replay import Adjoint, ParameterState, advance, apply
@@ -34,6 +35,7 @@ from dualhook.optimizers.scalar import (
 )
 
 __all__ = [
+    "LOOKAHEAD",
     "ASGDRule",
     "AdadeltaRule",
     "AdafactorRule",
@@ -45,6 +47,7 @@ __all__ = [
     "Exactness",
     "LinearStep",
     "LionRule",
+    "LookaheadRule",
     "MuonRule",
     "NAdamRule",
     "ParameterState",
@@ -64,6 +67,7 @@ __all__ = [
     "class_name",
     "coefficients",
     "components",
+    "fit_synchronization",
     "register",
     "rule_for",
     "rules",
