@@ -12,6 +12,7 @@ from dualhook.optimizers import (
     Entry,
     Exactness,
     FittedRule,
+    LookaheadRule,
     ReplayedScalar,
     ReplayRule,
     Rule,
@@ -20,8 +21,8 @@ from dualhook.optimizers import (
     collapsed,
     rules_in,
 )
-from dualhook.query import REPLAY_BYTES, Composition, Replay, ReplayShare, StepTaken
-from dualhook.records import AVERAGE, VALUE, Coefficients, FactorVectors, History, LayerSpec, Mark
+from dualhook.query import REPLAY_BYTES, Composition, Replay, ReplayShare, StepTaken, Synchronization
+from dualhook.records import AVERAGE, SLOW, VALUE, Coefficients, FactorVectors, History, LayerSpec, Mark
 from dualhook.store import Store
 
 __all__ = ["compose", "is_replayed", "replayed_states", "rules_of", "unknown_composition"]
@@ -115,10 +116,12 @@ def _replay_share(store: Store, name: str, horizon: int, weights: Tensor | None)
     )
 
 
-def _taken(history: History) -> dict[int, list[StepTaken]]:
+def _taken(history: History) -> dict[int, list[StepTaken | Synchronization]]:
     """The steps of a history as a replay takes them."""
     rules: dict[str, ReplayRule] = {}
     for name, rule in rules_in(history).items():
+        if isinstance(rule, LookaheadRule):
+            continue
         if isinstance(rule, ScalarRule):
             rules[name] = ReplayedScalar(rule)
         elif isinstance(rule, ReplayRule):
@@ -128,11 +131,14 @@ def _taken(history: History) -> dict[int, list[StepTaken]]:
     hyper = {name: values.tolist() for name, values in history.hyper.items()}
     state = {name: values.tolist() for name, values in history.state.items()}
     fresh, scale = history.marked(Mark.FRESH).tolist(), history.scale.tolist()
-    found: dict[int, list[StepTaken]] = {}
+    found: dict[int, list[StepTaken | Synchronization]] = {}
     for e, step in enumerate(history.step.tolist()):
         numbers = {name: values[e] for name, values in hyper.items()}
         noted = {name: values[e] for name, values in state.items()}
         optimizer = history.optimizer[e]
+        if optimizer not in rules:
+            found.setdefault(step, []).append(Synchronization(numbers["alpha"], int(numbers["slow_step"])))
+            continue
         entry = Entry(numbers, noted, scale[e], fresh[e])
         found.setdefault(step, []).append(StepTaken(entry, rules[optimizer], optimizer))
     return found
@@ -144,7 +150,8 @@ def _coefficients(store: Store, name: str, horizon: int, weights: Tensor | None,
     if history is None:  # never stepped: it is what it was
         nothing = torch.zeros(0, dtype=torch.float64)
         return Coefficients(nothing, {component: 1.0}, nothing)
-    return coefficients(history, horizon=horizon, weights=weights, component=component)
+    begins = store.origin_steps[name]
+    return coefficients(history, horizon=horizon, weights=weights, component=component, begins=begins)
 
 
 def _by_step(store: Store, name: str, horizon: int, found: Coefficients) -> tuple[Tensor, Tensor]:
@@ -157,7 +164,7 @@ def _by_step(store: Store, name: str, horizon: int, found: Coefficients) -> tupl
     for part, factor in found.origin.items():
         if part in origin:
             share += factor * origin[part].double()
-        elif part == AVERAGE:  # a running mean that has not begun is the weight itself, a momentum buffer zero
+        elif part in (AVERAGE, SLOW):  # what has not begun is the weight itself, a momentum buffer zero
             share += factor * origin[VALUE].double()
     return by_step, share
 

@@ -20,6 +20,7 @@ __all__ = [
     "INEXACT",
     "MOMENTUM",
     "NO_SAMPLE",
+    "SLOW",
     "VALUE",
     "Batch",
     "Coefficients",
@@ -50,6 +51,9 @@ MOMENTUM = "momentum_buffer"
 
 AVERAGE = "ax"
 """ASGD's running mean of the weights, by torch's name for it."""
+
+SLOW = "slow"
+"""The weights that Lookahead goes back to, where they are older than the origin."""
 
 
 class Mark(IntFlag):

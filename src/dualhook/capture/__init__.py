@@ -9,7 +9,7 @@ from dualhook.capture.loader import TrackedLoader, as_batch
 from dualhook.capture.observe import Observed, directions, observe
 from dualhook.capture.probe import LayerProbe, Measurement, fit_scales
 from dualhook.capture.selection import Selection, select_layers, unwrapped
-from dualhook.capture.steps import StepWatcher
+from dualhook.capture.steps import StepWatcher, innermost
 
 __all__ = [
     "Intake",
@@ -24,6 +24,7 @@ __all__ = [
     "coverage_table",
     "directions",
     "fit_scales",
+    "innermost",
     "observe",
     "select_layers",
     "tapped",

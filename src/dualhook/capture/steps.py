@@ -11,13 +11,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["StepWatcher"]
+__all__ = ["StepWatcher", "innermost"]
+
+HELD_AS = ("optimizer", "base_optimizer", "_optimizer")  # by Lookahead, SAM, accelerate and the like
 
 
 class StepWatcher:
     """Calls ``before(optimizer, has_closure)`` and ``after(optimizer)`` around every optimiser step in the process.
 
-    A subclass that calls ``super().step()`` makes torch's hooks fire twice; only the outer step counts. The callbacks
+    A subclass that calls ``super().step()`` makes torch's hooks fire twice; only the outer step counts. An optimiser
+    that holds another one of the same parameters does not count: the inner one's steps are the steps. The callbacks
     are bound methods, held weakly: a watcher keeps no recorder and no model alive.
     """
 
@@ -36,6 +39,8 @@ class StepWatcher:
     # torch takes what a hook returns for changed arguments, so both return None
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _held(optimizer) is not None:
+            return
         depth = self._depth.get(optimizer, 0)
         if depth and not _steps_inside_itself(optimizer):
             depth = 0  # the step before ended in an exception, past torch's post hooks
@@ -54,6 +59,8 @@ class StepWatcher:
             before(optimizer, any(callable(a) for a in (*args[1:], *kwargs.values())))
 
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _held(optimizer) is not None:
+            return
         depth = self._depth.get(optimizer, 1) - 1
         self._depth[optimizer] = depth
         if depth:
@@ -67,6 +74,26 @@ class StepWatcher:
         last = self._last.pop(optimizer, None)
         if last is not None:
             last.remove()
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimiser whose steps change the weights: the one that a wrapper holds, or itself."""
+    while (held := _held(optimizer)) is not None:
+        optimizer = held
+    return optimizer
+
+
+def _held(optimizer: Optimizer) -> Optimizer | None:
+    """Another optimiser of the same parameters that this one holds, and steps in its own step."""
+    for name in HELD_AS:
+        held = getattr(optimizer, name, None)
+        if isinstance(held, Optimizer) and held is not optimizer and _parameters(held) & _parameters(optimizer):
+            return held
+    return None
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _steps_inside_itself(optimizer: Optimizer) -> bool:

@@ -20,6 +20,7 @@ from dualhook.optimizers.elementwise import (
     RpropRule,
 )
 from dualhook.optimizers.fitted import FittedRule, StepFit, Tracker, collapsed
+from dualhook.optimizers.lookahead import LOOKAHEAD, LookaheadRule, fit_synchronization
 from dualhook.optimizers.matrix import MuonRule
 from dualhook.optimizers.registry import class_name, register, rule_for, rules, rules_in
 from dualhook.optimizers.replay import Adjoint, ParameterState, advance, apply
@@ -35,6 +36,7 @@ from dualhook.optimizers.scalar import (
 )
 
 __all__ = [
+    "LOOKAHEAD",
     "ASGDRule",
     "AdadeltaRule",
     "AdafactorRule",
@@ -47,6 +49,7 @@ __all__ = [
     "FittedRule",
     "LinearStep",
     "LionRule",
+    "LookaheadRule",
     "MuonRule",
     "NAdamRule",
     "ParameterState",
@@ -69,6 +72,7 @@ __all__ = [
     "coefficients",
     "collapsed",
     "components",
+    "fit_synchronization",
     "register",
     "rule_for",
     "rules",

@@ -245,7 +245,8 @@ def collapsed(
     its vectors are the means over those, weighted with how much comes through.
     """
     used = history.where(history.step <= horizon)
-    entries = {step: e for e, step in enumerate(used.step.tolist())}
+    fitted = (~used.state[FIT_RATE].isnan()).tolist()
+    entries = {step: e for e, step in enumerate(used.step.tolist()) if fitted[e]}
     through = (used.state[FIT_RATE].nan_to_num() * made_of.reach).abs().tolist()
     momentum = used.state[FIT_MOMENTUM].nan_to_num().tolist()
     found: FactorVectors | None = None

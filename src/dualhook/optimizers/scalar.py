@@ -3,9 +3,10 @@
 The state of one parameter is ``z = (W, B)``, weight and momentum buffer. Every step is linear in it and in the
 recorded gradient ``G``::
 
-    W' = ww W + wb B + wg G
+    W' = ww W + wb B + wg G + ws W_tau
     B' = bw W + bb B + bg G
 
+(``W_tau`` is the weight after an earlier step, which only Lookahead goes back to),
 so a weight, or any weighted sum of the weights along the way, is a sum over the origin and over the gradients whose
 factors one backward pass finds: the adjoint of the recursion.
 """
@@ -23,14 +24,17 @@ from torch import Tensor
 from dualhook.errors import RuleError
 from dualhook.optimizers.registry import register, rules_in
 from dualhook.optimizers.rule import Entry, LinearStep, ReplayRule, Rule
-from dualhook.records import AVERAGE, MOMENTUM, VALUE, Coefficients, History, Mark
+from dualhook.records import AVERAGE, MOMENTUM, SLOW, VALUE, Coefficients, History, Mark
 
 __all__ = ["ASGDRule", "ReplayedScalar", "SGDRule", "ScalarRule", "Transitions", "coefficients", "components"]
 
 
 @dataclass(frozen=True)
 class Transitions:
-    """The six numbers of every step, each float64 [e]; ``wg`` and ``bg`` multiply the gradient the rows rebuild."""
+    """The numbers of every step, each float64 [e]; ``wg`` and ``bg`` multiply the gradient the rows rebuild.
+
+    ``ws`` multiplies the weight after the step that the entry's ``slow_step`` names; None: there is no such step.
+    """
 
     ww: Tensor
     wb: Tensor
@@ -38,11 +42,14 @@ class Transitions:
     bw: Tensor
     bb: Tensor
     bg: Tensor
+    ws: Tensor | None = None
 
     def put(self, chosen: Tensor, part: Transitions) -> None:
         """Write another rule's numbers into the entries that a bool mask [e] chooses."""
         for field in fields(self):
-            getattr(self, field.name)[chosen] = getattr(part, field.name)
+            numbers = getattr(part, field.name)
+            if numbers is not None:
+                getattr(self, field.name)[chosen] = numbers
 
 
 class ScalarRule(Rule):
@@ -189,9 +196,9 @@ def components(history: History, origin: Mapping[str, object]) -> tuple[str, ...
 
 
 def coefficients(
-    history: History, *, horizon: int, weights: Tensor | None = None, component: str = VALUE
+    history: History, *, horizon: int, weights: Tensor | None = None, component: str = VALUE, begins: int = 0
 ) -> Coefficients:
-    """What one parameter is made of after step ``horizon``.
+    """What one parameter is made of after step ``horizon``, its origin being what it was after step ``begins``.
 
     ``weights`` [horizon + 1] asks for ``sum_t weights[t] · W_t`` (an average of the weights) instead of the weight
     itself; ``component`` for another part of the optimiser's state: ``"momentum_buffer"`` or ASGD's mean ``"ax"``.
@@ -211,8 +218,9 @@ def coefficients(
         readout[-1] = 1.0
     else:
         readout = _by_entry(used.step, weights)
-    pattern, reach, value, buffer = _adjoint(_transitions(used, rules), readout, momentum)
-    parts = {VALUE: value, MOMENTUM: buffer, AVERAGE: origin_average}
+    slow = _slow(used, begins)
+    pattern, reach, value, buffer, older = _adjoint(_transitions(used, rules), readout, momentum, slow)
+    parts = {VALUE: value, MOMENTUM: buffer, AVERAGE: origin_average, SLOW: older}
     return Coefficients(pattern, {name: factor for name, factor in parts.items() if factor != 0.0}, reach)
 
 
@@ -253,18 +261,32 @@ def _by_entry(step: Tensor, weights: Tensor) -> Tensor:
     return total[edges[1:]] - total[edges[:-1]]
 
 
-def _adjoint(steps: Transitions, readout: Tensor, momentum: float) -> tuple[Tensor, Tensor, float, float]:
+def _slow(history: History, begins: int) -> Tensor:
+    """Where every entry reads its slow weight, int64 [e]: a stretch, or behind the last if older than ``begins``."""
+    step = history.column("slow_step").long()
+    stretch = torch.searchsorted(history.step, step, right=True)
+    return torch.where(step < begins, len(history) + 1, stretch)
+
+
+def _adjoint(
+    steps: Transitions, readout: Tensor, momentum: float, slow: Tensor
+) -> tuple[Tensor, Tensor, float, float, float]:
     """One pass from the last entry to the first.
 
-    Returns the pattern coefficients [e], the factor of W after each entry [e], and those of W_0 and B_0.
+    Returns the pattern coefficients [e], the factor of W after each entry [e], and those of W_0, B_0 and older slow
+    weights.
+    ``readout`` [e + 1] asks for the weight between the entries, ``slow`` [e] says where ``ws`` reads it.
     """
-    ww, wb, wg, bw, bb, bg = (getattr(steps, field.name).tolist() for field in fields(Transitions))
-    read = readout.tolist()
+    ww, wb, wg, bw, bb, bg, ws = (getattr(steps, field.name).tolist() for field in fields(Transitions))
+    read, source = [*readout.tolist(), 0.0], slow.tolist()
     count = len(ww)
     pattern, reach = [0.0] * count, [0.0] * count
     value, buffer = read[count], momentum
     for e in range(count - 1, -1, -1):
         reach[e] = value
         pattern[e] = -(value * wg[e] + buffer * bg[e])
+        if ws[e]:
+            read[source[e]] += value * ws[e]
         value, buffer = value * ww[e] + buffer * bw[e] + read[e], value * wb[e] + buffer * bb[e]
-    return torch.tensor(pattern, dtype=torch.float64), torch.tensor(reach, dtype=torch.float64), value, buffer
+    found = torch.tensor(pattern, dtype=torch.float64), torch.tensor(reach, dtype=torch.float64)
+    return *found, value, buffer, read[count + 1]

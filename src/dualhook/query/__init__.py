@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dualhook.query.collectors import Collector, GroupSums, Receipt, TopPatterns
-from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken
+from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken, Synchronization
 from dualhook.query.replay import Replay
 from dualhook.query.streaming import LayerQuery, dual_output, scan
 from dualhook.query.weights import rebuild
@@ -18,6 +18,7 @@ __all__ = [
     "Replay",
     "ReplayShare",
     "StepTaken",
+    "Synchronization",
     "TopPatterns",
     "dual_output",
     "rebuild",

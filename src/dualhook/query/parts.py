@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from dualhook.optimizers import Entry, ReplayRule
 from dualhook.records import FactorVectors, LayerSpec
 
-__all__ = ["REPLAY_BYTES", "Composition", "ReplayShare", "StepTaken", "Totals"]
+__all__ = ["REPLAY_BYTES", "Composition", "ReplayShare", "StepTaken", "Synchronization", "Totals"]
 
 REPLAY_BYTES = 2**30
 """Default budget for what a replay keeps in memory at a time."""
@@ -24,6 +24,14 @@ class StepTaken:
     entry: Entry
     rule: ReplayRule
     optimizer: str
+
+
+@dataclass(frozen=True)
+class Synchronization:
+    """Lookahead between two steps: ``W <- alpha W + (1 - alpha) W_tau``, with the weight after an earlier step tau."""
+
+    alpha: float
+    slow_step: int
 
 
 @dataclass
@@ -54,7 +62,7 @@ class ReplayShare:
     begins: int
     weight: Tensor
     tensors: Mapping[str, Tensor]
-    taken: Mapping[int, Sequence[StepTaken]]
+    taken: Mapping[int, Sequence[StepTaken | Synchronization]]
     readout: Tensor
     dtype: torch.dtype
     totals: Totals | None = None
@@ -66,9 +74,19 @@ class ReplayShare:
         return int(self.readout.numel()) - 1
 
     @property
+    def steps(self) -> Iterator[StepTaken]:
+        """The optimiser steps up to the horizon, oldest first."""
+        return (own for _, taken in sorted(self.taken.items()) for own in taken if isinstance(own, StepTaken))
+
+    @property
+    def slow_steps(self) -> set[int]:
+        """The steps whose weights a synchronisation goes back to."""
+        return {own.slow_step for taken in self.taken.values() for own in taken if isinstance(own, Synchronization)}
+
+    @property
     def separable(self) -> bool:
         """Whether its output units can be replayed in blocks."""
-        return all(step.rule.separable for taken in self.taken.values() for step in taken)
+        return all(step.rule.separable for step in self.steps)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dualhook.optimizers import Adjoint, LinearStep, ParameterState, Side, advance, apply
-from dualhook.query.parts import ReplayShare, StepTaken, Totals
-from dualhook.records import Rows, RowSource
+from dualhook.query.parts import ReplayShare, StepTaken, Synchronization, Totals
+from dualhook.records import SLOW, Rows, RowSource
 
 __all__ = ["Replay", "Visit"]
 
@@ -30,16 +30,22 @@ Visit = Callable[[int, Rows, ReplayShare, "Tensor | float", Side, slice], None]
 
 
 class _Place:
-    """A parameter's weight and the state of every optimiser that has stepped on it, after some step."""
+    """A parameter's weight and the state of every optimiser that has stepped on it, after some step.
+
+    ``slow`` is the weight that Lookahead will go back to, where weights are carried along at all.
+    """
 
     def __init__(self, weight: Tensor, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.weight = weight
+        self.slow = weight
         self.states = {name: ParameterState(weight, dict(own)) for name, own in tensors.items()}
 
     def copy(self) -> _Place:
         """An independent copy."""
         own = {name: {n: v.clone() for n, v in state.tensors.items()} for name, state in self.states.items()}
-        return _Place(self.weight.clone(), own)
+        twin = _Place(self.weight.clone(), own)
+        twin.slow = self.slow  # never written to
+        return twin
 
     def of(self, optimizer: str) -> ParameterState:
         """The state of one optimiser; empty before its first step."""
@@ -65,11 +71,15 @@ class _Run:
         self.dtype = dtype
         self.sums = totals
         weight = self._cut(share.weight)
-        first = next((own[0].optimizer for _, own in sorted(share.taken.items()) if own), "")
-        state = {name: self._cut(value) for name, value in share.tensors.items() if value.ndim}
+        every = list(share.steps)
+        first = every[0].optimizer if every else ""
+        state = {name: self._cut(value) for name, value in share.tensors.items() if value.ndim and name != SLOW}
         self.place = _Place(weight, {first: state})
         self._origin = self.place.copy()
-        every = [step for taken in share.taken.values() for step in taken]
+        self._slow_steps = {step for step in share.slow_steps if step >= share.begins}
+        older = SLOW in share.tensors and share.begins not in self._slow_steps
+        self._slow = self.place.slow = self._cut(share.tensors[SLOW]) if older else self._origin.weight
+        self._from_slow: dict[int, float] = {}  # factors of earlier weights, from synchronisations after them
         self._carries = any(step.rule.reads_weight or step.rule.decay(step.entry) for step in every)
         self._adjoints: dict[str, Adjoint] = {}
         self._weight = 0.0  # factor of W where the way back has come to
@@ -82,26 +92,58 @@ class _Run:
         return d.T @ rows.key.to(self.dtype) if self.place.weight.ndim == 2 else d.sum(0)
 
     def forward(
-        self, step: int, rows: Rows, counted: Rows, *, whole: bool = False, keep: list[_Done] | None = None
+        self,
+        step: int,
+        rows: Rows,
+        counted: Rows,
+        *,
+        whole: bool = False,
+        keep: list[_Done | Synchronization] | None = None,
     ) -> None:
         """Take the step's entries; ``counted`` are those of its rows that the totals are to hold."""
         taken = self.share.taken.get(step, ())
-        if not taken:
-            return
+        if taken:
+            self._take(taken, rows, counted, whole=whole or self._carries, keep=keep)
+        if step in self._slow_steps:
+            self.place.slow = self.place.weight.clone()
+
+    def _take(
+        self,
+        taken: Sequence[StepTaken | Synchronization],
+        rows: Rows,
+        counted: Rows,
+        *,
+        whole: bool,
+        keep: list[_Done | Synchronization] | None,
+    ) -> None:
         gradient = self.gradient(rows)
         summed = None
         if keep is not None and self.sums:
             summed = gradient if counted is rows else self.gradient(counted)
         for one in taken:
+            if isinstance(one, Synchronization):
+                if whole:
+                    self.place.weight.lerp_(self.place.slow, 1 - one.alpha)
+                if keep is not None:
+                    keep.append(one)
+                continue
             state = self.place.of(one.optimizer)
             before = state.weight.clone() if keep is not None and self.sums and one.rule.decay(one.entry) else None
-            linear = advance(one.rule, state, gradient, one.entry, whole=whole or self._carries)
+            linear = advance(one.rule, state, gradient, one.entry, whole=whole)
             if keep is not None:
                 keep.append(_Done(one, linear, summed, before))
 
     def read(self, step: int) -> None:
         """Come back to the place after ``step``."""
         self._weight += float(self.share.readout[step])
+        if step >= self.share.begins:
+            self._weight += self._from_slow.pop(step, 0.0)
+
+    def synchronize(self, done: Synchronization) -> None:
+        """Take a synchronisation back: a part of the weight was that of an earlier step."""
+        before = self._from_slow.get(done.slow_step, 0.0)
+        self._from_slow[done.slow_step] = before + (1 - done.alpha) * self._weight
+        self._weight *= done.alpha
 
     def back(self, done: _Done) -> tuple[Tensor | float, Side]:
         """Take one step back; the coefficient of its rebuilt gradient."""
@@ -127,8 +169,9 @@ class _Run:
     def arrive(self) -> None:
         """The way back has come to the origin."""
         self.totals.origin.add_(self._origin.weight, alpha=self._weight)
+        self.totals.origin.add_(self._slow, alpha=sum(self._from_slow.values()))  # those older than the origin
         for optimizer, adjoint in self._adjoints.items():
-            rule = next(t.rule for own in self.share.taken.values() for t in own if t.optimizer == optimizer)
+            rule = next(step.rule for step in self.share.steps if step.optimizer == optimizer)
             buffer = self._origin.of(optimizer).tensors.get(rule.buffer or "")
             if buffer is not None:
                 self.totals.origin -= apply(adjoint.buffer, buffer, rule.side(self.place.weight))
@@ -199,8 +242,8 @@ class Replay:
             for run in runs:
                 run.forward(step, rows, rows, whole=True)
         for run in runs:
-            steps = [own for step, own in sorted(run.share.taken.items()) if step <= self._horizon]
-            state = run.place.of(steps[-1][-1].optimizer).tensors if steps else dict(run.share.tensors)
+            steps = list(run.share.steps)
+            state = run.place.of(steps[-1].optimizer).tensors if steps else dict(run.share.tensors)
             found.append((run.place.weight, state))
         return found
 
@@ -243,13 +286,16 @@ class Replay:
         wanted = [_chosen(rows, counted) for _, rows in by_step]
         for run in runs:
             here, run.place = run.place, run.place.copy()
-            kept: list[list[_Done]] = []
+            kept: list[list[_Done | Synchronization]] = []
             for (step, rows), summed in zip(by_step, wanted, strict=True):
                 kept.append([])
                 run.forward(step, rows, summed, keep=kept[-1])
             for step, rows in reversed(by_step):
                 run.read(step)
                 for done in reversed(kept.pop()):
+                    if isinstance(done, Synchronization):
+                        run.synchronize(done)
+                        continue
                     coefficient, side = run.back(done)
                     if visit is not None and len(rows):
                         visit(step, rows, run.share, coefficient, side, run.units)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dualhook.composition import compose, is_replayed, replayed_states
 from dualhook.errors import RuleError, StoreError
-from dualhook.optimizers import components
+from dualhook.optimizers import LOOKAHEAD, components
 from dualhook.query import rebuild
+from dualhook.records import SLOW, LayerSpec
 from dualhook.store import Store, Writer
 
 __all__ = ["folding_to"]
@@ -37,9 +38,12 @@ def _fold(budget: int, writer: Writer) -> None:
         left -= segment.path.stat().st_size
     if not gone:
         return
-    step = gone[-1].last_step
+    step = writer.folded = gone[-1].last_step
     try:
         parts = _origins_after(store, step)
+        for spec in store.layers:
+            for name in parts.keys() & set(spec.parameters):
+                parts[name] |= _slow_weight(store, spec, name, step, writer.slow_steps.get(name))
     except RuleError as error:
         raise StoreError(f"the budget is used up and cannot be folded: {error}") from error
     dtypes = {name: store.dtype(name) for name in parts}
@@ -76,3 +80,19 @@ def _origins_after(store: Store, step: int) -> dict[str, dict[str, Tensor]]:
                 if component in wanted[name]:
                     parts.setdefault(name, {})[component] = rebuilt[name]
     return parts
+
+
+def _slow_weight(store: Store, spec: LayerSpec, name: str, step: int, first: int | None) -> dict[str, Tensor]:
+    """The weight that a synchronisation after ``step`` goes back to, where that lies before ``step``.
+
+    ``first`` is the step that the first synchronisation goes back to, if there has been one.
+    """
+    history, origin = store.histories.get(name), store.origin(name).tensors
+    taken = () if history is None else zip(history.step.tolist(), history.optimizer, strict=True)
+    synchronized = [at for at, optimizer in taken if optimizer == LOOKAHEAD and at <= step]
+    slow_step = synchronized[-1] if synchronized else None if SLOW in origin else first
+    if slow_step is None:
+        return {SLOW: origin[SLOW].double()} if SLOW in origin else {}
+    if slow_step >= step:
+        return {}
+    return {SLOW: rebuild(store, compose(store, spec, horizon=slow_step))[name]}

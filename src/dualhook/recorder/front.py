@@ -23,12 +23,13 @@ from dualhook.capture import (
     TrackedLoader,
     as_batch,
     coverage_table,
+    innermost,
     observe,
 )
 from dualhook.errors import BudgetError, DualHookError, StoreError
 from dualhook.memory import DualMemory
 from dualhook.model import run_model
-from dualhook.optimizers import rule_for
+from dualhook.optimizers import LOOKAHEAD, rule_for
 from dualhook.recorder.folding import folding_to
 from dualhook.recorder.scope import BatchScope, TemporaryRoot
 from dualhook.recorder.steps import StepBook
@@ -90,7 +91,7 @@ class Recorder:
         # the model's hooks hold the book, the book the recorder: it lives as long as the model, whoever holds it
         self._book = StepBook(selection, self._writer, dtype=dtype, on_step=self._on_step)
         for optimizer in optimizers:
-            self._book.meet(optimizer)
+            self._book.meet(innermost(optimizer))
         self._handles = []
         for intake in self._book.intakes:
             self._handles.append(LinearTap(intake.module, intake.on_call).attach())
@@ -167,7 +168,8 @@ class Recorder:
         rules: dict[str, str] = {}
         for parameter, name in self._book.trained_by.items():
             rule = rule_for(name)
-            rules[parameter] = f"{rule.name} ({rule.exactness.value})"
+            synced = f", {LOOKAHEAD}" if self._book.watched[parameter].synchronized else ""
+            rules[parameter] = f"{rule.name}{synced} ({rule.exactness.value})"
         sizes = {spec.name: self._row_bytes(spec) for spec in self._selection.specs}
         return coverage_table(self._model, self._selection, rules, sizes)
 
@@ -197,6 +199,7 @@ class Recorder:
             StoreError: the disk refused.
         """
         self._check_open("flush")
+        self._book.notice()
         self._writer.flush()
         if not self._stopped:
             self._write_latest()
@@ -211,6 +214,8 @@ class Recorder:
             self._closed = True
             self._detach()
             if os.getpid() == self._pid:  # not in a forked worker: the files are the parent's
+                if not self._stopped:
+                    self._book.notice()
                 self._writer.close()
                 if not self._stopped:
                     self._write_latest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from dualhook.capture import Intake, LayerProbe, Measurement, Selection, fit_scales
 from dualhook.errors import InexactWarning
-from dualhook.optimizers import FittedRule, Rule, StepFit, Tracker, class_name, rule_for
+from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
 from dualhook.recorder.selfcheck import Prediction, is_due, predict
 from dualhook.recorder.watched import Watched, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LedgerEntry, Mark, Rows
@@ -161,11 +161,12 @@ class StepBook:
             )
         if any(known is optimizer for known in self._stepping):
             self._end_step()
+        changed = self.notice([watched for watched, _ in members] if self._stepping else None)
         for watched, _ in members:
             for intake in self._intakes[watched.spec.name]:
                 intake.settle()
         stepped = [
-            (watched, group, self._mark(watched, optimizer))
+            (watched, group, self._mark(watched, optimizer, changed))
             for watched, group in members
             if has_closure or gradient_of(watched) is not None  # torch skips the others
         ]
@@ -198,13 +199,35 @@ class StepBook:
             self.writer.builder.commit(layer, self.step)
             self._waited.pop(layer, None)
         for watched, _, _ in step.stepped:
-            watched.remember(optimizer)
+            watched.remember(optimizer, self.step)
             self._broken.discard(watched.name)
+
+    def notice(self, among: Iterable[Watched] | None = None) -> set[str]:
+        """Note Lookahead's synchronisations since the last step; the parameters that something else has changed.
+
+        Called before anything of the next step is: then what is new belongs to the step before.
+        """
+        entries, changed = [], set()
+        for watched in self.watched.values() if among is None else among:
+            if not watched.changed_since():
+                continue
+            found = watched.synchronization()
+            if found is None or not self._reaches(watched, found[1]):
+                changed.add(watched.name)
+                continue
+            watched.synchronize(self.step)
+            if found[0] < 1:  # else they were the slow weights already, give or take rounding
+                watched.synchronized = True
+                hyper = {"alpha": found[0], "slow_step": float(found[1])}
+                entries.append(LedgerEntry(self.step, watched.name, LOOKAHEAD, hyper, {}, 1.0, 0.0, Mark(0)))
+        if entries:
+            self.writer.builder.add(self.step, entries)
+        return changed
 
     def latest(self) -> tuple[dict[str, Tensor], list[str]]:
         """The parameters as the last step left them, and the names of those that something has changed since."""
         recorded = [watched for watched in self.watched.values() if watched.stepped]
-        changed = [watched.name for watched in recorded if watched.changed_since()]
+        changed = sorted(self.notice(recorded))
         layers = {watched.spec.name for watched in recorded}
         values = {
             watched.name: parameter.detach().to("cpu", copy=True).contiguous()
@@ -315,7 +338,16 @@ class StepBook:
                 None if done is None or done.vectors is None else done.vectors.to_cpu(),
             )
 
-    def _mark(self, watched: Watched, optimizer: Optimizer) -> Mark:
+    def _reaches(self, watched: Watched, slow_step: int) -> bool:
+        """Whether the weights after ``slow_step`` will still be known to a synchronisation.
+
+        Folding keeps those of the last one by itself; of those before the first it has to hear, before it asks.
+        """
+        if not watched.synchronized:
+            self.writer.slow_steps[watched.name] = slow_step
+        return watched.synchronized or self.writer.folded <= slow_step
+
+    def _mark(self, watched: Watched, optimizer: Optimizer, changed: Container[str]) -> Mark:
         """What is known of a parameter before a step."""
         mark = Mark(0)
         state = state_of(optimizer, watched.parameter)
@@ -323,8 +355,9 @@ class StepBook:
             mark |= Mark.FRESH
         elif watched.state_changed_since(optimizer):
             mark |= Mark.CHANGED
-        if watched.changed_since() or watched.name in self._broken:
+        if watched.name in changed or watched.name in self._broken:
             mark |= Mark.CHANGED
+            watched.accept(self.step - 1 if self._stepping else self.step)
         return mark
 
     def _keep_origins(self, optimizer: Optimizer, stepped: Sequence[Watched]) -> None:
@@ -342,6 +375,8 @@ class StepBook:
             parts[watched.name] |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
         dtypes = {name: own[VALUE].dtype for name, own in parts.items()}
         before = self.step - 1 if self._stepping else self.step  # a later optimiser of the current step
+        for watched in new:
+            watched.begin(before)
         self.writer.write_origin(before, parts, dtypes)
 
     def _report(self, watched: Watched, mark: Mark, residual: float) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dualhook.optimizers import fit_synchronization
 from dualhook.records import LayerSpec
 
 __all__ = ["Watched", "gradient_of", "state_of"]
@@ -27,6 +28,9 @@ class Watched:
     attribute: str  # of the module; looked up every time, since loading weights may put another parameter there
     entries: Tensor | None = None  # None: not stepped yet
     state: tuple[tuple[str, int, int], ...] = ()
+    anchors: dict[int, Tensor] = field(default_factory=dict)
+    """What may be Lookahead's slow weights: its entries after some earlier steps."""
+    synchronized: bool = False  # at least once
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -39,10 +43,40 @@ class Watched:
         """Whether an optimiser has stepped on it."""
         return self.entries is not None
 
-    def remember(self, optimizer: Optimizer) -> None:
+    def begin(self, step: int) -> None:
+        """Note what it is after ``step``, before its first one."""
+        found = self._fingerprint()
+        self.anchors = {} if found is None else {step: found}
+
+    def remember(self, optimizer: Optimizer, step: int) -> None:
         """Note what the step has left."""
-        self.entries = self._fingerprint()
+        first, self.entries = not self.stepped, self._fingerprint()
         self.state = self._state(optimizer)
+        if self.entries is not None and (first or step in self.anchors):
+            self.anchors[step] = self.entries
+
+    def synchronization(self) -> tuple[float, int] | None:
+        """If what has changed it since its last step is Lookahead: alpha, and the step of the slow weights."""
+        before, now, parameter = self.entries, self._fingerprint(), self.parameter
+        if before is None or now is None or parameter is None or now.shape != before.shape:
+            return None
+        eps = torch.finfo(parameter.dtype).eps
+        for step, slow in self.anchors.items():
+            alpha = fit_synchronization(before, now, slow, eps)
+            if alpha is not None:
+                return alpha, step
+        return None
+
+    def synchronize(self, step: int) -> None:
+        """Go on from what a synchronisation after ``step`` has left."""
+        self.entries = self._fingerprint()
+        self.anchors = {} if self.entries is None else {step: self.entries}
+
+    def accept(self, step: int) -> None:
+        """Go on from what something else has made of it after ``step``: it may have set the slow weights as well."""
+        found = self._fingerprint()
+        if found is not None:
+            self.anchors = {**dict(list(self.anchors.items())[:2]), step: found}
 
     def changed_since(self) -> bool:
         """Whether something else has written to the parameter after its last step.

@@ -38,6 +38,10 @@ class Writer:
         self.segment_bytes = segment_bytes
         self.bytes = 0
         """Bytes of the segments on disk."""
+        self.folded = 0
+        """The step up to which patterns are being made part of the origin, or have been."""
+        self.slow_steps: dict[str, int] = {}
+        """The step whose weights a parameter's first synchronisation goes back to: not to be folded away."""
         self.error: BaseException | None = None
         self._after_write = after_write
         self._number = 0
