@@ -316,6 +316,7 @@ class Recorder:
                     stacklevel=3,
                 )
         self._writer.write_latest(self.steps, values)
+        self._book.snapshots.after(self.steps, final=True)
 
     def _detach(self) -> None:
         for handle in self._handles:

@@ -21,6 +21,7 @@ from dualhook.capture import Intake, LayerProbe, Measurement, Selection, fit_sca
 from dualhook.errors import InexactWarning
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
 from dualhook.recorder.selfcheck import Prediction, is_due, predict
+from dualhook.recorder.snapshots import Snapshots
 from dualhook.recorder.watched import Watched, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
@@ -80,6 +81,7 @@ class StepBook:
             for spec in selection.specs
             for name, attribute in zip(spec.parameters, ("weight", "bias"), strict=False)
         }
+        self.snapshots = Snapshots(writer)
         self._trackers: weakref.WeakKeyDictionary[Optimizer, dict[str, Tracker]] = weakref.WeakKeyDictionary()
         self._stepping: list[Optimizer] = []  # the optimisers that have stepped in the current step
         self._waited: dict[str, int] = {}  # steps for which a layer's pending rows have been waiting
@@ -201,6 +203,7 @@ class StepBook:
         for watched, _, _ in step.stepped:
             watched.remember(optimizer, self.step)
             self._broken.discard(watched.name)
+        self.snapshots.stepped(optimizer, step.name, [watched for watched, _, _ in step.stepped])
 
     def notice(self, among: Iterable[Watched] | None = None) -> set[str]:
         """Note Lookahead's synchronisations since the last step; the parameters that something else has changed.
@@ -246,6 +249,7 @@ class StepBook:
         if late and self.writer.builder.pending_bytes > WAITING_BYTES:
             self._give_up(late, f"rows that {PATIENCE} steps have not used")
         self._on_step(self.step)
+        self.snapshots.after(self.step)
         if self.writer.full:
             self.writer.seal()
 

@@ -21,6 +21,7 @@ from dualhook.store.direct import DirectFile
 __all__ = ["FORMAT_VERSION", "Layout", "Manifest", "open_tensors", "read_header", "tensor_names", "write_tensors"]
 
 FORMAT_VERSION = 1
+FOLDERS = ("segments", "origin", "snapshots", "columns")
 HEADER = "dualhook"  # the one key of every file's safetensors metadata; its value is a JSON object
 
 
@@ -56,6 +57,14 @@ class Layout:
         """Every origin file, oldest first."""
         return sorted(self.root.glob("origin/[0-9]*.safetensors"))
 
+    def snapshot(self, step: int) -> Path:
+        """The snapshot of optimiser state after a step."""
+        return self.root / "snapshots" / f"{step:08d}.safetensors"
+
+    def snapshots(self) -> list[Path]:
+        """Every snapshot file, oldest first."""
+        return sorted(self.root.glob("snapshots/[0-9]*.safetensors"))
+
     def column(self, name: str) -> Path:
         """The file of a column over the samples.
 
@@ -87,14 +96,14 @@ class Layout:
                 f"{self.root} exists and is not empty, but holds no memory: choose another path "
                 "(overwrite=True replaces memories only, never other files)"
             )
-        for folder in ("segments", "origin", "columns"):
+        for folder in FOLDERS:
             (self.root / folder).mkdir(parents=True, exist_ok=True)
 
     def clear(self) -> None:
         """Remove the memory's own files; whatever else lies in the directory stays."""
         self.manifest.unlink(missing_ok=True)  # first: from here on it is no memory any more
         self.latest.unlink(missing_ok=True)
-        for folder in ("segments", "origin", "columns"):
+        for folder in FOLDERS:
             shutil.rmtree(self.root / folder, ignore_errors=True)
 
 

@@ -80,6 +80,21 @@ class Store:
             found = fit_vectors(open_tensors(segment.path), parameter)
             yield from ((step, vectors) for step, vectors in reversed(found) if step > begins)
 
+    @cached_property
+    def _snapshot_headers(self) -> dict[Path, dict[str, Any]]:
+        return {path: read_header(path, open_tensors(path)) for path in self.layout.snapshots()}
+
+    def snapshots(self, parameter: str) -> dict[int, Path]:
+        """The files that hold snapshots of a parameter's optimiser state, by their step, oldest first."""
+        headers = self._snapshot_headers.items()
+        return {int(header["step"]): path for path, header in headers if parameter in header["parameters"]}
+
+    def snapshot(self, parameter: str, step: int) -> dict[str, Tensor]:
+        """Tensors of a parameter's optimiser state as they were after ``step``."""
+        path = self.snapshots(parameter)[step]
+        names, file = self._snapshot_headers[path]["parameters"][parameter], open_tensors(path)
+        return {part: file.get_tensor(f"{parameter}//{part}") for part in names}
+
     def inexact_steps(self, parameter: str, last_step: int) -> int:
         """How many steps of a parameter up to ``last_step`` are marked inexact, folded ones included."""
         path = self._origin_files.get(parameter)

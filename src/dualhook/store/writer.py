@@ -113,7 +113,6 @@ class Writer:
         ``parts`` holds the tensors of every parameter, ``dtypes`` what the model has it in. Up to step ``folded``
         they have swallowed all patterns, ``inexact`` of whose steps were marked so.
         """
-        tensors = {f"{name}//{part}": value for name, own in parts.items() for part, value in own.items()}
         header = {
             "kind": "origin",
             "step": step,
@@ -125,7 +124,12 @@ class Writer:
         with self._origins:
             path = self.layout.origin(self._origin_number)
             self._origin_number += 1
-            write_tensors(path, {name: v.detach().to("cpu").contiguous() for name, v in tensors.items()}, header)
+            write_tensors(path, _named(parts), header)
+
+    def write_snapshot(self, step: int, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write tensors of the optimiser's state of some parameters as they are after ``step``."""
+        header = {"kind": "snapshot", "step": step, "parameters": {name: list(own) for name, own in parts.items()}}
+        write_tensors(self.layout.snapshot(step), _named(parts), header)
 
     def write_latest(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the weights after the last step."""
@@ -175,3 +179,12 @@ class Writer:
         self.bytes += path.stat().st_size
         if self._after_write is not None:
             self._after_write(self)
+
+
+def _named(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of parameters as ``<parameter>//<part>``, ready for a file."""
+    return {
+        f"{name}//{part}": value.detach().to("cpu").contiguous()
+        for name, own in parts.items()
+        for part, value in own.items()
+    }
