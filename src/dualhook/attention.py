@@ -217,8 +217,9 @@ class Attention:
         if footer:
             explained = torch.cat([receipt.explained for receipt in self._receipts.values()])
             cancelled = torch.cat([receipt.cancellation for receipt in self._receipts.values()])
+            preview = any(asked.made_of.preview and asked.made_of.replays for asked in self._layers.values())
             note = (
-                f"receipt: explained at least {explained.min():.6f}, "
+                f"{'preview, not exact; ' if preview else ''}receipt: explained at least {explained.min():.6f}, "
                 f"cancellation {cancelled.min():.3g} to {cancelled.max():.3g}"
             )
         return Table({n: values[order] for n, values in columns.items()}, title=title, footer=note, bars=bars)

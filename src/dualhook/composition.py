@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,20 +37,23 @@ def compose(
     weights: Tensor | None = None,
     component: str = VALUE,
     replay_bytes: int = REPLAY_BYTES,
+    preview: bool = False,
 ) -> Composition:
     """The composition of a layer after step ``horizon``.
 
     ``weights`` [horizon + 1] asks for that average of the weights along the way, ``component`` for another part of
     the optimiser's state than the weight itself (of parameters under a scalar rule only); ``replay_bytes`` is the
-    budget of replays.
+    budget of replays, ``preview`` asks for snapshots in their place.
 
     Raises:
-        RuleError: the layer was trained by an optimiser without a rule.
+        RuleError: the layer's rule is not registered any more, or no preview can be had.
     """
     replays, parts, factor = [], [], None
     for name in spec.parameters:
         if is_replayed(store, name):
             replays.append(_replay_share(store, name, horizon, weights))
+            if preview:
+                replays[-1].snapshots = _snapshots(store, replays[-1])
             nothing = torch.zeros_like(store.origin(name).tensors[VALUE], dtype=torch.float64)
             parts.append((torch.zeros(horizon + 1, dtype=torch.float64), nothing))
             continue
@@ -59,7 +63,7 @@ def compose(
             factor = _factor(store, name, horizon, found)
     weight, origin_weight = parts[0]
     bias, origin_bias = parts[1] if len(parts) > 1 else (None, None)
-    return Composition(spec, weight, origin_weight, bias, origin_bias, tuple(replays), replay_bytes, factor)
+    return Composition(spec, weight, origin_weight, bias, origin_bias, tuple(replays), replay_bytes, factor, preview)
 
 
 def unknown_composition(spec: LayerSpec, horizon: int, why: str) -> Composition:
@@ -114,6 +118,24 @@ def _replay_share(store: Store, name: str, horizon: int, weights: Tensor | None)
         readout,
         store.dtype(name),
     )
+
+
+def _snapshots(store: Store, share: ReplayShare) -> dict[int, Callable[[], Mapping[str, Tensor]]]:
+    """What loads the snapshots of a parameter's optimiser state.
+
+    Raises:
+        RuleError: there are none, or they would not do.
+    """
+    rules = {own.rule.name: own.rule for own in share.steps}
+    if any(not rule.preview_state for rule in rules.values()) or len({own.optimizer for own in share.steps}) > 1:
+        raise RuleError(
+            f"no preview of {share.parameter!r}: what {' and '.join(rules)} did is made of more than one optimiser's "
+            "state at a few steps; ask with method='exact'"
+        )
+    found = store.snapshots(share.parameter)
+    if not found:
+        raise RuleError(f"no preview of {share.parameter!r}: the memory holds no snapshots; ask with method='exact'")
+    return {step: partial(store.snapshot, share.parameter, step) for step in found}
 
 
 def _taken(history: History) -> dict[int, list[StepTaken | Synchronization]]:

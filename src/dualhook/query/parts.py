@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ class ReplayShare:
     taken: Mapping[int, Sequence[StepTaken | Synchronization]]
     readout: Tensor
     dtype: torch.dtype
+    snapshots: Mapping[int, Callable[[], Mapping[str, Tensor]]] = field(default_factory=dict)
+    """By step, what loads the optimiser's state as it was then; for a preview."""
     totals: Totals | None = None
     """Known once a pass over all output units has come back to the origin."""
 
@@ -107,6 +109,8 @@ class Composition:
     replays: tuple[ReplayShare, ...] = ()
     replay_bytes: int = REPLAY_BYTES
     factor: FactorVectors | None = None
+    preview: bool = False
+    """Whether the replays are previewed from snapshots."""
     unknown: str = ""
     """Why nothing of this is known (all NaN): no rule explains the optimiser."""
 
