@@ -332,3 +332,22 @@ def test_sharpness_aware_minimisation(tmp_path):
     memory = recorder.close()
     assert memory.patterns("0") == 6 * 4
     assert memory.verify()["exact"].all()
+
+
+@WRAPPERS
+@INNER
+def test_training_is_bit_identical(tmp_path, make, settings, wrap):
+    ends = []
+    for record in (True, False):
+        torch.manual_seed(0)
+        model = network().float()
+        optimizer = wrap(make(model.parameters(), **settings), k=3, alpha=0.3)
+        recorder = dualhook.instrument(model, tmp_path / "run", verbose=False) if record else None
+        for _ in range(10):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(4, 6)), torch.randint(0, 3, (4,))).backward()
+            optimizer.step()
+        ends.append(model.state_dict())
+        if recorder is not None:
+            assert recorder.close().verify()["exact"].all()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

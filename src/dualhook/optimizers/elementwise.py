@@ -204,6 +204,9 @@ class AdagradRule(_Counted):
     def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
         return {"sum": torch.full_like(weight, entry["initial_accumulator_value"])}
 
+    def is_fresh(self, state: Mapping[str, object]) -> bool:
+        return _number(state.get("step")) == 0  # torch sets the state up with the optimiser
+
     def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
         state["sum"].addcmul_(gradient, gradient)
         return self.step_from(state, entry)

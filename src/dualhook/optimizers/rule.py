@@ -46,6 +46,10 @@ class Rule(ABC):
         """The numbers of a parameter's optimiser state that the next step depends on, noted before every step."""
         return {}
 
+    def is_fresh(self, state: Mapping[str, object]) -> bool:
+        """Whether a parameter's optimiser state is that before its first step."""
+        return all(value is None for value in state.values())
+
     def hyper_numbers(self, group: Mapping[str, object]) -> dict[str, float]:
         """Settings of a parameter group that are no numbers themselves, as numbers for the ledger."""
         return {}

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dualhook.capture import select_layers, tapped, unwrapped
+from dualhook.capture import innermost, select_layers, tapped, unwrapped
 from dualhook.capture.selection import LayerChoice
 from dualhook.errors import DualHookError, LayerError
 from dualhook.recorder.front import OPEN, OnFull, Recorder
 from dualhook.recorder.scope import TemporaryRoot
+from dualhook.recorder.settings import refuse
 from dualhook.store import Layout, Manifest
 
 __all__ = ["instrument"]
@@ -55,6 +56,7 @@ def instrument(
     Raises:
         LayerError: the model has no linear map, ``layers`` matches none, or the model is already instrumented.
         StoreError: ``path`` holds a memory (without ``overwrite``) or something else.
+        RuleError: ``optimizer`` is LBFGS, here or at its first step: several backward passes make one step.
         DualHookError: an argument of a wrong kind.
     """
     if not isinstance(model, nn.Module):
@@ -73,6 +75,8 @@ def instrument(
         if not isinstance(one, Optimizer):
             raise DualHookError(f"optimizer={type(one).__name__}: expected a torch.optim.Optimizer or several")
     selection = select_layers(inner, layers)
+    for one in given:
+        refuse(innermost(one), (p for _, module in selection.modules for p in module.parameters(recurse=False)))
     temporary = TemporaryRoot() if path is None else None
     layout = Layout((temporary.path if temporary else Path(cast(str, path))).absolute())
     if overwrite and (before := OPEN.get(layout.root)) is not None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from dualhook.capture import Intake, LayerProbe, Measurement, Selection, fit_sca
 from dualhook.errors import InexactWarning
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
 from dualhook.recorder.selfcheck import Prediction, is_due, predict
+from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
 from dualhook.recorder.watched import Watched, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LedgerEntry, Mark, Rows
@@ -45,6 +45,7 @@ class Step:
     stepped: list[tuple[Watched, int, Mark]]  # parameter, its group, what is known beforehand
     hyper: list[dict[str, float]]
     state: dict[str, dict[str, float]]
+    loss_scale: float  # what the step itself divides the gradients by
     fitting: dict[str, Tensor] = field(default_factory=dict)  # copies of parameters whose change is to be fitted
     measured: dict[str, Measurement] = field(default_factory=dict)
     predicted: dict[str, Prediction] = field(default_factory=dict)
@@ -86,6 +87,7 @@ class StepBook:
         self._stepping: list[Optimizer] = []  # the optimisers that have stepped in the current step
         self._waited: dict[str, int] = {}  # steps for which a layer's pending rows have been waiting
         self._current: Step | None = None
+        self._skipping: list[Watched] = []  # the parameters of a step that is called and will skip itself
         self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
         self._warned: set[str] = set()
         self.rows_seen = False
@@ -136,10 +138,14 @@ class StepBook:
         """Note which parameters an optimiser holds; returns what the ledger calls it: its class.
 
         With a setting that its class's rule does not know it is called by that as well, and has no rule.
+
+        Raises:
+            RuleError: an optimiser whose steps cannot be recorded at all.
         """
+        refuse(optimizer, (watched.parameter for watched in self.watched.values()))
         name = class_name(type(optimizer))
         rule = rule_for(name)
-        refused = {rule.refuses(_numbers(group, rule)) for group in optimizer.param_groups}
+        refused = {rule.refuses(numbers_of(group, rule)) for group in optimizer.param_groups}
         name += "".join(f" ({why})" for why in sorted(refused) if why)
         self.trained_by |= {watched.name: name for watched, _ in self.members(optimizer)}
         return name
@@ -150,7 +156,10 @@ class StepBook:
             self._broken |= {watched.name for watched, _, _ in self._current.stepped}
             self._current = None
         members = list(self.members(optimizer))
-        if not members:
+        loss_scale = loss_scale_of(optimizer)
+        if loss_scale is None:  # nothing will happen, but to the versions of the state's tensors
+            self._skipping = [watched for watched, _ in members if not watched.state_changed_since(optimizer)]
+        if not members or loss_scale is None:
             return
         name = self.meet(optimizer)
         rule = rule_for(name)
@@ -168,15 +177,15 @@ class StepBook:
             for intake in self._intakes[watched.spec.name]:
                 intake.settle()
         stepped = [
-            (watched, group, self._mark(watched, optimizer, changed))
+            (watched, group, self._mark(watched, optimizer, rule, changed))
             for watched, group in members
             if has_closure or gradient_of(watched) is not None  # torch skips the others
         ]
         self._keep_origins(optimizer, [watched for watched, _, _ in stepped])
-        hyper = [_numbers(group, rule) for group in optimizer.param_groups]
+        hyper = [numbers_of(group, rule) for group in optimizer.param_groups]
         states = {w.name: (state_of(optimizer, w.parameter), hyper[group]) for w, group, _ in stepped}
         state = {name: rule.state_numbers(*known) for name, known in states.items()}
-        step = Step(optimizer, name, has_closure, stepped, hyper, state)
+        step = Step(optimizer, name, has_closure, stepped, hyper, state, loss_scale)
         if isinstance(rule, FittedRule):
             step.fitting = {w.name: w.parameter.detach().clone() for w, _, _ in stepped if w.parameter is not None}
         if not has_closure:
@@ -187,7 +196,9 @@ class StepBook:
 
     def after(self, optimizer: Optimizer) -> None:
         """The step has happened."""
-        step, self._current = self._current, None
+        for watched in self._skipping:
+            watched.remember_state(optimizer)
+        step, self._current, self._skipping = self._current, None, []
         if step is None or step.optimizer is not optimizer:
             return
         if step.has_closure:
@@ -282,7 +293,7 @@ class StepBook:
         for watched, group, _ in step.stepped:
             gradient = gradient_of(watched)
             if watched.name in step.fitting and gradient is not None:
-                trackers.setdefault(watched.name, Tracker(step.hyper[group])).see(gradient)
+                trackers.setdefault(watched.name, Tracker(step.hyper[group])).see(gradient / step.loss_scale)
 
     def _fit(self, step: Step, watched: Watched) -> StepFit | None:
         """What a step without a rule has done to a parameter."""
@@ -299,7 +310,9 @@ class StepBook:
             gradient, fresh = gradient_of(watched), bool(mark & Mark.FRESH)
             if gradient is not None:
                 numbers = step.state[watched.name]
-                found = predict(watched, step.optimizer, rule, gradient, step.hyper[group], numbers, fresh)
+                found = predict(
+                    watched, step.optimizer, rule, gradient / step.loss_scale, step.hyper[group], numbers, fresh
+                )
                 if found is not None:
                     step.predicted[watched.name] = found
 
@@ -336,7 +349,7 @@ class StepBook:
                 optimizer,
                 step.hyper[group],
                 step.state[watched.name] | (done.numbers if done else {}),
-                fit.scale,
+                fit.scale / step.loss_scale,
                 fit.residual,
                 mark,
                 None if done is None or done.vectors is None else done.vectors.to_cpu(),
@@ -351,11 +364,11 @@ class StepBook:
             self.writer.slow_steps[watched.name] = slow_step
         return watched.synchronized or self.writer.folded <= slow_step
 
-    def _mark(self, watched: Watched, optimizer: Optimizer, changed: Container[str]) -> Mark:
+    def _mark(self, watched: Watched, optimizer: Optimizer, rule: Rule, changed: Container[str]) -> Mark:
         """What is known of a parameter before a step."""
         mark = Mark(0)
         state = state_of(optimizer, watched.parameter)
-        if not state or all(value is None for value in state.values()):
+        if rule.is_fresh(state):
             mark |= Mark.FRESH
         elif watched.state_changed_since(optimizer):
             mark |= Mark.CHANGED
@@ -407,16 +420,3 @@ class StepBook:
         if cause not in self._warned:
             self._warned.add(cause)
             warnings.warn(message, category, stacklevel=2)
-
-
-def _numbers(group: Mapping[str, Any], rule: Rule) -> dict[str, float]:
-    """The hyper-parameters of a group that are numbers; pairs like ``betas`` as ``betas.0`` and ``betas.1``."""
-    found = rule.hyper_numbers(group)
-    for name, value in group.items():
-        if name == "params":
-            continue
-        if isinstance(value, (tuple, list)):
-            found |= {f"{name}.{k}": float(v) for k, v in enumerate(value) if isinstance(v, (int, float, Tensor))}
-        elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
-            found[name] = float(value)
-    return found

@@ -51,9 +51,13 @@ class Watched:
     def remember(self, optimizer: Optimizer, step: int) -> None:
         """Note what the step has left."""
         first, self.entries = not self.stepped, self._fingerprint()
-        self.state = self._state(optimizer)
+        self.remember_state(optimizer)
         if self.entries is not None and (first or step in self.anchors):
             self.anchors[step] = self.entries
+
+    def remember_state(self, optimizer: Optimizer) -> None:
+        """Note what the optimiser holds for it."""
+        self.state = self._state(optimizer)
 
     def synchronization(self) -> tuple[float, int] | None:
         """If what has changed it since its last step is Lookahead: alpha, and the step of the slow weights."""

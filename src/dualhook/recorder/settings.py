@@ -1,0 +1,53 @@
+"""What an optimiser says of itself before a step: its settings as numbers, and what cannot be recorded at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dualhook.errors import RuleError
+from dualhook.optimizers import Rule
+
+__all__ = ["loss_scale_of", "numbers_of", "refuse"]
+
+
+def refuse(optimizer: Optimizer, parameters: Iterable[nn.Parameter | None]) -> None:
+    """Turn away an optimiser that would step on recorded parameters in a way that cannot be recorded.
+
+    Raises:
+        RuleError: LBFGS on one of ``parameters``.
+    """
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        return
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(id(parameter) in own for parameter in parameters):
+        raise RuleError(
+            "torch.optim.LBFGS runs several backward passes within one step and mixes their gradients: its steps "
+            "cannot be recorded; leave its layers out with layers=, train them with another optimiser, or close() the "
+            "recorder"
+        )
+
+
+def loss_scale_of(optimizer: Optimizer) -> float | None:
+    """What a fused step divides the gradients by, as torch's GradScaler has told it; None: it will skip the step."""
+    scale, infinite = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    if isinstance(infinite, Tensor) and bool(infinite):
+        return None
+    return float(scale) if isinstance(scale, Tensor) else 1.0
+
+
+def numbers_of(group: Mapping[str, Any], rule: Rule) -> dict[str, float]:
+    """The hyper-parameters of a group that are numbers; pairs like ``betas`` as ``betas.0`` and ``betas.1``."""
+    found = rule.hyper_numbers(group)
+    for name, value in group.items():
+        if name == "params":
+            continue
+        if isinstance(value, (tuple, list)):
+            found |= {f"{name}.{k}": float(v) for k, v in enumerate(value) if isinstance(v, (int, float, Tensor))}
+        elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+            found[name] = float(value)
+    return found
