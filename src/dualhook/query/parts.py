@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dualhook.optimizers import Entry, ReplayRule
+from dualhook.optimizers import Entry, Exactness, ReplayRule
 from dualhook.records import LayerSpec
 
 __all__ = ["REPLAY_BYTES", "Composition", "ReplayShare", "StepTaken", "Totals"]
@@ -65,10 +66,30 @@ class ReplayShare:
         """The last step that is asked about."""
         return int(self.readout.numel()) - 1
 
-    @property
+    @cached_property
     def separable(self) -> bool:
         """Whether its output units can be replayed in blocks."""
         return all(step.rule.separable for taken in self.taken.values() for step in taken)
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        """The dtype of its replay."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def bytes_per_entry(self) -> int:
+        """Of its replay."""
+        return self.computed_in.itemsize
+
+    def kept_bytes(self, units: slice, *, totals: bool) -> int:
+        """What one step of some output units leaves for the way back: factor, gradient, weight, rounding."""
+        entries = self.weight[units].numel()
+        if not totals:
+            return entries * self.bytes_per_entry
+        every = [step for taken in self.taken.values() for step in taken]
+        decays = any(step.rule.decay(step.entry) for step in every)
+        rounds = any(step.rule.exactness is Exactness.ROUNDING for step in every)
+        return entries * self.bytes_per_entry * (2 + decays + rounds)
 
 
 @dataclass(frozen=True)
