@@ -236,3 +236,7 @@ class RowSource(Protocol):
     def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
         """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""
         ...
+
+    def count(self, layer: str) -> int:
+        """How many patterns the layer has."""
+        ...

@@ -83,9 +83,9 @@ class Trajectory:
         for k in range(horizon - 1, -1, -1):
             adjoint.read(float(k + 1 == horizon) if readout is None else readout[k + 1])
             entry, at_step = self.entries[k], adjoint.weight
-            coefficient = adjoint.back(steps[k], fresh=entry.fresh)
+            values, scale = adjoint.back(steps[k], fresh=entry.fresh)
             gradient = self.rule.gradient_scale(entry) * self.gradients[k] + self.rule.decay(entry) * weights[k]
-            total -= apply(coefficient, gradient, side)
+            total -= apply(values, gradient * scale, side)
             if steps[k].rest is not None:
                 total -= at_step * steps[k].rest
         adjoint.read(float(horizon == 0) if readout is None else readout[0])

@@ -84,9 +84,12 @@ class AdamRule(_AdamLike):
         step = entry.state["step"] + 1
         beta1, beta2 = entry["betas.0"], entry["betas.1"]
         second = state["max_exp_avg_sq" if entry["amsgrad"] else "exp_avg_sq"]
-        factor = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(entry["eps"])
-        factor.reciprocal_().mul_(entry["lr"] / (1 - beta1**step))
-        return LinearStep(factor, beta1, 1 - beta1, keep=beta1, take=1 - beta1, shrink=self.shrink(entry))
+        unbias = (1 - beta2**step) ** 0.5
+        factor = second.sqrt().add_(entry["eps"] * unbias).reciprocal_()
+        rate = entry["lr"] / (1 - beta1**step) * unbias  # numbers cost no pass over the entries
+        return LinearStep(
+            factor, rate * beta1, rate * (1 - beta1), keep=beta1, take=1 - beta1, shrink=self.shrink(entry)
+        )
 
 
 class NAdamRule(_AdamLike):
@@ -130,12 +133,14 @@ class RAdamRule(_AdamLike):
         rate, unbias = entry["lr"] / (1 - beta1**step), 1 - beta2**step
         longest = 2 / (1 - beta2) - 1
         length = longest - 2 * step * beta2**step / unbias
-        factor: Tensor | float = rate
+        factor: Tensor | float = 1.0
         if length > 5.0:
             rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-            root = state["exp_avg_sq"].sqrt().add_(entry["eps"])
-            factor = root.reciprocal_().mul_(rate * (rectified * unbias) ** 0.5)
-        return LinearStep(factor, beta1, 1 - beta1, keep=beta1, take=1 - beta1, shrink=self.shrink(entry))
+            factor = state["exp_avg_sq"].sqrt().add_(entry["eps"]).reciprocal_()
+            rate *= (rectified * unbias) ** 0.5
+        return LinearStep(
+            factor, rate * beta1, rate * (1 - beta1), keep=beta1, take=1 - beta1, shrink=self.shrink(entry)
+        )
 
 
 class AdamaxRule(_Counted):
@@ -185,14 +190,15 @@ class RMSpropRule(ReplayRule):
         inverse = root.add_(entry["eps"]).reciprocal_()
         if momentum > 0:  # W' = W - lr B' with B' = momentum B + inverse g
             return LinearStep(
-                inverse * entry["lr"],
+                inverse,
                 from_buffer=0.0,
+                from_gradient=entry["lr"],
                 keep=momentum,
                 take=1.0,
                 buffer_factor=inverse,
                 plain_from_buffer=entry["lr"] * momentum,
             )
-        return LinearStep(inverse.mul_(entry["lr"]), keep=1.0)
+        return LinearStep(inverse, from_gradient=entry["lr"], keep=1.0)
 
 
 class AdagradRule(_Counted):

@@ -11,6 +11,7 @@ preconditioner as the gradients.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -51,22 +52,23 @@ def advance(rule: ReplayRule, at: ParameterState, gradient: Tensor, entry: Entry
     moves_buffer = rule.buffer is not None and (whole or rule.reads_buffer)
     if whole or rule.reads_weight or decay:
         side = rule.side(at.weight)
-        direction = g * step.from_gradient if step.from_gradient != 1.0 else g
-        if rule.buffer is not None and step.from_buffer:
-            direction = torch.add(direction, at.tensors[rule.buffer], alpha=step.from_buffer)
-            moves_buffer = True
         if step.shrink != 1.0:
             at.weight.mul_(step.shrink)
-        at.weight.sub_(apply(step.factor, direction, side))
+        _subtract(at.weight, step.factor, g, step.from_gradient, side)
+        if rule.buffer is not None and step.from_buffer:
+            _subtract(at.weight, step.factor, at.tensors[rule.buffer], step.from_buffer, side)
+            moves_buffer = True
         if rule.buffer is not None and step.plain_from_buffer:
             at.weight.sub_(at.tensors[rule.buffer], alpha=step.plain_from_buffer)
             moves_buffer = True
         if step.rest is not None:
             at.weight.sub_(step.rest)
     if moves_buffer and rule.buffer is not None:
-        inner = g if isinstance(step.buffer_factor, float) else g * step.buffer_factor
-        take = step.take * step.buffer_factor if isinstance(step.buffer_factor, float) else step.take
-        at.tensors[rule.buffer].mul_(step.keep).add_(inner, alpha=take)
+        buffer = at.tensors[rule.buffer].mul_(step.keep)
+        if isinstance(step.buffer_factor, Tensor):
+            buffer.addcmul_(g, step.buffer_factor, value=step.take)
+        else:
+            buffer.add_(g, alpha=step.take * step.buffer_factor)
     return step
 
 
@@ -75,6 +77,16 @@ def apply(factor: Tensor | float, values: Tensor, side: Side) -> Tensor:
     if not isinstance(factor, Tensor) or side == "elementwise":
         return values * factor
     return factor @ values if side == "left" else values @ factor
+
+
+def _subtract(weight: Tensor, factor: Tensor | float, values: Tensor, scale: float, side: Side) -> None:
+    """``weight -= scale · factor ∘ values``, without a tensor in between where that can be."""
+    if not isinstance(factor, Tensor):
+        weight.sub_(values, alpha=scale * factor)
+    elif side == "elementwise":
+        weight.addcmul_(factor, values, value=-scale)
+    else:
+        weight.sub_(apply(factor, values, side), alpha=scale)
 
 
 class Adjoint:
@@ -86,53 +98,84 @@ class Adjoint:
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
-        self.buffer: Tensor | float = 0.0
+        self._unit: Tensor | float = 0.0  # the buffer's factor is `_scale · _unit`: scaling it costs no pass
+        self._scale = 1.0
+        self._out: Tensor | None = None
 
-    def back(self, step: LinearStep, *, fresh: bool, out: Tensor | None = None) -> Tensor | float:
+    @property
+    def buffer(self) -> Tensor | float:
+        """Minus the factor of the buffer."""
+        return self._unit * self._scale
+
+    @buffer.setter
+    def buffer(self, value: Tensor | float) -> None:
+        self._unit, self._scale = value, 1.0
+
+    def back(self, step: LinearStep, *, fresh: bool) -> tuple[Tensor | float, float]:
         """Take one step back; returns the coefficient of its gradient: elementwise, or a matrix for its side.
 
-        The coefficient may be ``out``, which the next call overwrites.
+        The coefficient is the product of the pair; its tensor may be the step's or be overwritten by the next call.
         """
-        coefficient = _sum(step.factor, self.weight * step.from_gradient, 0.0, 0.0, out)
-        if step.take and not _is_zero(self.buffer):
-            flow = self.buffer
-            if isinstance(step.buffer_factor, Tensor):
-                flow = flow * step.buffer_factor
-                coefficient = _sum(flow, step.take, coefficient, 1.0, None)
-            else:
-                scaled = step.take * step.buffer_factor
-                coefficient = _sum(step.factor, self.weight * step.from_gradient, flow, scaled, out)
+        found = self._together(step) or self._apart(step)
         if fresh:
-            self.buffer = 0.0
-        else:
-            self.buffer = _accumulate(self.buffer, step.keep, step.factor, self.weight * step.from_buffer)
-            if step.plain_from_buffer:
-                self.buffer = _accumulate(self.buffer, 1.0, self.weight * step.plain_from_buffer, 1.0)
+            self._unit, self._scale = 0.0, 1.0
         self.weight *= step.shrink
-        return coefficient
+        return found
 
     def read(self, readout: float) -> None:
         """Ask for ``readout`` times the weight at this place as well: averages of the weights along the way."""
         self.weight += readout
 
+    def _together(self, step: LinearStep) -> tuple[Tensor | float, float] | None:
+        """The step if what it gives the gradient is a multiple of what it leaves the buffer, as in Adam: one pass."""
+        factor, through = step.factor, self.weight * step.from_buffer
+        if not isinstance(factor, Tensor) or isinstance(step.buffer_factor, Tensor) or step.plain_from_buffer:
+            return None
+        take, direct = step.take * step.buffer_factor, self.weight * step.from_gradient
+        if not (step.keep and through and math.isclose(direct * step.keep, take * through, rel_tol=1e-12)):
+            return None
+        held, alpha = self._unit, step.keep * self._scale / through
+        if isinstance(held, Tensor):
+            torch.add(factor, held, alpha=alpha, out=held)
+        else:
+            self._unit = factor + alpha * held if held else factor.clone()
+        self._scale = through
+        return self._unit, take / step.keep * through
+
+    def _apart(self, step: LinearStep) -> tuple[Tensor | float, float]:
+        """The step in general: first the coefficient, then the buffer."""
+        direct = self.weight * step.from_gradient
+        if isinstance(self._unit, Tensor) and self._scale != 1.0:
+            self._unit.mul_(self._scale)
+            self._scale = 1.0
+        held = self.buffer
+        found: tuple[Tensor | float, float] = step.factor, direct
+        if step.take and not _is_zero(held):
+            if not isinstance(step.buffer_factor, Tensor):
+                found = self._sum(step.factor, direct, held, step.take * step.buffer_factor), 1.0
+            elif step.buffer_factor is step.factor and not isinstance(held, Tensor):
+                found = step.factor, direct + step.take * held
+            else:
+                found = self._sum(step.factor, direct, held * step.buffer_factor, step.take), 1.0
+        self.buffer = _accumulate(held, step.keep, step.factor, self.weight * step.from_buffer)
+        if step.plain_from_buffer:
+            self.buffer = _accumulate(self.buffer, 1.0, self.weight * step.plain_from_buffer, 1.0)
+        return found
+
+    def _sum(self, x: Tensor | float, a: float, y: Tensor | float, b: float) -> Tensor | float:
+        """``a x + b y``, in a tensor that is used again."""
+        if not isinstance(x, Tensor):
+            x, a, y, b = y, b, x, a
+        if not isinstance(x, Tensor):
+            return a * x + b * float(y)
+        if self._out is None or self._out.shape != x.shape:
+            self._out = torch.empty_like(x)
+        scaled = torch.mul(x, a, out=self._out)
+        return scaled.add_(y, alpha=b) if isinstance(y, Tensor) else scaled.add_(b * y) if b * y else scaled
+
 
 def _is_zero(value: Tensor | float) -> bool:
     return not isinstance(value, Tensor) and value == 0.0
-
-
-def _sum(x: Tensor | float, a: float, y: Tensor | float, b: float, out: Tensor | None) -> Tensor | float:
-    """``a x + b y``, into ``out`` where that is given and a tensor results."""
-    if not isinstance(x, Tensor) and not isinstance(y, Tensor):
-        return a * x + b * y
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        scaled = torch.mul(x, a, out=out)
-        return scaled.add_(y, alpha=b)
-    if isinstance(x, Tensor):
-        scaled = torch.mul(x, a, out=out)
-        return scaled if _is_zero(y) else scaled.add_(b * float(y))
-    assert isinstance(y, Tensor)
-    scaled = torch.mul(y, b, out=out)
-    return scaled if _is_zero(x) else scaled.add_(a * float(x))
 
 
 def _accumulate(held: Tensor | float, keep: float, x: Tensor | float, a: float) -> Tensor | float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dualhook.optimizers import Entry, ReplayRule
+from dualhook.optimizers import Entry, Exactness, ReplayRule
 from dualhook.records import FactorVectors, LayerSpec
 
 __all__ = ["REPLAY_BYTES", "Composition", "ReplayShare", "StepTaken", "Synchronization", "Totals"]
@@ -85,10 +86,30 @@ class ReplayShare:
         """The steps whose weights a synchronisation goes back to."""
         return {own.slow_step for taken in self.taken.values() for own in taken if isinstance(own, Synchronization)}
 
-    @property
+    @cached_property
     def separable(self) -> bool:
         """Whether its output units can be replayed in blocks."""
         return all(step.rule.separable for step in self.steps)
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        """The dtype of its replay."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def bytes_per_entry(self) -> int:
+        """Of its replay."""
+        return self.computed_in.itemsize
+
+    def kept_bytes(self, units: slice, *, totals: bool) -> int:
+        """What one step of some output units leaves for the way back: factor, gradient, weight, rounding."""
+        entries = self.weight[units].numel()
+        if not totals:
+            return entries * self.bytes_per_entry
+        every = list(self.steps)
+        decays = any(step.rule.decay(step.entry) for step in every)
+        rounds = any(step.rule.exactness is Exactness.ROUNDING for step in every)
+        return entries * self.bytes_per_entry * (2 + decays + rounds)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 For one step with output gradients ``d`` [n, o], keys ``x`` [n, i] and coefficient ``C`` of the gradient ``dᵀ x``, the
 contribution of row n to a query ``x*`` along a direction ``u`` is ``-sum_oi u_o d_no C_oi x_ni x*_i``. Zeros of ``u``
-(units that a ReLU has switched off) and of ``x*`` are left out: most of the work is there.
+(units that a ReLU has switched off) and of ``x*`` are left out: most of the work is there. What is left of ``C`` meets
+the keys first: it has fewer outputs than the step has rows, so that the smaller tensors are multiplied one by one.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,65 +17,105 @@ from dualhook.optimizers import Side
 from dualhook.query.parts import ReplayShare
 from dualhook.records import Rows
 
-__all__ = ["ReplayScores"]
+__all__ = ["BlockScores", "ReplayScores"]
 
 DENSE = 0.75  # share of non-zeros above which picking them costs more than it saves
+TOGETHER = 2**14  # coefficients a query, all inputs counted, up to which queries are answered in one product
+FLAT = 2**22  # coefficients of a block, all queries counted, up to which their places are kept
+TRANSPOSED = 4  # queries from which it pays to have keys by input
+
+
+@dataclass
+class _Query:
+    """One query in a block: its non-zero ``inputs`` and ``outputs`` (None: all), and their values."""
+
+    number: int
+    inputs: Tensor | None
+    outputs: Tensor | None
+    query: Tensor
+    direction: Tensor
+    entries: Tensor | None = None
+    """Where they meet in the coefficients, laid out flat."""
+
+    def of(self, coefficient: Tensor) -> Tensor:
+        """What is left of the coefficients, times the query [o, i]; not to be written to."""
+        if self.entries is not None:
+            flat = coefficient.view(-1).index_select(0, self.entries)
+            return flat.view(len(self.direction), -1).mul_(self.query)
+        own = coefficient if self.outputs is None else coefficient.index_select(0, self.outputs)
+        return own * self.query if self.inputs is None else own.index_select(1, self.inputs).mul_(self.query)
 
 
 class ReplayScores:
-    """Sums the contributions of replayed shares by step: the visitor of a :class:`~dualhook.query.replay.Replay`."""
+    """Queries [q, p, i] and their directions [q, p, o] on a layer with replayed parameters."""
 
     def __init__(self, query: Tensor, direction: Tensor) -> None:
-        self._shape = query.shape[:2]
+        self.shape = query.shape[:2]
         self._query = query.reshape(-1, query.shape[-1])
         self._direction = direction.reshape(-1, direction.shape[-1])
         self._inputs = [_nonzero(one) for one in self._query]
-        self._outputs: dict[tuple[int, int], list[Tensor | None]] = {}
-        self._found: dict[int, Tensor] = {}
 
-    def take(self, step: int) -> Tensor:
-        """The contributions [q, n] of a step's rows; they are handed out once."""
-        return self._found.pop(step)
+    def of(self, share: ReplayShare, units: slice, dtype: torch.dtype) -> BlockScores:
+        """Ready for a block of output units of a share."""
+        query, direction = self._query.to(dtype), self._direction[:, units].to(dtype)
+        return BlockScores(int(self.shape[0]), query, direction, self._inputs, units, share.weight.ndim)
 
-    def visit(
-        self, step: int, rows: Rows, share: ReplayShare, coefficient: Tensor | float, side: Side, units: slice
+
+class BlockScores:
+    """What rows contribute to the queries through some output units of a parameter."""
+
+    def __init__(
+        self, queries: int, query: Tensor, direction: Tensor, inputs: list[Tensor | None], units: slice, ndim: int
     ) -> None:
-        """Add what one share's coefficients give for some output units."""
-        dtype = torch.promote_types(share.dtype, torch.float32)
-        d, u = rows.output_grad[:, units].to(dtype), self._direction[:, units].to(dtype)
-        if share.weight.ndim == 1:
-            scores = (u * coefficient) @ d.T
-        elif side == "elementwise" and isinstance(coefficient, Tensor):
-            scores = self._elementwise(d, rows.key.to(dtype), u, coefficient, units)
-        else:
-            x, q = rows.key.to(dtype), self._query.to(dtype)
-            if not isinstance(coefficient, Tensor):
-                scores = (u @ d.T) * (q @ x.T) * coefficient
-            elif side == "left":
-                scores = (u @ coefficient @ d.T) * (q @ x.T)
-            else:
-                scores = (u @ d.T) * (q @ coefficient.T @ x.T)
-        scores = -scores.reshape(*self._shape, -1).sum(1)
-        if step in self._found:
-            self._found[step] += scores
-        else:
-            self._found[step] = scores
+        self.queries = queries
+        self._q, self._u, self._units, self._ndim = query, direction, units, ndim
+        own = [
+            _Query(k, inputs[k], _nonzero(u), query[k] if inputs[k] is None else query[k][inputs[k]], u)
+            for k, u in enumerate(direction)
+        ]
+        for one in own:
+            if one.outputs is not None:
+                one.direction = one.direction[one.outputs]
+        active = torch.nonzero(direction)  # [pairs, (query, output)]
+        together = active.shape[0] * query.shape[1] <= TOGETHER * len(direction)
+        self._pairs = active if together and ndim == 2 else None
+        self._each = [one for one in own if len(one.direction) and len(one.query)]
+        if sum(one.direction.numel() * one.query.numel() for one in self._each) <= FLAT:
+            for one in self._each:
+                if one.inputs is not None and one.outputs is not None:
+                    one.entries = (one.outputs[:, None] * query.shape[1] + one.inputs).reshape(-1).int()
 
-    def _elementwise(self, d: Tensor, x: Tensor, u: Tensor, coefficient: Tensor, units: slice) -> Tensor:
-        place = (units.start, units.stop)
-        if place not in self._outputs:
-            self._outputs[place] = [_nonzero(one) for one in u]
-        found = torch.zeros(len(u), len(d), dtype=d.dtype)
-        for k, (outputs, inputs) in enumerate(zip(self._outputs[place], self._inputs, strict=True)):
-            own, along, gradients = coefficient, u[k], d
-            if outputs is not None:
-                own, along, gradients = own.index_select(0, outputs), along[outputs], d.index_select(1, outputs)
-            query, keys = self._query[k].to(d.dtype), x
-            if inputs is not None:
-                own, query, keys = own.index_select(1, inputs), query[inputs], x.index_select(1, inputs)
-            if gradients.shape[1] == 0 or keys.shape[1] == 0:
-                continue
-            found[k] = (((gradients * along) @ own).mul_(keys)) @ query
+    def of(self, rows: Rows, values: Tensor | float, scale: float, side: Side) -> Tensor:
+        """Contributions [q, n] for the coefficient ``scale · values`` of the rows' gradient."""
+        d, u = rows.output_grad[:, self._units].to(self._u.dtype), self._u
+        if self._ndim == 1:
+            found = (u * values) @ d.T
+        elif isinstance(values, Tensor) and side == "elementwise":
+            found = self._elementwise(d, rows.key.to(u.dtype), values)
+        else:
+            x, q = rows.key.to(u.dtype), self._q
+            if not isinstance(values, Tensor):
+                found, scale = (u @ d.T) * (q @ x.T), scale * values
+            elif side == "left":
+                found = (u @ values @ d.T) * (q @ x.T)
+            else:
+                found = (u @ d.T) * (q @ values.T @ x.T)
+        return found.reshape(self.queries, -1, found.shape[1]).sum(1).mul_(-scale)
+
+    def _elementwise(self, d: Tensor, x: Tensor, coefficient: Tensor) -> Tensor:
+        found = d.new_zeros(len(self._u), len(d))
+        if self._pairs is not None:
+            query, outputs = self._pairs.unbind(1)
+            met = (coefficient.index_select(0, outputs) * self._q.index_select(0, query)) @ x.T  # [pairs, n]
+            met *= d.T.index_select(0, outputs)
+            return found.index_add_(0, query, met.mul_(self._u[query, outputs, None]))
+        many = len(self._each) >= TRANSPOSED
+        if many:
+            x, d = x.T.contiguous().T, d.T.contiguous().T
+        for one in self._each:
+            met = one.of(coefficient) @ _columns(x, one.inputs, many).T  # [o, n]
+            met *= _columns(d, one.outputs, many).T
+            torch.mv(met.T, one.direction, out=found[one.number])
         return found
 
 
@@ -80,3 +123,10 @@ def _nonzero(values: Tensor) -> Tensor | None:
     """Where a vector is not zero; None if that is nearly everywhere."""
     found = values.nonzero().squeeze(1)
     return None if len(found) > DENSE * len(values) else found
+
+
+def _columns(rows: Tensor, chosen: Tensor | None, by_column: bool) -> Tensor:
+    """Some columns of rows; ``by_column``: the rows lie column by column in memory."""
+    if chosen is None:
+        return rows
+    return rows.T.index_select(0, chosen).T if by_column else rows.index_select(1, chosen)

@@ -114,8 +114,7 @@ class Pass:
         self._scores = ReplayScores(asked.query, asked.direction) if scores and asked.made_of.replays else None
 
     def __iter__(self) -> Iterator[Scores]:
-        for rows in self._blocks():
-            replayed = None if self._scores is None else self._scores.take(int(rows.step[0]))
+        for rows, replayed in self._blocks():
             scores = Scores(self._asked, rows, replayed)
             yield scores
             if self._outputs and not self._asked.made_of.only_replays:
@@ -140,18 +139,19 @@ class Pass:
                     found[label] = found[label] + added if label in found else added
         return found
 
-    def _blocks(self) -> Iterator[Rows]:
+    def _blocks(self) -> Iterator[tuple[Rows, Tensor | None]]:
         asked = self._asked
         if asked.made_of.replays:
             replay = Replay(self._source, asked.name, asked.made_of.replays, budget=asked.made_of.replay_bytes)
             totals = self._outputs and any(share.totals is None for share in asked.made_of.replays)
-            yield from replay.backward(None if self._scores is None else self._scores.visit, totals=totals)
+            yield from replay.backward(self._scores, totals=totals)
             if totals:
                 for share, found in zip(asked.made_of.replays, replay.sums(), strict=True):
                     share.totals = found
             return
         rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
-        yield from self._source.blocks(asked.name, last_step=asked.made_of.horizon, block_rows=rows)
+        for block in self._source.blocks(asked.name, last_step=asked.made_of.horizon, block_rows=rows):
+            yield block, None
 
 
 def scan(source: RowSource, asked: LayerQuery, collectors: Sequence[Collector], *, outputs: bool = True) -> Pass:
