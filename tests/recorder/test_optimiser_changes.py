@@ -205,6 +205,19 @@ def test_closures(tmp_path, make):
     run.assert_exact()
 
 
+@LIKELY
+def test_gradients_below_the_smallest_normal_number(tmp_path, make):
+    """A network that has fitted its batch: float32 gradients around 1e-42 have three digits at most."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    recorder = dualhook.instrument(model, tmp_path / "run", verbose=False)
+    optimizer = make(model.parameters(), lr=0.01, **momentum(make))
+    for _ in range(9):
+        optimizer.zero_grad()
+        (F.cross_entropy(model(torch.randn(4, 6)), torch.randint(0, 3, (4,))) * 1e-42).backward()
+        optimizer.step()
+    assert recorder.close().verify()["exact"].all()
+
+
 # ---- in the middle of a run --------------------------------------------------------------------------------------
 
 

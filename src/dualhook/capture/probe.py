@@ -27,6 +27,8 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, to
 # of the sum of absolute row contributions: near-null gradients make the gradient's own size a wrong yardstick
 REDUCED = 1e-2  # the same where float32 products are allowed to run in TF32 or bfloat16
 
+SUBNORMAL = torch.finfo(torch.float32).tiny  # below it rounding is no longer relative to the number
+
 EPS = float(np.finfo(np.float64).eps)
 
 Array = npt.NDArray[np.float64]
@@ -161,7 +163,7 @@ def _fit(measured: Measurement, shared: float) -> Fit:
         if abs(scale - 1.0) <= 4 * max(spread, EPS):
             scale, left = 1.0, measured.left(1.0)
     size = math.sqrt(_dot(measured.gradient, measured.gradient))
-    limit = _tolerance(measured.dtype) * abs(scale) * measured.size
+    limit = _tolerance(measured.dtype) * abs(scale) * measured.size + SUBNORMAL
     explained = left <= limit and (measured.whole is None or _adds_up(measured.whole, scale))
     return Fit(scale, left / size if size else 0.0, explained, math.isfinite(left))
 
@@ -169,7 +171,7 @@ def _fit(measured: Measurement, shared: float) -> Fit:
 def _adds_up(sums: Measurement, scale: float) -> bool:
     """Whether every single sum is explained, up to the rounding of its own parts."""
     left = abs(sums.gradient - scale * sums.rebuilt)
-    return bool((left <= _tolerance(sums.dtype) * abs(scale) * sums.absolute).all())
+    return bool((left <= _tolerance(sums.dtype) * abs(scale) * sums.absolute + SUBNORMAL).all())
 
 
 def _dot(a: Array, b: Array) -> float:
