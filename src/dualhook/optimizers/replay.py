@@ -180,6 +180,8 @@ def _is_zero(value: Tensor | float) -> bool:
 
 def _accumulate(held: Tensor | float, keep: float, x: Tensor | float, a: float) -> Tensor | float:
     """``keep · held + a x``, in place where ``held`` is a tensor."""
+    if a == 0.0:
+        return held.mul_(keep) if isinstance(held, Tensor) else held * keep
     if isinstance(held, Tensor):
         held.mul_(keep)
         return held.add_(x, alpha=a) if isinstance(x, Tensor) else held.add_(a * x)

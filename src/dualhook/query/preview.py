@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dualhook.optimizers import Adjoint, Entry, LinearStep, ReplayRule
+from dualhook.optimizers import Adjoint, LinearStep
 from dualhook.query.parts import ReplayShare, StepTaken, Synchronization, Totals
 from dualhook.query.scoring import BlockScores, ReplayScores
 from dualhook.records import Rows, RowSource
@@ -147,7 +147,7 @@ class _Part:
         steps = [(abs(step - middle), step) for step in range(begin + 1, end + 1)]
         for _, step in sorted(steps):
             for taken in self._share.taken.get(step, ()):
-                if isinstance(taken, StepTaken) and (size := _size(_symbolic(taken).factor)):
+                if isinstance(taken, StepTaken) and (size := _size(taken)):
                     linear = taken.rule.step_from(self._state(step), taken.entry)
                     if isinstance(linear.factor, Tensor):
                         return linear.factor.div_(size)
@@ -172,19 +172,21 @@ class _Part:
 
 def _symbolic(taken: StepTaken) -> LinearStep:
     """The step with its factor as what it is in terms of the stretch's two matrices."""
-    linear = _scalar_step(taken.rule, taken.entry)
-    factor = torch.tensor([_size(linear.factor), 0.0], dtype=torch.float64)
+    linear = _scalar_step(taken)
+    factor = torch.tensor([float(linear.factor), 0.0], dtype=torch.float64)
     if isinstance(linear.buffer_factor, Tensor):
         same = linear.buffer_factor is linear.factor
-        linear.buffer_factor = factor if same else torch.tensor([_size(linear.buffer_factor), 0.0], dtype=torch.float64)
+        own = torch.tensor([float(linear.buffer_factor), 0.0], dtype=torch.float64)
+        linear.buffer_factor = factor if same else own
     linear.factor = factor
     return linear
 
 
-def _scalar_step(rule: ReplayRule, entry: Entry) -> LinearStep:
+def _scalar_step(taken: StepTaken) -> LinearStep:
     """The step where all of the state is 1: what of it changes from step to step without the state."""
-    return rule.step_from({name: torch.ones((), dtype=torch.float64) for name in rule.preview_state}, entry)
+    ones = {name: torch.ones((), dtype=torch.float64) for name in taken.rule.preview_state}
+    return taken.rule.step_from(ones, taken.entry)
 
 
-def _size(factor: Tensor | float) -> float:
-    return float(factor)
+def _size(taken: StepTaken) -> float:
+    return float(_scalar_step(taken).factor)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dualhook.query.parts import Composition
+from dualhook.query.preview import Preview
 from dualhook.query.replay import Replay
 from dualhook.query.scoring import ReplayScores
 from dualhook.records import Rows, RowSource
@@ -142,7 +143,7 @@ class Pass:
     def _blocks(self) -> Iterator[tuple[Rows, Tensor | None]]:
         asked = self._asked
         if asked.made_of.replays:
-            replay = Replay(self._source, asked.name, asked.made_of.replays, budget=asked.made_of.replay_bytes)
+            replay = self._replay(asked.made_of)
             totals = self._outputs and any(share.totals is None for share in asked.made_of.replays)
             yield from replay.backward(self._scores, totals=totals)
             if totals:
@@ -152,6 +153,11 @@ class Pass:
         rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
         for block in self._source.blocks(asked.name, last_step=asked.made_of.horizon, block_rows=rows):
             yield block, None
+
+    def _replay(self, made_of: Composition) -> Replay | Preview:
+        if made_of.preview:
+            return Preview(self._source, made_of.spec.name, made_of.replays)
+        return Replay(self._source, made_of.spec.name, made_of.replays, budget=made_of.replay_bytes)
 
 
 def scan(source: RowSource, asked: LayerQuery, collectors: Sequence[Collector], *, outputs: bool = True) -> Pass:
