@@ -124,6 +124,10 @@ class Rows:
         """The rows that a bool mask [n] chooses; they keep no pattern numbers."""
         return self._each(lambda values: values[mask])
 
+    def at(self, index: Tensor) -> Rows:
+        """The rows of an index [m]; they keep no pattern numbers."""
+        return self._each(lambda values: values.index_select(0, index))
+
     def joined(self, other: Rows) -> Rows:
         """These rows and those that follow them."""
         columns = {name: torch.cat([values, other.columns[name]]) for name, values in self.columns.items()}

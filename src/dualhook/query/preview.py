@@ -3,6 +3,9 @@
 Between two snapshots the state is interpolated linearly and held still over a stretch of steps; learning rate,
 momentum and decay are followed exactly. A gradient's coefficient is then a combination of two matrices: the stretch's
 own factor, and what later stretches take back through the momentum. What coupled weight decay has done stays open.
+
+Every row is scored with rank-1 matrices that come close to these two, at the price of a dot product; the rows that then
+look strongest are scored again with the matrices themselves. Sums and receipt are mostly rank-1, lists are not.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ from torch import Tensor
 
 from dualhook.optimizers import Adjoint, LinearStep
 from dualhook.query.parts import ReplayShare, StepTaken, Synchronization, Totals
-from dualhook.query.scoring import BlockScores, ReplayScores
+from dualhook.query.scoring import ReplayScores
 from dualhook.records import Rows, RowSource
 
 __all__ = ["Preview"]
 
 PARTS = 2  # stretches between two snapshots
 BLOCK_ROWS = 4096
+AGAIN = 32  # of a block's rows one in so many, and at least so many, are scored again
+ROUNDS = 2  # of power iteration for a rank-1 matrix
+DEAD = 1e-6  # of the largest: a unit whose gradients have been smaller has none
 NEGLIGIBLE = 1e-4  # of the largest: what has come so far back through the momentum is left out
 
 
@@ -37,23 +43,26 @@ class Preview:
     def backward(self, scores: ReplayScores | None, *, totals: bool) -> Iterator[tuple[Rows, Tensor | None]]:
         """Blocks of rows with their scores [q, n]: stretches newest first, rows oldest first in each of them.
 
-        With ``totals`` what each parameter is made of is summed along the way, for :meth:`sums`.
+        With ``totals`` what the layer answers is summed along the way: :meth:`sums`, and :attr:`output` of patterns.
         """
-        self._parts = [_Part(share, scores, totals=totals) for share in self._shares]
+        assert scores is not None
+        self._parts = [_Part(share, scores, outputs=totals) for share in self._shares]
         for begin, end in reversed(list(pairwise(self._edges()))):
             for part in self._parts:
                 part.enter(begin, end)
             blocks = self._source.blocks(self._layer, first_step=begin + 1, last_step=end, block_rows=BLOCK_ROWS)
             for rows in blocks:
-                found = [part.see(rows) for part in self._parts]
-                yield rows, None if scores is None else torch.stack([one for one in found if one is not None]).sum(0)
-            for part in self._parts:
-                part.leave()
+                yield rows, torch.stack([part.see(rows) for part in self._parts]).sum(0)
         for part in self._parts:
             part.arrive()
 
+    @property
+    def output(self) -> Tensor:
+        """What the patterns add to the layer's output [q · p, o], float64; once :meth:`backward` is through."""
+        return torch.stack([part.output for part in self._parts]).sum(0)
+
     def sums(self) -> list[Totals]:
-        """The totals of every share, once :meth:`backward` is through."""
+        """The totals of every share but for the patterns, once :meth:`backward` is through."""
         return [part.totals for part in self._parts]
 
     def _edges(self) -> list[int]:
@@ -69,19 +78,21 @@ class Preview:
 class _Part:
     """One share on the way from the horizon to its origin."""
 
-    def __init__(self, share: ReplayShare, scores: ReplayScores | None, *, totals: bool) -> None:
+    def __init__(self, share: ReplayShare, scores: ReplayScores, *, outputs: bool) -> None:
         self._share = share
-        self._dtype = torch.promote_types(share.dtype, torch.float32)
-        self._scores: BlockScores | None = None
-        if scores is not None:
-            self._scores = scores.of(share, slice(0, share.weight.shape[0]), self._dtype)
-        self._sums = totals
+        self._dtype = share.computed_in
+        self._query, self._direction = scores.flat(self._dtype)
+        self._positions = len(self._query) // scores.shape[0]
+        units = slice(0, share.weight.shape[0])
+        self._again = [own.of(share, units, self._dtype) for own in scores.each()]
+        self._outputs = outputs
         self._readout = share.readout.clone()
         self._adjoint = Adjoint(0.0)
-        self._factor = self._carried = torch.zeros_like(share.weight, dtype=self._dtype)
+        self._matrices = [torch.zeros_like(share.weight, dtype=self._dtype) for _ in range(2)]  # own, from later
+        self._close: list[tuple[Tensor, Tensor]] = []  # the same as rank-1 vectors
         self._begin = 0
-        self._coefficients = torch.zeros(0, 2)  # of factor and carried, by step
-        self._gradients: list[Tensor] = []
+        self._coefficients = torch.zeros(0, 2)  # of the matrices, by step
+        self.output = torch.zeros(len(self._query), share.weight.shape[0], dtype=torch.float64)
         none = torch.zeros(share.weight.shape, dtype=torch.float64)
         self.totals = Totals(none, none.clone(), none.clone(), none.clone())
 
@@ -90,10 +101,12 @@ class _Part:
         held = self._adjoint.buffer
         if isinstance(held, Tensor):
             of_factor, of_carried = held.tolist()
-            self._carried = of_factor * self._factor + of_carried * self._carried
+            self._matrices[1] = of_factor * self._matrices[0] + of_carried * self._matrices[1]
             self._adjoint.buffer = torch.tensor([0.0, 1.0], dtype=torch.float64)
         self._begin = begin
-        self._factor = self._middle_factor(begin, end)
+        self._matrices[0] = self._middle_factor(begin, end)
+        if self._share.weight.ndim == 2:
+            self._close = [_close_to(matrix) for matrix in self._matrices]
         self._coefficients = torch.zeros(end - begin, 2, dtype=torch.float64)
         for step in range(end, begin, -1):
             self._adjoint.read(float(self._readout[step]))
@@ -104,30 +117,47 @@ class _Part:
                     continue
                 values, scale = self._adjoint.back(_symbolic(taken), fresh=taken.entry.fresh)
                 self._coefficients[step - begin - 1] += values * (scale * taken.rule.gradient_scale(taken.entry))
-        self._gradients = [torch.zeros_like(self._factor), torch.zeros_like(self._factor)] if self._sums else []
 
-    def see(self, rows: Rows) -> Tensor | None:
+    def see(self, rows: Rows) -> Tensor:
         """What rows of the stretch contribute [q, n]."""
-        own, later = self._coefficients[rows.step - self._begin - 1].to(self._dtype).unbind(1)
+        coefficients = self._coefficients[rows.step - self._begin - 1].to(self._dtype)
         limit = NEGLIGIBLE * float(self._coefficients[:, 1].abs().max())
-        counting = (later.abs() > limit).nonzero()
-        start = int(counting[0]) if len(counting) else len(rows)
-        tail = rows.part(start, len(rows))
-        if self._sums:
-            for gradient, some, weights in zip(self._gradients, (rows, tail), (own, later[start:]), strict=True):
-                d = some.output_grad.to(self._dtype) * weights[:, None]
-                gradient += d.T @ some.key.to(self._dtype) if gradient.ndim == 2 else d.sum(0)
-        if self._scores is None:
-            return None
-        found = self._scores.of(rows, self._factor, 1.0, "elementwise") * own
-        if len(tail):
-            found[:, start:] += self._scores.of(tail, self._carried, 1.0, "elementwise") * later[start:]
+        counting = (coefficients[:, 1].abs() > limit).nonzero()
+        tail = int(counting[0]) if len(counting) else len(rows)
+        parts = [(0, 0, coefficients[:, 0]), (tail, 1, coefficients[tail:, 1])]
+        d, x = rows.output_grad.to(self._dtype), rows.key.to(self._dtype)
+        found = self._query.new_zeros(len(self._query), len(rows))
+        for start, which, weights in parts:
+            if start < len(rows):
+                found[:, start:] += self._roughly(d[start:], x[start:], which, weights)
+        found = found.reshape(-1, self._positions, len(rows)).sum(1)
+        if self._share.weight.ndim == 2:
+            self._score_again(found, rows, parts)
         return found
 
-    def leave(self) -> None:
-        """All rows of the stretch have been seen."""
-        for gradient, factor in zip(self._gradients, (self._factor, self._carried), strict=False):
-            self.totals.patterns -= gradient * factor
+    def _roughly(self, d: Tensor, x: Tensor, which: int, weights: Tensor) -> Tensor:
+        """Contributions [q · p, n] through the rank-1 matrix that stands for one of the two."""
+        if self._share.weight.ndim == 1:
+            attended, d = -weights.expand(len(self._query), -1), d * self._matrices[which]
+        else:
+            row, column = self._close[which]
+            attended, d = (self._query * column) @ x.T * -weights, d * row
+        if self._outputs:
+            self.output += attended @ d
+        return attended * (self._direction @ d.T)
+
+    def _score_again(self, found: Tensor, rows: Rows, parts: Sequence[tuple[int, int, Tensor]]) -> None:
+        """Put the contributions through the matrices themselves in place of the strongest ones."""
+        count = min(len(rows), max(AGAIN, len(rows) // AGAIN))
+        chosen = found.abs().topk(count, dim=1).indices.sort(dim=1).values
+        for query, index in enumerate(chosen):
+            again = found.new_zeros(count)
+            for start, which, weights in parts:
+                later = index[index >= start]
+                if len(later):
+                    scored = self._again[query].of(rows.at(later), self._matrices[which], 1.0, "elementwise")
+                    again[count - len(later) :] += scored.squeeze(0) * weights[later - start]
+            found[query, index] = again
 
     def arrive(self) -> None:
         """The way back has come to the origin."""
@@ -138,7 +168,7 @@ class _Part:
         buffer = share.tensors.get(first.rule.buffer or "") if first is not None else None
         if buffer is not None:
             if isinstance(held, Tensor):
-                held = float(held[0]) * self._factor + float(held[1]) * self._carried
+                held = float(held[0]) * self._matrices[0] + float(held[1]) * self._matrices[1]
             self.totals.origin -= held * buffer.double()
 
     def _middle_factor(self, begin: int, end: int) -> Tensor:
@@ -151,8 +181,8 @@ class _Part:
                     linear = taken.rule.step_from(self._state(step), taken.entry)
                     if isinstance(linear.factor, Tensor):
                         return linear.factor.div_(size)
-                    return torch.full_like(self._factor, linear.factor / size)
-        return torch.zeros_like(self._factor)
+                    return torch.full_like(self._matrices[0], linear.factor / size)
+        return torch.zeros_like(self._matrices[0])
 
     def _state(self, step: int) -> Mapping[str, Tensor]:
         """The optimiser's state after a step, interpolated."""
@@ -190,3 +220,23 @@ def _scalar_step(taken: StepTaken) -> LinearStep:
 
 def _size(taken: StepTaken) -> float:
     return float(_scalar_step(taken).factor)
+
+
+def _close_to(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``row`` [o] and ``column`` [i] whose product is close to a matrix of factors.
+
+    It is the inverse that is approximated: a factor is large where the gradients have been small, and counts least.
+    """
+    inverse = matrix.reciprocal().nan_to_num_(posinf=0.0)
+    column = inverse.mean(0)
+    row = torch.zeros_like(inverse[:, 0])
+    for _ in range(ROUNDS):
+        row = inverse @ column / column.square().sum()
+        column = row @ inverse / row.square().sum()
+    row, column = _inverted(row), _inverted(column)
+    close = inverse * row[:, None] * column
+    return row * (close.sum() / close.square().sum()), column
+
+
+def _inverted(vector: Tensor) -> Tensor:
+    return vector.clamp(min=float(vector.max()) * DEAD).reciprocal().nan_to_num_(nan=0.0, posinf=0.0)

@@ -8,6 +8,7 @@ the keys first: it has fewer outputs than the step has rows, so that the smaller
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,17 @@ class ReplayScores:
         self._query = query.reshape(-1, query.shape[-1])
         self._direction = direction.reshape(-1, direction.shape[-1])
         self._inputs = [_nonzero(one) for one in self._query]
+
+    def flat(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Queries [q · p, i] and directions [q · p, o]."""
+        return self._query.to(dtype), self._direction.to(dtype)
+
+    def each(self) -> Iterator[ReplayScores]:
+        """The same for every query alone."""
+        queries, positions = self.shape
+        for query in range(queries):
+            own = slice(query * positions, (query + 1) * positions)
+            yield ReplayScores(self._query[None, own], self._direction[None, own])
 
     def of(self, share: ReplayShare, units: slice, dtype: torch.dtype) -> BlockScores:
         """Ready for a block of output units of a share."""

@@ -144,11 +144,14 @@ class Pass:
         asked = self._asked
         if asked.made_of.replays:
             replay = self._replay(asked.made_of)
-            totals = self._outputs and any(share.totals is None for share in asked.made_of.replays)
+            unknown = any(share.totals is None for share in asked.made_of.replays)
+            totals = self._outputs and (unknown or asked.made_of.preview)
             yield from replay.backward(self._scores, totals=totals)
             if totals:
                 for share, found in zip(asked.made_of.replays, replay.sums(), strict=True):
                     share.totals = found
+                if isinstance(replay, Preview):
+                    self._by_step += replay.output.reshape(self._by_step.shape)
             return
         rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
         for block in self._source.blocks(asked.name, last_step=asked.made_of.horizon, block_rows=rows):
