@@ -269,7 +269,8 @@ class RpropRule(ReplayRule):
         growth[turned] = entry["etas.0"]
         size = state["step_size"].mul_(growth).clamp_(entry["step_sizes.0"], entry["step_sizes.1"])
         state["prev"].copy_(gradient).masked_fill_(turned, 0.0)
-        return LinearStep(_over_absolute(size, state["prev"]))
+        factor, rest = _signs(size, state["prev"])
+        return LinearStep(factor, rest=rest)
 
 
 class LionRule(ReplayRule):
@@ -294,13 +295,15 @@ class LionRule(ReplayRule):
     def linearize(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], entry: Entry) -> LinearStep:
         beta1, beta2 = entry["betas.0"], entry["betas.1"]
         mean = torch.add(gradient * (1 - beta1), state["exp_avg"], alpha=beta1)
+        factor, rest = _signs(torch.full_like(mean, entry["lr"]), mean)
         return LinearStep(
-            _over_absolute(torch.full_like(mean, entry["lr"]), mean),
+            factor,
             from_buffer=beta1,
             from_gradient=1 - beta1,
             keep=beta2,
             take=1 - beta2,
             shrink=1 - entry["lr"] * entry["weight_decay"],
+            rest=rest,
         )
 
 
@@ -344,10 +347,16 @@ def _nadam_mu(hyper: Mapping[str, float], step: float) -> float:
     return hyper["betas.0"] * (1.0 - 0.5 * 0.96 ** (step * hyper["momentum_decay"]))  # type: ignore[no-any-return]
 
 
-def _over_absolute(size: Tensor, values: Tensor) -> Tensor:
-    """``size / |values|``, 0 where a value is 0: the factor that turns values into their signs times size."""
+def _signs(size: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The factor ``size / |values|`` that turns values into their signs times size, and what it leaves out.
+
+    Values that all but vanish would make it overflow: their steps are the rest.
+    """
     absolute = values.abs()
-    return torch.where(absolute >= torch.finfo(values.dtype).tiny, size / absolute, 0.0)
+    clear = absolute >= torch.finfo(values.dtype).tiny ** 0.75
+    faint = ~clear & (absolute > 0)
+    rest = torch.where(faint, values.sign() * size, 0.0) if bool(faint.any()) else None
+    return torch.where(clear, size / absolute, 0.0), rest
 
 
 def _number(value: object) -> float:

@@ -1,9 +1,10 @@
 """The rule for every optimiser that has none: each observed weight change is fitted, what is left stays residual.
 
-With ``W`` and ``W'`` before and after a step, ``g`` the gradient it saw and ``M = momentum · M + g``::
+With ``W`` and ``W'`` before and after a step, ``g`` the gradient it saw and ``M = momentum · M + g + coupled · W``::
 
     W' = shrink · W  -  rate · (row columnᵀ) ∘ M  +  residual
 
+Momentum, and whether weight decay shrinks the weight or joins the gradient, are tried out in the first steps.
 ``row`` [o] and ``column`` [i] are found by alternating least squares; where a scalar, one row or one column explains as
 much for fewer numbers, the other is constant. A vector parameter has the rate alone: one number per entry would
 explain anything.
@@ -19,7 +20,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,15 +31,15 @@ from dualhook.records import Coefficients, FactorVectors, History
 
 __all__ = ["FittedRule", "StepFit", "Tracker", "collapsed"]
 
-FIT_MOMENTUM, FIT_SHRINK = "fit.momentum", "fit.shrink"
+FIT_MOMENTUM, FIT_SHRINK, FIT_COUPLED = "fit.momentum", "fit.shrink", "fit.coupled"
 TRIAL_STEPS = 16  # in which several momenta are tried on a parameter; the best goes on alone
 USUAL_MOMENTUM = 0.9
-FIRST_ROUNDS, LATER_ROUNDS = 50, 2  # of least squares, at most; later steps start from the one before
+FIRST_ROUNDS = 30  # of least squares, at most; later steps start from the one before
 LONG = 0.99  # of the running energy is kept at each step
 CONVERGED = 1e-7  # of what is explained: what a further round does not add any more
 NOISE = 16  # times the dtype's rounding: what sums of squares cannot tell from nothing
 MOMENTUM_NAMES = ("momentum", "betas.0", "beta1", "beta")
-DECAY = "decay"  # in the name of a hyper-parameter: the weight may shrink
+DECAY = "weight_decay"
 
 
 class FittedRule(ScalarRule):
@@ -61,12 +61,13 @@ class FittedRule(ScalarRule):
                 "recorded and is not now: call dualhook.optimizers.register before the memory is asked "
                 "(attention weights, by='weight', need no rule)"
             )
-        rate, momentum, shrink = (history.state[name] for name in (FIT_RATE, FIT_MOMENTUM, FIT_SHRINK))
+        names = (FIT_RATE, FIT_MOMENTUM, FIT_SHRINK, FIT_COUPLED)
+        rate, momentum, shrink, coupled = (history.state[name] for name in names)
         return Transitions(
-            ww=shrink,
+            ww=shrink - rate * coupled,
             wb=-rate * momentum,
             wg=-rate * history.scale,
-            bw=torch.zeros_like(rate),
+            bw=coupled,
             bb=momentum,
             bg=history.scale,
         )
@@ -86,107 +87,110 @@ class StepFit:
     vectors: FactorVectors | None
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How gradients might come to the weight: through which momentum, beside or behind which weight decay."""
+
+    momentum: float
+    shrinks: bool = False
+    coupled: bool = False
+
+
 class Tracker:
-    """Fits the steps of one parameter, in training."""
+    """Fits the steps of one parameter, in training; ``hyper`` are the settings of its group."""
 
     def __init__(self, hyper: Mapping[str, float]) -> None:
         likely = [hyper[name] for name in MOMENTUM_NAMES if 0.0 <= hyper.get(name, 1.0) < 1.0]
-        self._decays = any(DECAY in name and value != 0.0 for name, value in hyper.items())
+        momenta = dict.fromkeys([*likely, USUAL_MOMENTUM, 0.0])
+        decays = [(False, False)]
+        if hyper.get(DECAY) and hyper.get("lr"):
+            decays = [(True, False), (False, True), (False, False)]
+        self._left = {_Way(momentum, *decay): 0.0 for momentum in momenta for decay in decays}
+        """What each way has left open of the first steps."""
+        self._way = next(iter(self._left))
+        self._filters: dict[_Way, Tensor] = {}
         self._buffer: Tensor | None = None  # the momentum filter that the ledger's numbers describe
-        self._trials = dict.fromkeys([*likely, USUAL_MOMENTUM, 0.0], 0.0)  # what each has left open
-        self._momentum = next(iter(self._trials))
-        self._filters: dict[float, Tensor] = {}
         self._steps = 0
-        self._last: _Solution | None = None
-        self._energy: tuple[Tensor | None, Tensor | None] = (
-            None,
-            None,
-        )  # of the filter's rows and columns, over many steps
+        self._last: FactorVectors | None = None
+        self._energy: tuple[Tensor | None, Tensor | None] = (None, None)  # of its rows and columns, over many steps
+        self._lost = self._coupled = 0.0
 
-    def see(self, gradient: Tensor) -> None:
-        """Take in the gradient [o, i] or [o] of the next step, as the optimiser sees it."""
+    def see(self, gradient: Tensor, weight: Tensor, hyper: Mapping[str, float]) -> None:
+        """Take in the gradient [o, i] or [o] of the next step as the optimiser sees it, and what it acts on."""
         gradient = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
-        self._buffer = _filtered(self._buffer, gradient, self._momentum)
+        self._coupled = hyper.get(DECAY, 0.0)
+        self._lost = hyper.get("lr", 0.0) * self._coupled
+        self._buffer = self._filtered(self._way, self._buffer, gradient, weight)
         if self._steps < TRIAL_STEPS:
-            self._filters = {m: _filtered(self._filters.get(m), gradient, m) for m in self._trials}
+            for way in self._left:
+                self._filters[way] = self._filtered(way, self._filters.get(way), gradient, weight)
 
     def fit(self, before: Tensor, weight: Tensor) -> StepFit:
         """What the step has done: the parameter before it, and now."""
         assert self._buffer is not None
         before = before.to(self._buffer.dtype)
         change = before - weight.detach().to(self._buffer.dtype)
-        found = self._last = self._solve(change, before, self._buffer)
-        rate, vectors = found.rate, found.vectors
+        way = self._way
+        rate, self._last = self._solve(self._without_decay(change, before, way), self._buffer)
+        vectors = self._last
         if vectors is not None:
             energy = self._buffer.square()
-            by_row, by_column = (_filtered(e, energy.sum(d), LONG) for e, d in zip(self._energy, (1, 0), strict=True))
+            by_row, by_column = (_running(e, energy.sum(d), LONG) for e, d in zip(self._energy, (1, 0), strict=True))
             row, of_row = _gauged(vectors.row, by_row)
             column, of_column = _gauged(vectors.column, by_column)
             self._energy = (by_row, by_column)
             rate, vectors = rate * of_row * of_column, FactorVectors(row, column)
-        # the filter starts with the first step: no momentum comes in from before
-        momentum = self._momentum if self._steps else 0.0
+        numbers = {
+            FIT_RATE: rate,
+            FIT_MOMENTUM: way.momentum if self._steps else 0.0,  # the filter starts with the first step
+            FIT_SHRINK: 1.0 - self._lost if way.shrinks else 1.0,
+            FIT_COUPLED: self._coupled if way.coupled else 0.0,
+        }
         self._steps += 1
         if self._steps <= TRIAL_STEPS:
             self._try(change, before)
-        numbers = {FIT_RATE: rate, FIT_MOMENTUM: momentum, FIT_SHRINK: 1.0 - found.lost}
         return StepFit(numbers, vectors)
 
     def _try(self, change: Tensor, before: Tensor) -> None:
-        """Follow every momentum; from the next step on the one that has explained most is the filter's."""
+        """Follow every way; from the next step on it is the one that has left least open."""
         size = float(change.square().sum())
-        for momentum, buffer in self._filters.items():
-            left = change - self._solve(change, before, buffer).change(before, buffer)
-            self._trials[momentum] += float(left.square().sum()) / size if size else 0.0
-        self._momentum = min(self._trials, key=lambda momentum: self._trials[momentum])
+        for way, buffer in self._filters.items():
+            target = self._without_decay(change, before, way)
+            rate, vectors = self._solve(target, buffer)
+            left = float((target - rate * _shaped(buffer, vectors)).square().sum())
+            self._left[way] += left / size if size else 0.0
+        best = min(self._left, key=lambda way: self._left[way])
+        noise = NOISE * torch.finfo(change.dtype).eps * self._steps
+        if self._left[best] + noise < self._left[self._way]:  # a switch costs what the filter holds
+            self._way = best
         if self._steps == TRIAL_STEPS:
             self._filters = {}
 
-    def _solve(self, change: Tensor, before: Tensor, buffer: Tensor) -> _Solution:
-        """Alternating least squares, from what the last step came to."""
-        weight = before if self._decays else None
-        start = self._last
-        if start is None:
-            start = _Solution(*_scaled(change, buffer, weight), None)
-        rate, lost, vectors = start.rate, start.lost, start.vectors
-        rounds = FIRST_ROUNDS if self._steps < TRIAL_STEPS else LATER_ROUNDS
-        for _ in range(rounds if change.ndim == 2 and self._decays else 1):
-            if change.ndim == 2:
-                vectors = _best_vectors(change - lost * before if lost else change, buffer, vectors, rounds)
-            rate, lost = _scaled(change, _shaped(buffer, vectors), weight)
-        return _Solution(rate, lost, vectors)
+    def _filtered(self, way: _Way, held: Tensor | None, gradient: Tensor, weight: Tensor) -> Tensor:
+        if way.coupled and self._coupled:
+            gradient = gradient.add(weight, alpha=self._coupled)
+        return _running(held, gradient, way.momentum)
 
+    def _without_decay(self, change: Tensor, before: Tensor, way: _Way) -> Tensor:
+        return change.sub(before, alpha=self._lost) if way.shrinks and self._lost else change
 
-@dataclass(frozen=True)
-class _Solution:
-    """``change ≈ lost · W + rate · (row columnᵀ) ∘ M``."""
-
-    rate: float
-    lost: float
-    vectors: FactorVectors | None
-
-    def change(self, weight: Tensor, buffer: Tensor) -> Tensor:
-        """What it says of ``W - W'``."""
-        fitted = self.rate * _shaped(buffer, self.vectors)
-        return fitted.add_(weight, alpha=self.lost) if self.lost else fitted
+    def _solve(self, change: Tensor, buffer: Tensor) -> tuple[float, FactorVectors | None]:
+        """Rate and vectors with ``change ≈ rate · (row columnᵀ) ∘ M``, from what the last step came to."""
+        vectors = None
+        if change.ndim == 2:
+            rounds = FIRST_ROUNDS if self._steps < TRIAL_STEPS else 1
+            vectors = _best_vectors(change, buffer, self._last, rounds)
+        shaped = _shaped(buffer, vectors)
+        energy = float(shaped.square().sum())
+        return float((change * shaped).sum()) / energy if energy else 0.0, vectors
 
 
 def _shaped(buffer: Tensor, vectors: FactorVectors | None) -> Tensor:
     return buffer if vectors is None else buffer * vectors.row[:, None] * vectors.column
 
 
-def _filtered(held: Tensor | None, values: Tensor, keep: float) -> Tensor:
+def _running(held: Tensor | None, values: Tensor, keep: float) -> Tensor:
     return values.clone() if held is None else held.mul_(keep).add_(values)
-
-
-def _scaled(change: Tensor, shaped: Tensor, weight: Tensor | None) -> tuple[float, float]:
-    """Least squares: (rate, lost) of ``change ≈ rate · shaped + lost · weight``; without a weight nothing is lost."""
-    known = [shaped] if weight is None else [shaped, weight]
-    products = np.array([[float((a * b).sum()) for b in known] for a in known])
-    crossed = np.array([float((a * change).sum()) for a in known])
-    with np.errstate(all="ignore"):
-        found = np.linalg.pinv(products) @ crossed if np.isfinite(products).all() else np.full(len(known), np.nan)
-    return float(found[0]), float(found[1]) if weight is not None else 0.0
 
 
 def _best_vectors(target: Tensor, buffer: Tensor, start: FactorVectors | None, rounds: int) -> FactorVectors:
@@ -222,7 +226,8 @@ def _best_vectors(target: Tensor, buffer: Tensor, start: FactorVectors | None, r
 
 def _along(crossed: Tensor, energy: Tensor) -> tuple[Tensor, float]:
     """Least squares entry by entry, and how much of the target's square it explains."""
-    found = crossed / energy.clamp(min=torch.finfo(energy.dtype).tiny)
+    precision = torch.finfo(energy.dtype)  # where there is next to no energy, there is nothing to be learnt
+    found = crossed / energy.clamp(min=max(precision.tiny, precision.eps**2 * float(energy.max())))
     return found, float((found * crossed).sum())
 
 
@@ -257,7 +262,7 @@ def collapsed(
             continue
         if found is None:
             found = FactorVectors(*(v.new_ones(horizon + 1, len(v)) for v in (own.row, own.column)))
-            means = (torch.zeros_like(own.row), torch.zeros_like(own.column))
+            means = (torch.zeros_like(own.row, dtype=torch.float64), torch.zeros_like(own.column, dtype=torch.float64))
         e = entries[step]
         weight += through[e]
         for mean, new, whole in zip(means, (own.row, own.column), (found.row, found.column), strict=True):

@@ -26,8 +26,9 @@ __all__ = ["Preview"]
 PARTS = 2  # stretches between two snapshots
 BLOCK_ROWS = 4096
 AGAIN = 32  # of a block's rows one in so many, and at least so many, are scored again
-ROUNDS = 2  # of power iteration for a rank-1 matrix
-DEAD = 1e-6  # of the largest: a unit whose gradients have been smaller has none
+SHOWN = 256  # rows that show where the gradients of a stretch have their energy
+ROUNDS = 3  # of least squares for a rank-1 matrix
+DEAD = 1e-12  # of the largest energy: a unit that has less has none
 NEGLIGIBLE = 1e-4  # of the largest: what has come so far back through the momentum is left out
 
 
@@ -89,7 +90,7 @@ class _Part:
         self._readout = share.readout.clone()
         self._adjoint = Adjoint(0.0)
         self._matrices = [torch.zeros_like(share.weight, dtype=self._dtype) for _ in range(2)]  # own, from later
-        self._close: list[tuple[Tensor, Tensor]] = []  # the same as rank-1 vectors
+        self._close: list[tuple[Tensor, Tensor] | None] = [None, None]  # the same as rank-1 vectors
         self._begin = 0
         self._coefficients = torch.zeros(0, 2)  # of the matrices, by step
         self.output = torch.zeros(len(self._query), share.weight.shape[0], dtype=torch.float64)
@@ -105,8 +106,7 @@ class _Part:
             self._adjoint.buffer = torch.tensor([0.0, 1.0], dtype=torch.float64)
         self._begin = begin
         self._matrices[0] = self._middle_factor(begin, end)
-        if self._share.weight.ndim == 2:
-            self._close = [_close_to(matrix) for matrix in self._matrices]
+        self._close = [None, None]
         self._coefficients = torch.zeros(end - begin, 2, dtype=torch.float64)
         for step in range(end, begin, -1):
             self._adjoint.read(float(self._readout[step]))
@@ -140,7 +140,10 @@ class _Part:
         if self._share.weight.ndim == 1:
             attended, d = -weights.expand(len(self._query), -1), d * self._matrices[which]
         else:
-            row, column = self._close[which]
+            close = self._close[which]
+            if close is None:  # the first rows of a stretch show where its gradients are
+                close = self._close[which] = _close_to(self._matrices[which], d, x)
+            row, column = close
             attended, d = (self._query * column) @ x.T * -weights, d * row
         if self._outputs:
             self.output += attended @ d
@@ -222,21 +225,22 @@ def _size(taken: StepTaken) -> float:
     return float(_scalar_step(taken).factor)
 
 
-def _close_to(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``row`` [o] and ``column`` [i] whose product is close to a matrix of factors.
+def _close_to(matrix: Tensor, d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``row`` [o] and ``column`` [i] whose product is closest to a matrix of factors where gradients have energy.
 
-    It is the inverse that is approximated: a factor is large where the gradients have been small, and counts least.
+    ``d`` [n, o] and ``x`` [n, i] are rows of the stretch. A factor is largest where there have never been gradients,
+    and counts nothing there.
     """
-    inverse = matrix.reciprocal().nan_to_num_(posinf=0.0)
-    column = inverse.mean(0)
-    row = torch.zeros_like(inverse[:, 0])
+    some = slice(None, None, -(-len(d) // SHOWN))
+    energy = d[some].square().T @ x[some].square()
+    wanted = torch.where(energy > 0, energy * matrix, 0.0)
+    column = torch.ones_like(energy[0])
+    row = torch.zeros_like(energy[:, 0])
     for _ in range(ROUNDS):
-        row = inverse @ column / column.square().sum()
-        column = row @ inverse / row.square().sum()
-    row, column = _inverted(row), _inverted(column)
-    close = inverse * row[:, None] * column
-    return row * (close.sum() / close.square().sum()), column
+        row = _divided(wanted @ column, energy @ column.square())
+        column = _divided(wanted.T @ row, energy.T @ row.square())
+    return row, column
 
 
-def _inverted(vector: Tensor) -> Tensor:
-    return vector.clamp(min=float(vector.max()) * DEAD).reciprocal().nan_to_num_(nan=0.0, posinf=0.0)
+def _divided(values: Tensor, energy: Tensor) -> Tensor:
+    return values / energy.clamp(min=max(torch.finfo(energy.dtype).tiny, float(energy.max()) * DEAD))

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dualhook.capture import Intake, LayerProbe, Measurement, Selection, fit_scales
-from dualhook.errors import InexactWarning
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
+from dualhook.recorder.notices import Notices
 from dualhook.recorder.selfcheck import Prediction, is_due, predict
 from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
@@ -49,6 +48,11 @@ class Step:
     fitting: dict[str, Tensor] = field(default_factory=dict)  # copies of parameters whose change is to be fitted
     measured: dict[str, Measurement] = field(default_factory=dict)
     predicted: dict[str, Prediction] = field(default_factory=dict)
+
+    def gradient_of(self, watched: Watched) -> Tensor | None:
+        """The gradient that the step works with."""
+        gradient = gradient_of(watched)
+        return gradient if gradient is None or self.loss_scale == 1.0 else gradient / self.loss_scale
 
 
 class StepBook:
@@ -89,7 +93,7 @@ class StepBook:
         self._current: Step | None = None
         self._skipping: list[Watched] = []  # the parameters of a step that is called and will skip itself
         self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
-        self._warned: set[str] = set()
+        self._notices = Notices()
         self.rows_seen = False
 
     @property
@@ -164,12 +168,7 @@ class StepBook:
         name = self.meet(optimizer)
         rule = rule_for(name)
         if isinstance(rule, FittedRule):
-            self._warn_once(
-                f"rule {name}",
-                f"no exact rule is known for {name}: what each of its steps does to the weights is fitted, which is "
-                "approximate; every answer's receipt and verify() say how much that explains "
-                "(dualhook.optimizers.register adds a rule)",
-            )
+            self._notices.fitted(name)
         if any(known is optimizer for known in self._stepping):
             self._end_step()
         changed = self.notice([watched for watched, _ in members] if self._stepping else None)
@@ -270,7 +269,9 @@ class StepBook:
             self.drop(layer)
         trained = [layer for layer in layers if self._intakes[layer][0].spec.weight in self.trained_by]
         if trained:  # the others belong to no optimiser: nobody will miss them
-            self._warn_once("dropped", f"after step {self.step}: dropped {why}, of layer {trained[0]!r} among others")
+            self._notices.once(
+                "dropped", f"after step {self.step}: dropped {why}, of layer {trained[0]!r} among others"
+            )
 
     def _measure(self, step: Step) -> None:
         """Compare every gradient of the step with what the rows rebuild."""
@@ -291,9 +292,10 @@ class StepBook:
         """Let those who fit the step see its gradients; a foreach step may write to them."""
         trackers = self._trackers.setdefault(step.optimizer, {}) if step.fitting else {}
         for watched, group, _ in step.stepped:
-            gradient = gradient_of(watched)
+            gradient = step.gradient_of(watched)
             if watched.name in step.fitting and gradient is not None:
-                trackers.setdefault(watched.name, Tracker(step.hyper[group])).see(gradient / step.loss_scale)
+                hyper = step.hyper[group]
+                trackers.setdefault(watched.name, Tracker(hyper)).see(gradient, step.fitting[watched.name], hyper)
 
     def _fit(self, step: Step, watched: Watched) -> StepFit | None:
         """What a step without a rule has done to a parameter."""
@@ -307,46 +309,34 @@ class StepBook:
         if isinstance(rule, FittedRule) or not is_due(self.step + 1, rule):
             return
         for watched, group, mark in step.stepped:
-            gradient, fresh = gradient_of(watched), bool(mark & Mark.FRESH)
+            gradient, fresh = step.gradient_of(watched), bool(mark & Mark.FRESH)
             if gradient is not None:
                 numbers = step.state[watched.name]
-                found = predict(
-                    watched, step.optimizer, rule, gradient / step.loss_scale, step.hyper[group], numbers, fresh
-                )
+                found = predict(watched, step.optimizer, rule, gradient, step.hyper[group], numbers, fresh)
                 if found is not None:
                     step.predicted[watched.name] = found
 
     def _entries(self, step: Step) -> Iterator[LedgerEntry]:
         fits = dict(zip(step.measured, fit_scales(list(step.measured.values())), strict=True))
-        optimizer = step.name
         for watched, group, mark in step.stepped:
             if watched.name not in fits:  # a closure that left no gradient: torch skips the parameter
                 continue
             fit = fits[watched.name]
             if not fit.finite:
                 mark |= Mark.NONFINITE
-                self._warn_once(
-                    "nonfinite",
-                    f"step {self.step}: NaN or infinity in the gradient of {watched.name!r}; recorded as it is",
-                    UserWarning,
-                )
+                self._notices.nonfinite(self.step, watched.name)
             if not fit.explained:
                 mark |= Mark.UNEXPLAINED if self.recording else Mark.MISSING
             off_by = step.predicted[watched.name].off_by() if watched.name in step.predicted else None
             if off_by is not None:
                 mark |= Mark.MISPREDICTED
-                self._warn_once(
-                    "mispredicted",
-                    f"step {self.step}: the rule of {optimizer} is off by {100 * off_by:.2g} % of what the step did to "
-                    f"{watched.name!r} (weights changed in a hook after the step, an option the rule does not know?); "
-                    "from this step on its memory is inexact, verify() shows by how much",
-                )
-            self._report(watched, mark, fit.residual)
+                self._notices.mispredicted(self.step, watched.name, step.name, off_by)
+            self._notices.of_mark(self.step, watched.name, mark, fit.residual)
             done = self._fit(step, watched)
             yield LedgerEntry(
                 self.step,
                 watched.name,
-                optimizer,
+                step.name,
                 step.hyper[group],
                 step.state[watched.name] | (done.numbers if done else {}),
                 fit.scale / step.loss_scale,
@@ -395,28 +385,3 @@ class StepBook:
         for watched in new:
             watched.begin(before)
         self.writer.write_origin(before, parts, dtypes)
-
-    def _report(self, watched: Watched, mark: Mark, residual: float) -> None:
-        where, costs = f"step {self.step}: ", "from this step on its memory is inexact, verify() shows by how much"
-        if mark & Mark.UNEXPLAINED:
-            self._warn_once(
-                "unexplained",
-                f"{where}the recorded rows leave {100 * residual:.2g} % of the gradient of {watched.name!r} open (a "
-                "penalty on the weights in the loss, clip_grad_value_, a double backward, a use outside its module?); "
-                f"{costs}",
-            )
-        if mark & Mark.CHANGED:
-            self._warn_once(
-                "changed",
-                f"{where}{watched.name!r} or its optimiser state was changed since its last step by something else "
-                f"than a finished optimiser step (load_state_dict? an exception in step()?); {costs}",
-            )
-        if mark & Mark.MISSING:
-            self._warn_once(
-                "missing", f"{where}an optimiser stepped on {watched.name!r} while recording was paused; {costs}"
-            )
-
-    def _warn_once(self, cause: str, message: str, category: type[Warning] = InexactWarning) -> None:
-        if cause not in self._warned:
-            self._warned.add(cause)
-            warnings.warn(message, category, stacklevel=2)

@@ -1,0 +1,71 @@
+"""What the recorder tells during training, each kind of thing once."""
+
+from __future__ import annotations
+
+import warnings
+
+from dualhook.errors import InexactWarning
+from dualhook.records import Mark
+
+__all__ = ["Notices"]
+
+FROM_HERE = "from this step on its memory is inexact, verify() shows by how much"
+
+
+class Notices:
+    """Warnings, one of each cause."""
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+
+    def once(self, cause: str, message: str, category: type[Warning] = InexactWarning) -> None:
+        """Warn, unless something of the same cause has been told."""
+        if cause not in self._given:
+            self._given.add(cause)
+            warnings.warn(message, category, stacklevel=2)
+
+    def fitted(self, optimizer: str) -> None:
+        """An optimiser without a rule has been met."""
+        self.once(
+            f"rule {optimizer}",
+            f"no exact rule is known for {optimizer}: what each of its steps does to the weights is fitted, which is "
+            "approximate; every answer's receipt and verify() say how much that explains "
+            "(dualhook.optimizers.register adds a rule)",
+        )
+
+    def nonfinite(self, step: int, parameter: str) -> None:
+        """NaN has come in."""
+        self.once(
+            "nonfinite",
+            f"step {step}: NaN or infinity in the gradient of {parameter!r}; recorded as it is",
+            UserWarning,
+        )
+
+    def mispredicted(self, step: int, parameter: str, optimizer: str, off_by: float) -> None:
+        """A step was not what its rule says."""
+        self.once(
+            "mispredicted",
+            f"step {step}: the rule of {optimizer} is off by {100 * off_by:.2g} % of what the step did to "
+            f"{parameter!r} (weights changed in a hook after the step, an option the rule does not know?); {FROM_HERE}",
+        )
+
+    def of_mark(self, step: int, parameter: str, mark: Mark, residual: float) -> None:
+        """What the marks of a ledger entry mean for the user."""
+        if mark & Mark.UNEXPLAINED:
+            self.once(
+                "unexplained",
+                f"step {step}: the recorded rows leave {100 * residual:.2g} % of the gradient of {parameter!r} open (a "
+                "penalty on the weights in the loss, clip_grad_value_, a double backward, a use outside its module?); "
+                f"{FROM_HERE}",
+            )
+        if mark & Mark.CHANGED:
+            self.once(
+                "changed",
+                f"step {step}: {parameter!r} or its optimiser state was changed since its last step by something else "
+                f"than a finished optimiser step (load_state_dict? an exception in step()?); {FROM_HERE}",
+            )
+        if mark & Mark.MISSING:
+            self.once(
+                "missing",
+                f"step {step}: an optimiser stepped on {parameter!r} while recording was paused; {FROM_HERE}",
+            )
