@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dualhook.errors import RuleError
 from dualhook.optimizers import (
+    LOOKAHEAD,
     Entry,
     Exactness,
     FittedRule,
@@ -26,7 +28,7 @@ from dualhook.query import REPLAY_BYTES, Composition, Replay, ReplayShare, StepT
 from dualhook.records import AVERAGE, SLOW, VALUE, Coefficients, FactorVectors, History, LayerSpec, Mark
 from dualhook.store import Store
 
-__all__ = ["compose", "is_replayed", "replayed_states", "rules_of", "unknown_composition"]
+__all__ = ["Explanation", "compose", "explanation", "is_replayed", "replayed_states", "rules_of", "unknown_composition"]
 
 
 def compose(
@@ -86,9 +88,32 @@ def is_replayed(store: Store, parameter: str) -> bool:
     return any(isinstance(rule, ReplayRule) for rule in rules_of(store, parameter).values())
 
 
-def is_exact(store: Store, parameter: str) -> bool:
-    """Whether every rule of a parameter is, at least up to the optimiser's own rounding."""
-    return all(rule.exactness is not Exactness.APPROXIMATE for rule in rules_of(store, parameter).values())
+@dataclass(frozen=True)
+class Explanation:
+    """Which rules explain a layer, as tables show them; several are listed."""
+
+    optimizer: str
+    rule: str
+    kind: str
+    cost: str
+    exact: bool
+    """Whether every rule is, at least up to the optimiser's own rounding."""
+
+
+def explanation(store: Store, spec: LayerSpec) -> Explanation:
+    """How the steps on a layer are explained."""
+    rules = {name: rule for parameter in spec.parameters for name, rule in rules_of(store, parameter).items()}
+
+    def listed(values: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    return Explanation(
+        listed(name.rpartition(".")[2] for name in rules if name != LOOKAHEAD),
+        listed(rule.name for rule in rules.values()),
+        listed(rule.kind for rule in rules.values()),
+        listed(sorted(rule.cost for rule in rules.values())),
+        all(rule.exactness is not Exactness.APPROXIMATE for rule in rules.values()),
+    )
 
 
 def replayed_states(store: Store, spec: LayerSpec, step: int, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dualhook.attention import Attention
 from dualhook.capture import Observed, directions, observe
 from dualhook.columns import Columns
-from dualhook.composition import compose, is_exact, rules_of, unknown_composition
+from dualhook.composition import compose, explanation, unknown_composition
 from dualhook.dual import DualLinear
 from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
 from dualhook.model import Target, find_layers, predicted_scores, run_model, with_module
@@ -112,20 +112,18 @@ class DualMemory:
         self._store.on_rows = callback
 
     def info(self) -> Table:
-        """Per layer: its shape, patterns, optimiser, rule, whether that is exact, and how many steps are not."""
-        rows = [
-            (
-                spec.name,
-                f"{spec.in_features}→{spec.out_features}",
-                self._store.count(spec.name),
-                ", ".join(name.rpartition(".")[2] for name in self._optimizers(spec)),
-                self._rule(spec),
-                self._is_exact(spec),
-                self._inexact_steps(spec, self.steps),
-            )
-            for spec in self._specs.values()
-        ]
-        names = ("layer", "shape", "patterns", "optimizer", "rule", "exact", "inexact_steps")
+        """Per layer: shape, patterns, and how the optimiser's steps on it are explained.
+
+        ``kind`` is the rule's family (scalar, elementwise, matrix; fitted where none is known), ``cost`` what a
+        question takes: one pass over the patterns, or a replay of the optimiser over them. ``exact`` says whether the
+        rule is, if only up to the optimiser's own rounding, ``inexact_steps`` how many steps are marked otherwise.
+        """
+        rows = []
+        for spec in self._specs.values():
+            how, shape = explanation(self._store, spec), f"{spec.in_features}→{spec.out_features}"
+            count, inexact = self._store.count(spec.name), self._inexact_steps(spec, self.steps)
+            rows.append((spec.name, shape, count, how.optimizer, how.rule, how.kind, how.cost, how.exact, inexact))
+        names = ("layer", "shape", "patterns", "optimizer", "rule", "kind", "cost", "exact", "inexact_steps")
         begin = f"steps {self._store.first_step + 1} to {self.steps}, earlier ones folded into the origin"
         return Table(
             {name: [row[k] for row in rows] for k, name in enumerate(names)},
@@ -223,8 +221,9 @@ class DualMemory:
             size = sum(float(actual[name].double().square().sum()) for name in known)
             error = (left / size) ** 0.5 if size else left**0.5 if known else float("nan")
             inexact = self._inexact_steps(spec, horizon)
-            exact = self._is_exact(spec) and not inexact and error <= self._rounding(spec)
-            rows.append((spec.name, error, self._rule(spec), exact, inexact))
+            how = explanation(self._store, spec)
+            exact = how.exact and not inexact and error <= self._rounding(spec)
+            rows.append((spec.name, error, how.rule, exact, inexact))
         names = ("layer", "error", "rule", "exact", "inexact_steps")
         report = VerifyReport(
             {name: [row[k] for row in rows] for k, name in enumerate(names)},
@@ -295,7 +294,7 @@ class DualMemory:
         """
         settings: dict[str, Any] = {"start": start, "every": every, "decay": decay}
         if name == "asgd":
-            if not any("asgd" in self._rule(spec) for spec in self._specs.values()):
+            if not any("asgd" in explanation(self._store, spec).rule for spec in self._specs.values()):
                 raise RuleError(
                     f"{self.path} was not trained by torch.optim.ASGD: there is no mean of its own to ask about"
                 )
@@ -394,20 +393,9 @@ class DualMemory:
             raise DualHookError(f"step {step}: expected {first} to {last}{folded}")
         return step
 
-    def _optimizers(self, spec: LayerSpec) -> list[str]:
-        histories = [self._store.histories[name] for name in spec.parameters if name in self._store.histories]
-        return list(dict.fromkeys(name for history in histories for name in history.optimizer))
-
-    def _rule(self, spec: LayerSpec) -> str:
-        rules = [rule for name in spec.parameters for rule in rules_of(self._store, name).values()]
-        return ", ".join(dict.fromkeys(rule.name for rule in rules))
-
     def _rounding(self, spec: LayerSpec) -> float:
         """The error that the steps' rounding can explain, for the dtype of the layer's weight."""
         return ROUNDING.get(self._store.dtype(spec.weight), 1e-2)
 
     def _inexact_steps(self, spec: LayerSpec, horizon: int) -> int:
         return max(self._store.inexact_steps(name, horizon) for name in spec.parameters)
-
-    def _is_exact(self, spec: LayerSpec) -> bool:
-        return all(is_exact(self._store, name) for name in spec.parameters)

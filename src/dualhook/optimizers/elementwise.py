@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dualhook.optimizers.registry import register
-from dualhook.optimizers.rule import Entry, LinearStep, ReplayRule
+from dualhook.optimizers.rule import Entry, Exactness, LinearStep, ReplayRule
 
 __all__ = [
     "AdadeltaRule",
@@ -250,10 +250,12 @@ class AdadeltaRule(ReplayRule):
 class RpropRule(ReplayRule):
     """``torch.optim.Rprop`` (Riedmiller and Braun 1993): a step size per entry, the gradient's sign alone counts.
 
-    The sign is the gradient over its absolute value, so that a step stays linear in the gradient.
+    The sign is the gradient over its absolute value, so that a step stays linear in the gradient. Where the gradient
+    all but vanishes rounding decides the sign, torch's and the replay's not always alike.
     """
 
     name = "rprop"
+    exactness: ClassVar[Exactness] = Exactness.ROUNDING
 
     def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
         return {"prev": torch.zeros_like(weight), "step_size": torch.full_like(weight, entry["lr"])}
@@ -274,9 +276,13 @@ class RpropRule(ReplayRule):
 
 
 class LionRule(ReplayRule):
-    """Lion as published (Chen et al. 2023): the sign of a short mean moves the weight, a long mean is kept."""
+    """Lion as published (Chen et al. 2023): the sign of a short mean moves the weight, a long mean is kept.
+
+    As for Rprop, rounding decides the sign of a mean that all but vanishes.
+    """
 
     name = "lion"
+    exactness: ClassVar[Exactness] = Exactness.ROUNDING
     buffer: ClassVar[str | None] = "exp_avg"
     reads_buffer: ClassVar[bool] = True
 

@@ -40,7 +40,7 @@ class Rule(ABC):
     """Its family: ``"scalar"``, ``"elementwise"``, ``"matrix"`` or ``"fitted"``."""
     exactness: ClassVar[Exactness] = Exactness.EXACT
     cost: ClassVar[str]
-    """What a question costs, in a few words."""
+    """What a question costs: ``"one pass"`` over the rows, or ``"a replay"``, about as long as the training."""
 
     def state_numbers(self, state: Mapping[str, object], hyper: Mapping[str, float]) -> dict[str, float]:
         """The numbers of a parameter's optimiser state that the next step depends on, noted before every step."""
@@ -117,7 +117,7 @@ class ReplayRule(Rule):
     """
 
     kind: ClassVar[str] = "elementwise"
-    cost: ClassVar[str] = "a replay of the optimiser over the rows, about as long as the training"
+    cost: ClassVar[str] = "a replay"
     buffer: ClassVar[str | None] = None
     reads_weight: ClassVar[bool] = False
     reads_buffer: ClassVar[bool] = False

@@ -56,7 +56,7 @@ class ScalarRule(Rule):
     """An optimiser whose step is linear in weight, momentum buffer and gradient, with scalar factors."""
 
     kind: ClassVar[str] = "scalar"
-    cost: ClassVar[str] = "one pass over the rows"
+    cost: ClassVar[str] = "one pass"
 
     @abstractmethod
     def transitions(self, history: History) -> Transitions:
