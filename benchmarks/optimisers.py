@@ -61,7 +61,7 @@ UNRULED: dict[str, tuple[str, dict[str, Any]]] = {
     "adabelief-pytorch": ("adabelief_pytorch.AdaBelief", {"lr": 1e-3, "print_change_log": False}),
     "prodigyopt": ("prodigyopt.Prodigy", {}),
     "torch-optimizer": ("torch_optimizer.Yogi", {"lr": 1e-2}),
-    "pytorch-optimizer": ("pytorch_optimizer.SophiaH", {"lr": 1e-3}),
+    "pytorch-optimizer": ("pytorch_optimizer.Adan", {"lr": 1e-3}),
     "lion-pytorch": ("lion_pytorch.Lion", {"lr": 1e-4}),  # has a rule: it is here to be looked up by the same line
 }
 

@@ -25,7 +25,8 @@ ALLOWED = {
     "model": SHARED | {"capture"},
     "composition": SHARED | {"optimizers", "query", "store"},
     "dual": SHARED | {"query"},
-    "attention": SHARED | {"query"},
+    "attention": SHARED | {"query", "progress"},
+    "progress": {"query", "records"},
     "columns": SHARED | {"store", "attention"},
 }
 

@@ -10,7 +10,20 @@ import torch
 from torch import Tensor
 
 from dualhook.errors import DualHookError, LayerError, RuleError
-from dualhook.query import Collector, GroupSums, LayerQuery, Receipt, TopPatterns, scan
+from dualhook.progress import ReplayProgress
+from dualhook.query import (
+    Answer,
+    Answers,
+    Collector,
+    Gathered,
+    GroupSums,
+    LayerQuery,
+    Receipt,
+    TopPatterns,
+    key_of,
+    scan,
+    scan_known,
+)
 from dualhook.query.collectors import CRITERIA, Criterion
 from dualhook.records import Rows, RowSource
 from dualhook.table import Table
@@ -42,9 +55,16 @@ class Attention:
         layers: Sequence[LayerQuery],
         grouping: Callable[[str, str], Grouping],
         *,
+        progress: ReplayProgress,
+        answers: Answers | None = None,
+        rows: str = "",
         keep: object = None,
     ) -> None:
         self._source = source
+        self._progress = progress
+        self._beside = answers
+        self._rows = rows  # names the rows that answers are made of
+        self._answers: dict[str, Answer] = {}
         self._layers = {asked.name: asked for asked in layers}
         self._grouping = grouping
         self._keep = keep  # what the source's files need to stay
@@ -197,10 +217,37 @@ class Attention:
 
     def _pass(self, asked: LayerQuery, *collectors: Collector) -> None:
         receipt = None if asked.name in self._receipts else Receipt(asked)
-        through = scan(self._source, asked, [*collectors, *([receipt] if receipt else [])], outputs=receipt is not None)
+        wanted = [*collectors, *([receipt] if receipt else [])]
+        known = self._known(asked)
+        if known is not None:
+            scan_known(self._source, asked, known.contribution, known.first, wanted)
+            parts = known.parts
+        else:
+            gathered = Gathered(asked) if asked.made_of.replays and receipt else None
+            with self._progress.over(self._source, [asked.made_of], len(asked)):
+                everyone = [*wanted, *([gathered] if gathered else [])]
+                parts = scan(self._source, asked, everyone, outputs=receipt is not None).parts
+            if gathered:
+                self._remember(asked, gathered.answer(parts))
         if receipt:
-            receipt.parts = through.parts
+            receipt.parts = parts
             self._receipts[asked.name] = receipt
+
+    def _known(self, asked: LayerQuery) -> Answer | None:
+        """What a replay has found before: in this object, or beside the memory."""
+        if asked.made_of.replays and asked.name not in self._answers and self._beside is not None:
+            found = self._beside.get(key_of(asked, self._rows))
+            if found is not None:
+                self._answers[asked.name] = Answer.from_tensors(found)
+        return self._answers.get(asked.name)
+
+    def _remember(self, asked: LayerQuery, answer: Answer) -> None:
+        """Keep what a replay has found: beside the memory if that was asked for, and here while there is room."""
+        if self._beside is not None:
+            self._beside.put(key_of(asked, self._rows), answer.to_tensors())
+        held = sum(kept.contribution.nbytes for kept in self._answers.values())
+        if held + answer.contribution.nbytes <= asked.made_of.replay_bytes:
+            self._answers[asked.name] = answer
 
     def _by_query(
         self,

@@ -40,12 +40,13 @@ def compose(
     component: str = VALUE,
     replay_bytes: int = REPLAY_BYTES,
     preview: bool = False,
+    tick: Callable[[int], None] | None = None,
 ) -> Composition:
     """The composition of a layer after step ``horizon``.
 
     ``weights`` [horizon + 1] asks for that average of the weights along the way, ``component`` for another part of
     the optimiser's state than the weight itself (of parameters under a scalar rule only); ``replay_bytes`` is the
-    budget of replays, ``preview`` asks for snapshots in their place.
+    budget of replays, ``preview`` asks for snapshots in their place, ``tick`` is called while they run.
 
     Raises:
         RuleError: the layer's rule is not registered any more, or no preview can be had.
@@ -65,7 +66,9 @@ def compose(
             factor = _factor(store, name, horizon, found)
     weight, origin_weight = parts[0]
     bias, origin_bias = parts[1] if len(parts) > 1 else (None, None)
-    return Composition(spec, weight, origin_weight, bias, origin_bias, tuple(replays), replay_bytes, factor, preview)
+    return Composition(
+        spec, weight, origin_weight, bias, origin_bias, tuple(replays), replay_bytes, factor, tick, preview
+    )
 
 
 def unknown_composition(spec: LayerSpec, horizon: int, why: str) -> Composition:

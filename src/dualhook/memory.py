@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,16 +21,17 @@ from dualhook.dual import DualLinear
 from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
 from dualhook.model import Target, find_layers, predicted_scores, run_model, with_module
 from dualhook.optimizers import average_weights
+from dualhook.progress import ReplayProgress
 from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, rebuild
 from dualhook.records import AVERAGE, LayerSpec, Rows
-from dualhook.store import Store
+from dualhook.store import AnswerFiles, Store
 from dualhook.table import Table
+from dualhook.verification import VerifyReport, inexact_steps, verified
 
 __all__ = ["DualMemory", "VerifyReport", "load"]
 
 Method = Literal["exact", "preview"]
 METHODS = ("exact", "preview")
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def load(path: str | os.PathLike[str]) -> DualMemory:
@@ -41,15 +41,6 @@ def load(path: str | os.PathLike[str]) -> DualMemory:
         StoreError: the directory is no memory, or one of a newer format.
     """
     return DualMemory(path)
-
-
-class VerifyReport(Table):
-    """The result of :meth:`DualMemory.verify`: columns layer, error, rule, exact, inexact_steps."""
-
-    @property
-    def max_error(self) -> float:
-        """The largest relative error of any layer; NaN if a layer's is, or if there is no layer."""
-        return float(np.max(self["error"])) if len(self) else math.nan
 
 
 class DualMemory:
@@ -65,6 +56,7 @@ class DualMemory:
         self._average: tuple[str, dict[str, Any]] | None = None
         self._composed: dict[tuple[str, int, bool], Composition] = {}
         self._keep = keep
+        self._progress = ReplayProgress()
         self.replay_bytes = REPLAY_BYTES
         """What a replay may keep in memory at a time (elementwise and matrix rules); set it before asking."""
 
@@ -111,6 +103,15 @@ class DualMemory:
         """
         self._store.on_rows = callback
 
+    @property
+    def verbose(self) -> bool:
+        """Whether long replays are announced on standard error, with a bar on a terminal."""
+        return self._progress.verbose
+
+    @verbose.setter
+    def verbose(self, value: bool) -> None:
+        self._progress.verbose = value
+
     def info(self) -> Table:
         """Per layer: shape, patterns, and how the optimiser's steps on it are explained.
 
@@ -121,7 +122,7 @@ class DualMemory:
         rows = []
         for spec in self._specs.values():
             how, shape = explanation(self._store, spec), f"{spec.in_features}→{spec.out_features}"
-            count, inexact = self._store.count(spec.name), self._inexact_steps(spec, self.steps)
+            count, inexact = self._store.count(spec.name), inexact_steps(self._store, spec, self.steps)
             rows.append((spec.name, shape, count, how.optimizer, how.rule, how.kind, how.cost, how.exact, inexact))
         names = ("layer", "shape", "patterns", "optimizer", "rule", "kind", "cost", "exact", "inexact_steps")
         begin = f"steps {self._store.first_step + 1} to {self.steps}, earlier ones folded into the origin"
@@ -157,6 +158,7 @@ class DualMemory:
         layers: str | Iterable[str] | None = None,
         step: int | None = None,
         method: Method = "exact",
+        keep: bool = False,
     ) -> Attention:
         """Which training patterns does this prediction attend to? Lazy: nothing is read until the answer is asked.
 
@@ -169,7 +171,11 @@ class DualMemory:
             step: the step whose weights ``model`` holds, default the last.
             method: ``"exact"``, or ``"preview"``: under optimisers that would have to be replayed (Adam and its like)
                 a few snapshots of their state stand for all steps. It names most of the right patterns in a fraction
-                of the time; the receipt says how much it explains. Under SGD's family both are the same.
+                of the time; totals are rough, and the receipt says how much they explain. Under SGD's family both are
+                the same.
+            keep: keep what a replay finds beside the memory, in its folder ``answers`` (to be deleted at any time). The
+                same question is then answered from there, also in another process, and one that was interrupted goes on
+                with the layers that are missing.
 
         A layer whose optimiser's rule is not registered any more has attention weights, but no contributions.
 
@@ -197,7 +203,15 @@ class DualMemory:
         if not asked:
             names = ", ".join(spec.name for spec in specs)
             raise LayerError(f"the model's forward pass calls none of {names}")
-        return Attention(self._store, asked, self._columns.grouping, keep=self._keep)
+        return Attention(
+            self._store,
+            asked,
+            self._columns.grouping,
+            progress=self._progress,
+            answers=AnswerFiles(self._store.layout) if keep else None,
+            rows=self._store.fingerprint,
+            keep=self._keep,
+        )
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None) -> VerifyReport:
         """Rebuild every weight from the memory and compare: ``error = |Ŵ - W| / |W|`` over weight and bias.
@@ -213,35 +227,17 @@ class DualMemory:
         """
         horizon = self._horizon(step)
         actual = self._actual(model, horizon)
-        rows = []
-        for spec in self._specs.values():
-            rebuilt = rebuild(self._store, self._composition(spec, horizon))
-            known = [name for name in spec.parameters if name in actual]
-            left = sum(float((rebuilt[name] - actual[name].double().cpu()).square().sum()) for name in known)
-            size = sum(float(actual[name].double().square().sum()) for name in known)
-            error = (left / size) ** 0.5 if size else left**0.5 if known else float("nan")
-            inexact = self._inexact_steps(spec, horizon)
-            how = explanation(self._store, spec)
-            exact = how.exact and not inexact and error <= self._rounding(spec)
-            rows.append((spec.name, error, how.rule, exact, inexact))
-        names = ("layer", "error", "rule", "exact", "inexact_steps")
-        report = VerifyReport(
-            {name: [row[k] for row in rows] for k, name in enumerate(names)},
-            title=f"verify: weights after step {horizon} rebuilt from the memory",
-            bars=(("layer",), "error"),
-        )
-        report.footer = f"largest relative error {report.max_error:.3g}"
-        return report
+        return verified(self._store, self._rebuilt(list(self._specs.values()), horizon), actual, horizon)
 
     def weight(self, layer: str, step: int | None = None) -> Tensor:
         """The layer's weight [o, i] after any recorded step (0: the origin), rebuilt from the memory."""
         spec = self._spec(layer)
-        return self._rebuilt(spec, self._horizon(step))[spec.weight]
+        return self._parameters([spec], self._horizon(step))[spec.weight]
 
     def state_dict(self, step: int | None = None) -> dict[str, Tensor]:
         """All recorded parameters after any recorded step, rebuilt; for ``load_state_dict(..., strict=False)``."""
         horizon = self._horizon(step)
-        return {n: value for spec in self._specs.values() for n, value in self._rebuilt(spec, horizon).items()}
+        return self._parameters(self._specs.values(), horizon)
 
     def without(self, samples: int | Iterable[int]) -> dict[str, Tensor]:
         """All recorded parameters after the last step, minus the values of these samples' patterns.
@@ -260,10 +256,7 @@ class DualMemory:
                 f"no patterns of sample {unknown[0]}: "
                 + ("expected samples out of memory.samples" if len(self.samples) else remedy)
             )
-        found: dict[str, Tensor] = {}
-        for spec in self._specs.values():
-            found |= self._rebuilt(spec, self.steps, lambda rows: torch.isin(rows.sample, wanted))
-        return found
+        return self._parameters(self._specs.values(), self.steps, lambda rows: torch.isin(rows.sample, wanted))
 
     def dual(self, model: nn.Module) -> nn.Module:
         """A copy of ``model`` whose recorded layers answer in dual form: origin, plus attention over every pattern.
@@ -315,6 +308,7 @@ class DualMemory:
         place = (spec.name, horizon, preview)
         if place not in self._composed:
             options: dict[str, Any] = {"horizon": horizon, "replay_bytes": self.replay_bytes, "preview": preview}
+            options["tick"] = self._progress.tick
             if self._average is None:
                 made_of = compose(self._store, spec, **options)
             elif self._average[0] == "asgd":
@@ -326,11 +320,23 @@ class DualMemory:
         return self._composed[place]
 
     def _rebuilt(
-        self, spec: LayerSpec, horizon: int, leave_out: Callable[[Rows], Tensor] | None = None
+        self, specs: Sequence[LayerSpec], horizon: int, leave_out: Callable[[Rows], Tensor] | None = None
+    ) -> Iterator[tuple[LayerSpec, dict[str, Tensor]]]:
+        """Layer by layer the parameters rebuilt, float64."""
+        made_of = [self._composition(spec, horizon) for spec in specs]
+        with self._progress.over(self._store, made_of):
+            for one in made_of:
+                yield one.spec, rebuild(self._store, one, leave_out)
+
+    def _parameters(
+        self, specs: Iterable[LayerSpec], horizon: int, leave_out: Callable[[Rows], Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The layer's parameters in the dtype the model has them in."""
-        values = rebuild(self._store, self._composition(spec, horizon), leave_out)
-        return {name: value.to(self._store.dtype(name)) for name, value in values.items()}
+        """Parameters rebuilt, in the dtype the model has them in."""
+        return {
+            name: value.to(self._store.dtype(name))
+            for _, values in self._rebuilt(list(specs), horizon, leave_out)
+            for name, value in values.items()
+        }
 
     def _query(
         self,
@@ -392,10 +398,3 @@ class DualMemory:
             folded = f", steps before {first} were folded into the origin" if first else ""
             raise DualHookError(f"step {step}: expected {first} to {last}{folded}")
         return step
-
-    def _rounding(self, spec: LayerSpec) -> float:
-        """The error that the steps' rounding can explain, for the dtype of the layer's weight."""
-        return ROUNDING.get(self._store.dtype(spec.weight), 1e-2)
-
-    def _inexact_steps(self, spec: LayerSpec, horizon: int) -> int:
-        return max(self._store.inexact_steps(name, horizon) for name in spec.parameters)

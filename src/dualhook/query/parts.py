@@ -130,6 +130,8 @@ class Composition:
     replays: tuple[ReplayShare, ...] = ()
     replay_bytes: int = REPLAY_BYTES
     factor: FactorVectors | None = None
+    tick: Callable[[int], None] | None = None
+    """Called while replays are under way, with the entries of a weight that have gone through a step."""
     preview: bool = False
     """Whether the replays are previewed from snapshots."""
     unknown: str = ""

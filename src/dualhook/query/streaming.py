@@ -23,7 +23,7 @@ from dualhook.records import Rows, RowSource
 if TYPE_CHECKING:
     from dualhook.query.collectors import Collector
 
-__all__ = ["BLOCK_ROWS", "LayerQuery", "Pass", "Scores", "dual_output", "scan"]
+__all__ = ["BLOCK_ROWS", "LayerQuery", "Pass", "Scores", "dual_output", "scan", "scan_known"]
 
 BLOCK_ROWS = 4096
 BLOCK_SCORES = 2**24  # numbers of one score matrix: many queries make the blocks shorter
@@ -54,9 +54,12 @@ class LayerQuery:
 class Scores:
     """One block of rows against all queries; each quantity is computed when a collector asks for it."""
 
-    def __init__(self, asked: LayerQuery, rows: Rows, replayed: Tensor | None = None) -> None:
+    def __init__(
+        self, asked: LayerQuery, rows: Rows, replayed: Tensor | None = None, known: Tensor | None = None
+    ) -> None:
         self._asked = asked
         self.rows = rows
+        self._known = known
         self._replayed = replayed
         self._dtype = _computing_dtype(rows)
 
@@ -88,6 +91,8 @@ class Scores:
     @cached_property
     def contribution(self) -> Tensor:
         """``direction · value (key · query)`` [q, n]; sums to what training has put into the direction."""
+        if self._known is not None:
+            return self._known
         if self._replayed is not None and self._asked.made_of.only_replays:
             return self._replayed
         along = self._asked.direction
@@ -146,15 +151,14 @@ class Pass:
             replay = self._replay(asked.made_of)
             unknown = any(share.totals is None for share in asked.made_of.replays)
             totals = self._outputs and (unknown or asked.made_of.preview)
-            yield from replay.backward(self._scores, totals=totals)
+            yield from replay.backward(self._scores, totals=totals, tick=asked.made_of.tick)
             if totals:
                 for share, found in zip(asked.made_of.replays, replay.sums(), strict=True):
                     share.totals = found
                 if isinstance(replay, Preview):
                     self._by_step += replay.output.reshape(self._by_step.shape)
             return
-        rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
-        for block in self._source.blocks(asked.name, last_step=asked.made_of.horizon, block_rows=rows):
+        for block in _plain_blocks(self._source, asked):
             yield block, None
 
     def _replay(self, made_of: Composition) -> Replay | Preview:
@@ -170,6 +174,23 @@ def scan(source: RowSource, asked: LayerQuery, collectors: Sequence[Collector], 
         for collector in collectors:
             collector.add(scores)
     return through
+
+
+def scan_known(
+    source: RowSource, asked: LayerQuery, contribution: Tensor, first: int, collectors: Sequence[Collector]
+) -> None:
+    """Show the collectors contributions [q, n] that are known already, of the patterns from number ``first`` on."""
+    for rows in _plain_blocks(source, asked):
+        start = rows.first - first
+        scores = Scores(asked, rows, known=contribution[:, start : start + len(rows)])
+        for collector in collectors:
+            collector.add(scores)
+
+
+def _plain_blocks(source: RowSource, asked: LayerQuery) -> Iterator[Rows]:
+    """The layer's rows oldest first, in blocks for so many queries."""
+    rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
+    return source.blocks(asked.name, last_step=asked.made_of.horizon, block_rows=rows)
 
 
 def dual_output(source: RowSource, made_of: Composition, query: Tensor) -> Tensor:

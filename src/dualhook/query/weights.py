@@ -42,7 +42,7 @@ def rebuild(source: RowSource, made_of: Composition, leave_out: Chosen | None = 
     if made_of.replays:
         replay = Replay(source, made_of.spec.name, made_of.replays, budget=made_of.replay_bytes)
         counted = None if leave_out is None else lambda rows: ~leave_out(rows)
-        for _ in replay.backward(None, totals=True, counted=counted):
+        for _ in replay.backward(None, totals=True, counted=counted, tick=made_of.tick):
             pass
         for share, totals in zip(made_of.replays, replay.sums(), strict=True):
             if leave_out is None:

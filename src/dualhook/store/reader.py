@@ -123,6 +123,12 @@ class Store:
         """Bytes of all segments."""
         return sum(segment.path.stat().st_size for segment in self.segments)
 
+    @property
+    def fingerprint(self) -> str:
+        """Names what is in the memory: its segments and where recording begins."""
+        files = [segment.path for segment in self.segments] + list(self._origin_headers)
+        return ",".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
+
     def count(self, layer: str) -> int:
         """How many patterns the layer has."""
         return sum(segment.count(layer) for segment in self.segments)

@@ -1,0 +1,61 @@
+"""Weights rebuilt from a memory against those that training left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualhook.composition import explanation
+from dualhook.records import LayerSpec
+from dualhook.store import Store
+from dualhook.table import Table
+
+__all__ = ["VerifyReport", "inexact_steps", "verified"]
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+NARROW = 1e-2  # the error that the steps' rounding can explain in narrower dtypes
+
+
+class VerifyReport(Table):
+    """The result of :meth:`DualMemory.verify`: columns layer, error, rule, exact, inexact_steps."""
+
+    @property
+    def max_error(self) -> float:
+        """The largest relative error of any layer; NaN if a layer's is, or if there is no layer."""
+        return float(np.max(self["error"])) if len(self) else math.nan
+
+
+def verified(
+    store: Store, rebuilt: Iterable[tuple[LayerSpec, Mapping[str, Tensor]]], actual: Mapping[str, Tensor], horizon: int
+) -> VerifyReport:
+    """The report on layers ``rebuilt`` at a horizon, one after the other; ``actual`` are the weights by name."""
+    rows = [(spec.name, *_compared(store, spec, values, actual, horizon)) for spec, values in rebuilt]
+    names = ("layer", "error", "rule", "exact", "inexact_steps")
+    report = VerifyReport(
+        {name: [row[k] for row in rows] for k, name in enumerate(names)},
+        title=f"verify: weights after step {horizon} rebuilt from the memory",
+        bars=(("layer",), "error"),
+    )
+    report.footer = f"largest relative error {report.max_error:.3g}"
+    return report
+
+
+def inexact_steps(store: Store, spec: LayerSpec, horizon: int) -> int:
+    """How many steps on a layer are marked inexact."""
+    return max(store.inexact_steps(name, horizon) for name in spec.parameters)
+
+
+def _compared(
+    store: Store, spec: LayerSpec, rebuilt: Mapping[str, Tensor], actual: Mapping[str, Tensor], horizon: int
+) -> tuple[float, str, bool, int]:
+    known = [name for name in spec.parameters if name in actual]
+    left = sum(float((rebuilt[name] - actual[name].double().cpu()).square().sum()) for name in known)
+    size = sum(float(actual[name].double().square().sum()) for name in known)
+    error = (left / size) ** 0.5 if size else left**0.5 if known else float("nan")
+    inexact, how = inexact_steps(store, spec, horizon), explanation(store, spec)
+    rounding = ROUNDING.get(store.dtype(spec.weight), NARROW)
+    return error, how.rule, how.exact and not inexact and error <= rounding, inexact
