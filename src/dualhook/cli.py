@@ -115,7 +115,9 @@ def _attend(options: argparse.Namespace) -> int:
     left = _fill(model, memory, options.weights)
     inputs = _read_inputs(options.inputs, model)
     try:
-        attention = memory.attend(model, inputs, target=options.target, layers=options.layers)
+        attention = memory.attend(
+            model, inputs, target=options.target, layers=options.layers, method=options.method, keep=options.keep
+        )
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise DualHookError(f"{options.model} cannot be run on {options.inputs}: {error}") from error
     _warn_of(left)
@@ -134,7 +136,10 @@ def _attend(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(memory: DualMemory, what: str, layers: Sequence[str]) -> Iterator[None]:
-    """A progress bar over the patterns of one pass; on a terminal only."""
+    """A progress bar over the patterns of one pass; on a terminal only. Replays have a bar of their own."""
+    if any("replay" in cost for cost in memory.info()["cost"]):
+        yield
+        return
     total = sum(memory.patterns(layer) for layer in layers)
     with tqdm(total=total, desc=what, unit=" patterns", unit_scale=True, leave=False, disable=None) as bar:
         memory.on_progress(bar.update)
@@ -344,4 +349,13 @@ def _attend_arguments(parser: _Parser) -> None:
     )
     parser.add_argument("--smallest", action="store_true", help="the smallest by that instead of the largest")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="ask these layers only (default: all)")
+    parser.add_argument(
+        "--method",
+        choices=("exact", "preview"),
+        default="exact",
+        help="preview: without the replay that Adam and its like need; right lists, rough sums (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep what a replay finds beside the memory, for the same question again"
+    )
     parser.add_argument("--sum-by", metavar="COLUMN", help="add totals per value of a column, such as step or sample")
