@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dualhook.errors import DualHookError, LayerError, RuleError
-from dualhook.query import Collector, GroupSums, LayerQuery, Receipt, TopPatterns, scan
+from dualhook.query import KEPT, Answer, Answers, Collector, GroupSums, LayerQuery, Receipt, TopPatterns, scan
 from dualhook.query.collectors import CRITERIA, Criterion
 from dualhook.records import Rows, RowSource
 from dualhook.table import Table
@@ -30,7 +30,9 @@ class Attention:
     """The attention of some queries over every training pattern, computed when asked.
 
     The first answer of any kind also brings the receipt (:attr:`receipt`): each question is one pass over the
-    patterns of its layers, in memory that does not grow with their number.
+    patterns of its layers, in memory that does not grow with their number. Under optimisers that have to be replayed
+    the contributions of all patterns are kept as long as they take no more than a quarter of ``memory.replay_bytes``,
+    so that further questions need no replay.
 
     - attention weight: ``key · query``, the constant 1 of a trained bias included; signed
     - contribution: ``direction · value (key · query)``: what the pattern put into the prediction, in logits
@@ -43,7 +45,10 @@ class Attention:
         grouping: Callable[[str, str], Grouping],
         *,
         keep: object = None,
+        files: Answers | None = None,
     ) -> None:
+        self._files = files
+        self._answers: dict[str, Answer] = {}
         self._source = source
         self._layers = {asked.name: asked for asked in layers}
         self._grouping = grouping
@@ -197,10 +202,31 @@ class Attention:
 
     def _pass(self, asked: LayerQuery, *collectors: Collector) -> None:
         receipt = None if asked.name in self._receipts else Receipt(asked)
-        through = scan(self._source, asked, [*collectors, *([receipt] if receipt else [])], outputs=receipt is not None)
+        answer = self._answer(asked)
+        through = scan(
+            self._source,
+            asked,
+            [*collectors, *([receipt] if receipt else [])],
+            outputs=receipt is not None,
+            answer=answer,
+            unfinished=self._files,
+        )
         if receipt:
             receipt.parts = through.parts
             self._receipts[asked.name] = receipt
+        if through.answer is not None and answer is None:
+            if self._files is not None:
+                self._files.put(asked.key, through.answer.tensors())
+            held = sum(kept.nbytes for kept in self._answers.values()) + through.answer.nbytes
+            if held <= asked.made_of.replay_bytes // KEPT:
+                self._answers[asked.name] = through.answer
+
+    def _answer(self, asked: LayerQuery) -> Answer | None:
+        """What an earlier replay has found."""
+        if asked.name in self._answers or self._files is None or not asked.made_of.replays:
+            return self._answers.get(asked.name)
+        found = self._files.get(asked.key)
+        return Answer.of(found, queries=len(asked), patterns=self._source.count(asked.name))
 
     def _by_query(
         self,

@@ -24,7 +24,7 @@ from dualhook.model import Target, find_layers, predicted_scores, run_model, wit
 from dualhook.optimizers import Exactness, average_weights, rule_for
 from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, rebuild
 from dualhook.records import AVERAGE, LayerSpec, Rows
-from dualhook.store import Store
+from dualhook.store import AnswerFiles, Store
 from dualhook.table import Table
 
 __all__ = ["DualMemory", "VerifyReport", "load"]
@@ -64,7 +64,12 @@ class DualMemory:
         self._composed: dict[tuple[str, int], Composition] = {}
         self._keep = keep
         self.replay_bytes = REPLAY_BYTES
-        """What a replay may keep in memory at a time (elementwise and matrix rules); set it before asking."""
+        """Bytes that a replay may keep at a time (elementwise and matrix rules), all its threads together.
+
+        Half for the steps under way, a quarter for checkpoints, a quarter for contributions; an answer object keeps
+        up to another quarter for its next questions. One step per thread and two checkpoints are always kept. Threads
+        are ``torch.get_num_threads()``; results do not depend on them. Set it before asking.
+        """
 
     # ---- what is in it ---------------------------------------------------------------------------------------
 
@@ -156,6 +161,7 @@ class DualMemory:
         target: Target = None,
         layers: str | Iterable[str] | None = None,
         step: int | None = None,
+        cache: bool = False,
     ) -> Attention:
         """Which training patterns does this prediction attend to? Lazy: nothing is read until the answer is asked.
 
@@ -166,6 +172,10 @@ class DualMemory:
                 one number per query; default the predicted class.
             layers: the layers to ask, default all.
             step: the step whose weights ``model`` holds, default the last.
+            cache: keep what replays find under ``answers/`` in the memory's directory, which may be deleted at any
+                time: the same question is then answered without a replay, also after reopening, and one that was
+                interrupted goes on from its finished layers, or within a long one from where it was a minute ago.
+                Answers of a layer that take more than a quarter of ``replay_bytes`` are not kept.
 
         A layer that was trained by an optimiser without an exact rule has attention weights, but no contributions.
 
@@ -190,7 +200,8 @@ class DualMemory:
         if not asked:
             names = ", ".join(spec.name for spec in specs)
             raise LayerError(f"the model's forward pass calls none of {names}")
-        return Attention(self._store, asked, self._columns.grouping, keep=self._keep)
+        files = AnswerFiles(self._store.layout.answers) if cache else None
+        return Attention(self._store, asked, self._columns.grouping, keep=self._keep, files=files)
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None) -> VerifyReport:
         """Rebuild every weight from the memory and compare: ``error = |Ŵ - W| / |W|`` over weight and bias.
@@ -342,7 +353,7 @@ class DualMemory:
             made_of = self._composition(spec, horizon)
         except RuleError as error:  # attention weights need no rule
             made_of = unknown_composition(spec, horizon, str(error))
-        return LayerQuery(made_of, query, direction, output)
+        return LayerQuery(made_of, query, direction, output, f"{self._store.fingerprint} {self._average}")
 
     def _actual(self, model: nn.Module | None, horizon: int) -> Mapping[str, Tensor]:
         if model is not None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dualhook.query.answers import Answer, Answers
 from dualhook.query.collectors import Collector, GroupSums, Receipt, TopPatterns
 from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken
 from dualhook.query.replay import Replay
-from dualhook.query.streaming import LayerQuery, dual_output, scan
+from dualhook.query.streaming import KEPT, LayerQuery, dual_output, scan
 from dualhook.query.weights import rebuild
 
 __all__ = [
+    "KEPT",
     "REPLAY_BYTES",
+    "Answer",
+    "Answers",
     "Collector",
     "Composition",
     "GroupSums",

@@ -6,7 +6,9 @@ sequence), ``i`` input, ``o`` output, ``t`` step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dualhook.query.answers import Answer, Answers, Started, oldest_first
 from dualhook.query.parts import Composition
-from dualhook.query.replay import Replay
+from dualhook.query.replay import BLOCK_BYTES, Replay
 from dualhook.query.scoring import ReplayScores
 from dualhook.records import Rows, RowSource
 
@@ -26,6 +29,8 @@ __all__ = ["BLOCK_ROWS", "LayerQuery", "Pass", "Scores", "dual_output", "scan"]
 
 BLOCK_ROWS = 4096
 BLOCK_SCORES = 2**24  # numbers of one score matrix: many queries make the blocks shorter
+KEPT = 4  # an answer of up to this part of the replay's budget is kept
+SAVE_SECONDS = 30.0  # between two times that a long replay saves what it has
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,17 @@ class LayerQuery:
     query: Tensor
     direction: Tensor
     output: Tensor
+    memory: str = ""
+    """What tells the memory and the weights asked about from others: part of the :attr:`key`."""
+
+    @cached_property
+    def key(self) -> str:
+        """What tells this question from others."""
+        found = hashlib.sha256(f"{self.memory} {self.name} {self.made_of.horizon}".encode())
+        for values in (self.query, self.direction):
+            found.update(f"{values.dtype} {list(values.shape)}".encode())
+            found.update(values.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:32]
 
     @property
     def name(self) -> str:
@@ -100,10 +116,24 @@ class Scores:
 class Pass:
     """One pass over the patterns of a layer, in whatever order what it is made of asks for.
 
-    ``outputs=True`` also adds up what the layer answers, part by part: :attr:`parts`.
+    ``outputs=True`` also adds up what the layer answers, part by part: :attr:`parts`. What a replay has found is the
+    :attr:`answer`, if there is room; a pass that is given one replays nothing. ``unfinished`` is where a long replay
+    puts what it has, so that it goes on from there if it is asked again after an interruption.
     """
 
-    def __init__(self, source: RowSource, asked: LayerQuery, *, scores: bool = True, outputs: bool = True) -> None:
+    def __init__(
+        self,
+        source: RowSource,
+        asked: LayerQuery,
+        *,
+        scores: bool = True,
+        outputs: bool = True,
+        answer: Answer | None = None,
+        unfinished: Answers | None = None,
+        tick: Callable[[int], None] | None = None,
+    ) -> None:
+        self.answer = answer
+        self._unfinished, self._tick = unfinished, tick
         self._source = source
         self._asked = asked
         self._outputs = outputs
@@ -124,9 +154,15 @@ class Pass:
         ``origin``, ``patterns``, and where there was coupled weight decay or the optimiser's own rounding under a
         replayed rule, ``weight-decay`` and ``rounding``.
         """
-        made_of, query = self._asked.made_of, self._asked.query.double()
-        found = {"origin": origin_output(made_of, self._asked.query), "patterns": self._by_step}
-        for share in made_of.replays:
+        found = {"origin": origin_output(self._asked.made_of, self._asked.query), "patterns": self._by_step}
+        for label, added in (self._replayed_parts() if self.answer is None else self.answer.parts).items():
+            found[label] = found[label] + added if label in found else added
+        return found
+
+    def _replayed_parts(self) -> dict[str, Tensor]:
+        """What the replayed parameters add to the layer's output, by parts."""
+        query, found = self._asked.query.double(), dict[str, Tensor]()
+        for share in self._asked.made_of.replays:
             assert share.totals is not None
             for name in ("origin", "patterns", "weight_decay", "rounding"):
                 part = getattr(share.totals, name)
@@ -138,22 +174,70 @@ class Pass:
 
     def _blocks(self) -> Iterator[tuple[Rows, Tensor | None]]:
         asked = self._asked
-        if asked.made_of.replays:
-            replay = Replay(self._source, asked.name, asked.made_of.replays, budget=asked.made_of.replay_bytes)
-            totals = self._outputs and any(share.totals is None for share in asked.made_of.replays)
-            yield from replay.backward(self._scores, totals=totals)
-            if totals:
-                for share, found in zip(asked.made_of.replays, replay.sums(), strict=True):
-                    share.totals = found
+        if asked.made_of.replays and self.answer is None:
+            yield from self._replayed()
             return
         rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
-        for block in self._source.blocks(asked.name, last_step=asked.made_of.horizon, block_rows=rows):
-            yield block, None
+        yield from self._scanned(rows, None if self.answer is None else self.answer.contribution)
+
+    def _scanned(self, rows: int, scores: Tensor | None, first_step: int = 0) -> Iterator[tuple[Rows, Tensor | None]]:
+        """The patterns from ``first_step`` on in blocks, oldest first, with their part of ``scores`` [q, n]."""
+        start = 0
+        horizon = self._asked.made_of.horizon
+        for block in self._source.blocks(self._asked.name, first_step=first_step, last_step=horizon, block_rows=rows):
+            yield block, None if scores is None else scores[:, start : start + len(block)]
+            start += len(block)
+
+    def _replayed(self) -> Iterator[tuple[Rows, Tensor | None]]:
+        asked = self._asked
+        shares, budget = asked.made_of.replays, asked.made_of.replay_bytes
+        replay = Replay(self._source, asked.name, shares, budget=budget)
+        totals = self._outputs and any(share.totals is None for share in shares)
+        size = len(asked) * self._source.count(asked.name) * max(share.bytes_per_entry for share in shares)
+        keeps = self._scores is not None and size <= budget // KEPT
+        scores: list[Tensor] = []
+        started = Started.none()
+        place = f"{asked.key}-{BLOCK_BYTES}-{int(totals)}" if keeps and self._unfinished is not None else ""
+        if place and self._unfinished is not None:
+            started = Started.of(self._unfinished.get(place))
+        if started.scores is not None:
+            scores.append(started.scores)
+            yield from self._scanned(BLOCK_ROWS, started.scores, started.step + 1)
+        saved = time.monotonic()
+
+        def between(step: int) -> None:
+            nonlocal saved
+            if place and self._unfinished is not None and time.monotonic() - saved >= SAVE_SECONDS:
+                self._unfinished.put(place, Started(step, oldest_first(scores), replay.state()).tensors())
+                saved = time.monotonic()
+
+        for rows, found in replay.backward(
+            self._scores, totals=totals, tick=self._tick, between=between, state=started.state, upto=started.upto
+        ):
+            if keeps and found is not None:
+                scores.append(found)
+            yield rows, found
+        if totals:
+            for share, summed in zip(shares, replay.sums(), strict=True):
+                share.totals = summed
+        if keeps and scores and all(share.totals is not None for share in shares):
+            self.answer = Answer(oldest_first(scores), self._replayed_parts())
+            if place and self._unfinished is not None:
+                self._unfinished.drop(place)
 
 
-def scan(source: RowSource, asked: LayerQuery, collectors: Sequence[Collector], *, outputs: bool = True) -> Pass:
+def scan(
+    source: RowSource,
+    asked: LayerQuery,
+    collectors: Sequence[Collector],
+    *,
+    outputs: bool = True,
+    answer: Answer | None = None,
+    unfinished: Answers | None = None,
+    tick: Callable[[int], None] | None = None,
+) -> Pass:
     """Show every block of the layer's patterns to the collectors; the pass that is through."""
-    through = Pass(source, asked, outputs=outputs)
+    through = Pass(source, asked, outputs=outputs, answer=answer, unfinished=unfinished, tick=tick)
     for scores in through:
         for collector in collectors:
             collector.add(scores)

@@ -56,6 +56,11 @@ class Layout:
         """Every origin file, oldest first."""
         return sorted(self.root.glob("origin/[0-9]*.safetensors"))
 
+    @property
+    def answers(self) -> Path:
+        """Where answers are kept that somebody may ask for again."""
+        return self.root / "answers"
+
     def column(self, name: str) -> Path:
         """The file of a column over the samples.
 
@@ -94,7 +99,7 @@ class Layout:
         """Remove the memory's own files; whatever else lies in the directory stays."""
         self.manifest.unlink(missing_ok=True)  # first: from here on it is no memory any more
         self.latest.unlink(missing_ok=True)
-        for folder in ("segments", "origin", "columns"):
+        for folder in ("segments", "origin", "columns", "answers"):
             shutil.rmtree(self.root / folder, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,6 +73,18 @@ class Store:
     def _origin_files(self) -> dict[str, Path]:
         """Which file holds each parameter's origin: the newest that names it."""
         return {name: path for path, header in self._origin_headers.items() for name in header["parameters"]}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this memory from another, and from itself after more steps or folding: segments and ledger."""
+        found = hashlib.sha256(f"{self.first_step}".encode())
+        for segment in self.segments:
+            found.update(f"{segment.path.name} {segment.path.stat().st_size} ".encode())
+        for name, history in self.histories.items():
+            found.update(f"{name} {self.origin_steps[name]} ".encode())
+            for values in (history.step, history.scale, history.residual):  # as good as the rows themselves
+                found.update(values.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def inexact_steps(self, parameter: str, last_step: int) -> int:
         """How many steps of a parameter up to ``last_step`` are marked inexact, folded ones included."""
