@@ -11,19 +11,7 @@ from torch import Tensor
 
 from dualhook.errors import DualHookError, LayerError, RuleError
 from dualhook.progress import ReplayProgress
-from dualhook.query import (
-    Answer,
-    Answers,
-    Collector,
-    Gathered,
-    GroupSums,
-    LayerQuery,
-    Receipt,
-    TopPatterns,
-    key_of,
-    scan,
-    scan_known,
-)
+from dualhook.query import KEPT, Answer, Answers, Collector, GroupSums, LayerQuery, Receipt, TopPatterns, scan
 from dualhook.query.collectors import CRITERIA, Criterion
 from dualhook.records import Rows, RowSource
 from dualhook.table import Table
@@ -43,7 +31,9 @@ class Attention:
     """The attention of some queries over every training pattern, computed when asked.
 
     The first answer of any kind also brings the receipt (:attr:`receipt`): each question is one pass over the
-    patterns of its layers, in memory that does not grow with their number.
+    patterns of its layers, in memory that does not grow with their number. Under optimisers that have to be replayed
+    the contributions of all patterns are kept as long as they take no more than a quarter of ``memory.replay_bytes``,
+    so that further questions need no replay.
 
     - attention weight: ``key · query``, the constant 1 of a trained bias included; signed
     - contribution: ``direction · value (key · query)``: what the pattern put into the prediction, in logits
@@ -56,15 +46,13 @@ class Attention:
         grouping: Callable[[str, str], Grouping],
         *,
         progress: ReplayProgress,
-        answers: Answers | None = None,
-        rows: str = "",
         keep: object = None,
+        files: Answers | None = None,
     ) -> None:
+        self._files = files
+        self._answers: dict[str, Answer] = {}
         self._source = source
         self._progress = progress
-        self._beside = answers
-        self._rows = rows  # names the rows that answers are made of
-        self._answers: dict[str, Answer] = {}
         self._layers = {asked.name: asked for asked in layers}
         self._grouping = grouping
         self._keep = keep  # what the source's files need to stay
@@ -217,37 +205,32 @@ class Attention:
 
     def _pass(self, asked: LayerQuery, *collectors: Collector) -> None:
         receipt = None if asked.name in self._receipts else Receipt(asked)
-        wanted = [*collectors, *([receipt] if receipt else [])]
-        known = self._known(asked)
-        if known is not None:
-            scan_known(self._source, asked, known.contribution, known.first, wanted)
-            parts = known.parts
-        else:
-            gathered = Gathered(asked) if asked.made_of.replays and receipt else None
-            with self._progress.over(self._source, [asked.made_of], len(asked)):
-                everyone = [*wanted, *([gathered] if gathered else [])]
-                parts = scan(self._source, asked, everyone, outputs=receipt is not None).parts
-            if gathered:
-                self._remember(asked, gathered.answer(parts))
+        answer = self._answer(asked)
+        with self._progress.over(self._source, [] if answer else [asked.made_of], len(asked)):
+            through = scan(
+                self._source,
+                asked,
+                [*collectors, *([receipt] if receipt else [])],
+                outputs=receipt is not None,
+                answer=answer,
+                unfinished=self._files,
+            )
         if receipt:
-            receipt.parts = parts
+            receipt.parts = through.parts
             self._receipts[asked.name] = receipt
+        if through.answer is not None and answer is None:
+            if self._files is not None:
+                self._files.put(asked.key, through.answer.tensors())
+            held = sum(kept.nbytes for kept in self._answers.values()) + through.answer.nbytes
+            if held <= asked.made_of.replay_bytes // KEPT:
+                self._answers[asked.name] = through.answer
 
-    def _known(self, asked: LayerQuery) -> Answer | None:
-        """What a replay has found before: in this object, or beside the memory."""
-        if asked.made_of.replays and asked.name not in self._answers and self._beside is not None:
-            found = self._beside.get(key_of(asked, self._rows))
-            if found is not None:
-                self._answers[asked.name] = Answer.from_tensors(found)
-        return self._answers.get(asked.name)
-
-    def _remember(self, asked: LayerQuery, answer: Answer) -> None:
-        """Keep what a replay has found: beside the memory if that was asked for, and here while there is room."""
-        if self._beside is not None:
-            self._beside.put(key_of(asked, self._rows), answer.to_tensors())
-        held = sum(kept.contribution.nbytes for kept in self._answers.values())
-        if held + answer.contribution.nbytes <= asked.made_of.replay_bytes:
-            self._answers[asked.name] = answer
+    def _answer(self, asked: LayerQuery) -> Answer | None:
+        """What an earlier replay has found."""
+        if asked.name in self._answers or self._files is None or not asked.made_of.replays:
+            return self._answers.get(asked.name)
+        found = self._files.get(asked.key)
+        return Answer.of(found, queries=len(asked), patterns=self._source.count(asked.name))
 
     def _by_query(
         self,

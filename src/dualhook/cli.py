@@ -116,7 +116,7 @@ def _attend(options: argparse.Namespace) -> int:
     inputs = _read_inputs(options.inputs, model)
     try:
         attention = memory.attend(
-            model, inputs, target=options.target, layers=options.layers, method=options.method, keep=options.keep
+            model, inputs, target=options.target, layers=options.layers, method=options.method, cache=options.cache
         )
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise DualHookError(f"{options.model} cannot be run on {options.inputs}: {error}") from error
@@ -356,6 +356,6 @@ def _attend_arguments(parser: _Parser) -> None:
         help="preview: without the replay that Adam and its like need; right lists, rough sums (default: %(default)s)",
     )
     parser.add_argument(
-        "--keep", action="store_true", help="keep what a replay finds beside the memory, for the same question again"
+        "--cache", action="store_true", help="keep what a replay finds beside the memory, for the same question again"
     )
     parser.add_argument("--sum-by", metavar="COLUMN", help="add totals per value of a column, such as step or sample")

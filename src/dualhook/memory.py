@@ -58,7 +58,12 @@ class DualMemory:
         self._keep = keep
         self._progress = ReplayProgress()
         self.replay_bytes = REPLAY_BYTES
-        """What a replay may keep in memory at a time (elementwise and matrix rules); set it before asking."""
+        """Bytes that a replay may keep at a time (elementwise and matrix rules), all its threads together.
+
+        Half for the steps under way, a quarter for checkpoints, a quarter for contributions; an answer object keeps
+        up to another quarter for its next questions. One step per thread and two checkpoints are always kept. Threads
+        are ``torch.get_num_threads()``; results do not depend on them. Set it before asking.
+        """
 
     # ---- what is in it ---------------------------------------------------------------------------------------
 
@@ -158,7 +163,7 @@ class DualMemory:
         layers: str | Iterable[str] | None = None,
         step: int | None = None,
         method: Method = "exact",
-        keep: bool = False,
+        cache: bool = False,
     ) -> Attention:
         """Which training patterns does this prediction attend to? Lazy: nothing is read until the answer is asked.
 
@@ -173,9 +178,10 @@ class DualMemory:
                 a few snapshots of their state stand for all steps. It names most of the right patterns in a fraction
                 of the time; totals are rough, and the receipt says how much they explain. Under SGD's family both are
                 the same.
-            keep: keep what a replay finds beside the memory, in its folder ``answers`` (to be deleted at any time). The
-                same question is then answered from there, also in another process, and one that was interrupted goes on
-                with the layers that are missing.
+            cache: keep what replays find under ``answers/`` in the memory's directory, which may be deleted at any
+                time: the same question is then answered without a replay, also after reopening, and one that was
+                interrupted goes on from its finished layers, or within a long one from where it was a minute ago.
+                Answers of a layer that take more than a quarter of ``replay_bytes`` are not kept.
 
         A layer whose optimiser's rule is not registered any more has attention weights, but no contributions.
 
@@ -203,14 +209,9 @@ class DualMemory:
         if not asked:
             names = ", ".join(spec.name for spec in specs)
             raise LayerError(f"the model's forward pass calls none of {names}")
+        files = AnswerFiles(self._store.layout.answers) if cache else None
         return Attention(
-            self._store,
-            asked,
-            self._columns.grouping,
-            progress=self._progress,
-            answers=AnswerFiles(self._store.layout) if keep else None,
-            rows=self._store.fingerprint,
-            keep=self._keep,
+            self._store, asked, self._columns.grouping, progress=self._progress, keep=self._keep, files=files
         )
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None) -> VerifyReport:
@@ -366,7 +367,7 @@ class DualMemory:
             if preview:
                 raise
             made_of = unknown_composition(spec, horizon, str(error))
-        return LayerQuery(made_of, query, direction, output)
+        return LayerQuery(made_of, query, direction, output, f"{self._store.fingerprint} {self._average}")
 
     def _actual(self, model: nn.Module | None, horizon: int) -> Mapping[str, Tensor]:
         if model is not None:

@@ -104,6 +104,19 @@ def test_a_few_snapshots_name_the_patterns_that_the_replay_names(tmp_path):
     assert "preview" not in exact.footer
 
 
+def test_a_preview_is_kept_like_a_replay(tmp_path):
+    model, memory = trained(torch.optim.Adam, {"lr": 0.01}, path=tmp_path / "run")
+    x = torch.randn(3, I).double()
+    attention = memory.attend(model, x, method="preview", cache=True)
+    whole = [str(table) for table in (attention.top(5), attention.sum_by("step"), attention.parts)]
+    shutil.rmtree(tmp_path / "run" / "snapshots")  # what is kept needs none of them
+    (tmp_path / "run" / "snapshots").mkdir()
+    again = memory.attend(model, x, method="preview", cache=True)
+    assert [str(table) for table in (again.top(5), again.sum_by("step"), again.parts)] == whole
+    exact = memory.attend(model, x, cache=True)
+    assert str(exact.top(5)) != whole[0]
+
+
 def test_sgd_has_nothing_to_preview():
     model, memory = trained(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
     x = torch.randn(2, I).double()

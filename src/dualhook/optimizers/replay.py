@@ -111,6 +111,15 @@ class Adjoint:
     def buffer(self, value: Tensor | float) -> None:
         self._unit, self._scale = value, 1.0
 
+    @property
+    def product(self) -> tuple[Tensor | float, float]:
+        """:attr:`buffer` as the product it is held as."""
+        return self._unit, self._scale
+
+    @product.setter
+    def product(self, value: tuple[Tensor | float, float]) -> None:
+        self._unit, self._scale = value
+
     def back(self, step: LinearStep, *, fresh: bool) -> tuple[Tensor | float, float]:
         """Take one step back; returns the coefficient of its gradient: elementwise, or a matrix for its side.
 

@@ -1,20 +1,18 @@
-"""What a replay has found for some queries, kept for the next question about them."""
+"""Answers that are kept: what a replay found for some queries, whole or as far as it came."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dualhook.query.streaming import LayerQuery, Scores
-
-__all__ = ["Answer", "Answers", "Gathered", "key_of"]
+__all__ = ["Answer", "Answers", "Started", "oldest_first"]
 
 PART = "part/"
+STATE = "state/"
 
 
 class Answers(Protocol):
@@ -28,50 +26,71 @@ class Answers(Protocol):
         """Keep tensors, whole or not at all."""
         ...
 
+    def drop(self, key: str) -> None:
+        """Forget a key, if it is there."""
+        ...
+
 
 @dataclass(frozen=True)
 class Answer:
-    """Contributions [q, n] of a layer's patterns from number ``first`` on, and its output by parts [q, p, o]."""
+    """What a replay found: contributions [q, n], oldest pattern first, and the layer's output by parts [q, p, o]."""
 
     contribution: Tensor
-    first: int
     parts: Mapping[str, Tensor]
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
         named = {PART + name: part.contiguous() for name, part in self.parts.items()}
-        return {"contribution": self.contribution.contiguous(), "first": torch.tensor(self.first), **named}
+        return {"contribution": self.contribution.contiguous(), **named}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Answer:
-        """What :meth:`to_tensors` gave."""
-        parts = {name.removeprefix(PART): part for name, part in tensors.items() if name.startswith(PART)}
-        return cls(tensors["contribution"], int(tensors["first"]), parts)
+    def of(cls, tensors: Mapping[str, Tensor] | None, *, queries: int, patterns: int) -> Answer | None:
+        """From named tensors; None if they are no answer for so many queries and patterns."""
+        found = None if tensors is None else tensors.get("contribution")
+        if tensors is None or found is None or found.shape[0] != queries or found.shape[1] > patterns:
+            return None
+        return cls(found, {n.removeprefix(PART): part for n, part in tensors.items() if n.startswith(PART)})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(values.nbytes for values in self.tensors().values())
 
 
-class Gathered:
-    """Collects the contributions of a pass, whatever order it goes in."""
+@dataclass(frozen=True)
+class Started:
+    """A replay as far as it came: through all steps after ``step``, with their contributions and its state."""
 
-    def __init__(self, asked: LayerQuery) -> None:
-        self._none = asked.query.new_zeros(len(asked), 0)
-        self._found: list[tuple[int, Tensor]] = []
+    step: int
+    scores: Tensor | None
+    state: Mapping[str, Tensor] | None
 
-    def add(self, scores: Scores) -> None:
-        self._found.append((scores.rows.first, scores.contribution))
+    @classmethod
+    def none(cls) -> Started:
+        """Not begun."""
+        return cls(0, None, None)
 
-    def answer(self, parts: Mapping[str, Tensor]) -> Answer:
-        """All of them, oldest pattern first."""
-        ordered = sorted(self._found, key=lambda found: found[0])
-        together = torch.cat([self._none, *(contribution for _, contribution in ordered)], 1)
-        return Answer(together, ordered[0][0] if ordered else 0, parts)
+    @property
+    def upto(self) -> int | None:
+        """The step to go back from; None: the horizon."""
+        return None if self.state is None else self.step
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        assert self.scores is not None
+        assert self.state is not None
+        named = {STATE + name: held for name, held in self.state.items()}
+        return {"step": torch.tensor(self.step), "contribution": self.scores, **named}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor] | None) -> Started:
+        """From named tensors."""
+        if tensors is None:
+            return cls.none()
+        state = {name.removeprefix(STATE): held for name, held in tensors.items() if name.startswith(STATE)}
+        return cls(int(tensors["step"]), tensors["contribution"], state)
 
 
-def key_of(asked: LayerQuery, source: str) -> str:
-    """A name for an answer: what is asked of which layer, made of what, from which rows (``source`` names them)."""
-    found = hashlib.sha256(f"{source}|{asked.name}|{asked.made_of.horizon}|{asked.made_of.preview}".encode())
-    for values in (asked.query, asked.direction):
-        found.update(f"{values.dtype}{list(values.shape)}".encode())
-        found.update(values.contiguous().view(torch.uint8).numpy().tobytes())
-    for share in asked.made_of.replays:
-        found.update(share.readout.numpy().tobytes())
-    return found.hexdigest()[:40]
+def oldest_first(scores: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Contributions [q, n] from those of blocks of rows, each with the pattern number of its first row."""
+    return torch.cat([found for _, found in sorted(scores, key=lambda block: block[0])], 1)

@@ -181,6 +181,34 @@ class Block:
             if buffer is not None:
                 self.totals.origin -= apply(adjoint.buffer, buffer, rule.side(self.place.weight))
 
+    def state(self) -> dict[str, Tensor]:
+        """What the way back has brought so far, by name; numbers as tensors without dimensions."""
+        found = {"weight": torch.tensor(self._weight, dtype=torch.float64)}
+        for optimizer, adjoint in self._adjoints.items():
+            held, scale = adjoint.product
+            found[f"buffer/{optimizer}"] = held if isinstance(held, Tensor) else torch.tensor(held, dtype=torch.float64)
+            found[f"scale/{optimizer}"] = torch.tensor(scale, dtype=torch.float64)
+        found |= {f"slow/{step}": torch.tensor(v, dtype=torch.float64) for step, v in self._from_slow.items()}
+        if self._recent is not None:
+            sums = {f"totals/{f.name}": getattr(self.totals, f.name) for f in fields(Totals) if f.name != "origin"}
+            found |= {"recent": self._recent, **sums}
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._weight = float(state["weight"])
+        for name, held in state.items():
+            kind, _, rest = name.partition("/")
+            if kind == "buffer":
+                adjoint = self._adjoints[rest] = Adjoint(self._weight)
+                adjoint.product = held.clone() if held.ndim else float(held), float(state[f"scale/{rest}"])
+            elif kind == "slow":
+                self._from_slow[int(rest)] = float(held)
+            elif kind == "totals":
+                getattr(self.totals, rest).copy_(held)
+        if self._recent is not None:
+            self._recent.copy_(state["recent"])
+
     def _advance(self, at: StepRows, *, whole: bool, shelf: Shelf | None = None) -> list[_Done | Synchronization]:
         """Take the step's entries; kept for the way back on the shelf, if there is one."""
         taken = self.share.taken.get(at.step, ())

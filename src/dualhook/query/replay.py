@@ -10,7 +10,7 @@ on how many threads there are, nor on the budget.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
@@ -59,14 +59,18 @@ class Replay:
         totals: bool,
         counted: Callable[[Rows], Tensor] | None = None,
         tick: Callable[[int], None] | None = None,
+        between: Callable[[int], None] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        upto: int | None = None,
     ) -> Iterator[tuple[Rows, Tensor | None]]:
         """Replay the layer from the horizon to its origin; yields every step's rows, newest first, and their scores.
 
         Scores are contributions [q, n]. With ``totals`` what each parameter is made of is summed along the way, for
         :meth:`sums`; ``counted`` masks the patterns [n] of a step that the sums are to hold. ``tick(k)`` is called
-        when ``k`` entries of a weight have gone through one step.
+        when ``k`` entries of a weight have gone through one step, ``between(step)`` when everything after ``step`` is
+        through: what :meth:`state` is then lets a later replay begin with ``upto=step`` and that ``state``.
         """
-        self._counted, self._tick = counted, tick
+        self._counted, self._tick, self._between = counted, tick, between
         self._blocks = [
             Block(
                 share,
@@ -85,15 +89,22 @@ class Replay:
             rows = self._source.count(self._layer) / max(1, self._horizon - self._begins)
             held = rows * int(scores.shape[0]) * max(share.bytes_per_entry for share in self._shares)
             self._longest = max(1, min(self._longest, int(self._budget // 4 / max(1.0, held * (at_once + 2)))))
+        for k, block in enumerate(self._blocks if state is not None else ()):
+            own = {name.partition("/")[2]: held for name, held in (state or {}).items() if name.startswith(f"{k}/")}
+            block.restore(own)
         separable = all(share.separable for share in self._shares)
         with _mapping(self._workers if separable else 1) as self._map:
-            yield from self._stretch(self._begins, self._horizon)
+            yield from self._stretch(self._begins, self._horizon if upto is None else upto)
         for block in self._blocks:
             block.arrive()
 
     def sums(self) -> list[Totals]:
         """The totals of every share, once :meth:`backward` is through."""
         return [joined([block for block in self._blocks if block.share is share]) for share in self._shares]
+
+    def state(self) -> dict[str, Tensor]:
+        """What the way back has brought so far, of all blocks."""
+        return {f"{k}/{name}": held for k, block in enumerate(self._blocks) for name, held in block.state().items()}
 
     def forward(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """Run to the horizon: of every share the weight, and the state tensors of the optimiser that stepped last."""
@@ -147,6 +158,8 @@ class Replay:
             if len(at.rows):
                 yield at.rows, None if total is None else total[:, stop - len(at.rows) : stop]
                 stop -= len(at.rows)
+        if self._between is not None:
+            self._between(begin)
 
     def _rows(self, begin: int, end: int) -> Iterator[StepRows]:
         """Every step after ``begin`` up to ``end``, oldest first; steps without rows have none."""

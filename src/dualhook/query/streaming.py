@@ -6,6 +6,8 @@ sequence), ``i`` input, ``o`` output, ``t`` step.
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,19 +16,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dualhook.query.answers import Answer, Answers, Started, oldest_first
 from dualhook.query.parts import Composition
 from dualhook.query.preview import Preview
-from dualhook.query.replay import Replay
+from dualhook.query.replay import BLOCK_BYTES, Replay
 from dualhook.query.scoring import ReplayScores
 from dualhook.records import Rows, RowSource
 
 if TYPE_CHECKING:
     from dualhook.query.collectors import Collector
 
-__all__ = ["BLOCK_ROWS", "LayerQuery", "Pass", "Scores", "dual_output", "scan", "scan_known"]
+__all__ = ["BLOCK_ROWS", "LayerQuery", "Pass", "Scores", "dual_output", "scan"]
 
 BLOCK_ROWS = 4096
 BLOCK_SCORES = 2**24  # numbers of one score matrix: many queries make the blocks shorter
+KEPT = 4  # an answer of up to this part of the replay's budget is kept
+SAVE_SECONDS = 30.0  # between two times that a long replay saves what it has
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,17 @@ class LayerQuery:
     query: Tensor
     direction: Tensor
     output: Tensor
+    memory: str = ""
+    """What tells the memory and the weights asked about from others: part of the :attr:`key`."""
+
+    @cached_property
+    def key(self) -> str:
+        """What tells this question from others."""
+        found = hashlib.sha256(f"{self.memory} {self.name} {self.made_of.horizon} {self.made_of.preview}".encode())
+        for values in (self.query, self.direction):
+            found.update(f"{values.dtype} {list(values.shape)}".encode())
+            found.update(values.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:32]
 
     @property
     def name(self) -> str:
@@ -54,12 +70,9 @@ class LayerQuery:
 class Scores:
     """One block of rows against all queries; each quantity is computed when a collector asks for it."""
 
-    def __init__(
-        self, asked: LayerQuery, rows: Rows, replayed: Tensor | None = None, known: Tensor | None = None
-    ) -> None:
+    def __init__(self, asked: LayerQuery, rows: Rows, replayed: Tensor | None = None) -> None:
         self._asked = asked
         self.rows = rows
-        self._known = known
         self._replayed = replayed
         self._dtype = _computing_dtype(rows)
 
@@ -91,8 +104,6 @@ class Scores:
     @cached_property
     def contribution(self) -> Tensor:
         """``direction · value (key · query)`` [q, n]; sums to what training has put into the direction."""
-        if self._known is not None:
-            return self._known
         if self._replayed is not None and self._asked.made_of.only_replays:
             return self._replayed
         along = self._asked.direction
@@ -109,10 +120,24 @@ class Scores:
 class Pass:
     """One pass over the patterns of a layer, in whatever order what it is made of asks for.
 
-    ``outputs=True`` also adds up what the layer answers, part by part: :attr:`parts`.
+    ``outputs=True`` also adds up what the layer answers, part by part: :attr:`parts`. What a replay has found is the
+    :attr:`answer`, if there is room; a pass that is given one replays nothing. ``unfinished`` is where a long replay
+    puts what it has, so that it goes on from there if it is asked again after an interruption.
     """
 
-    def __init__(self, source: RowSource, asked: LayerQuery, *, scores: bool = True, outputs: bool = True) -> None:
+    def __init__(
+        self,
+        source: RowSource,
+        asked: LayerQuery,
+        *,
+        scores: bool = True,
+        outputs: bool = True,
+        answer: Answer | None = None,
+        unfinished: Answers | None = None,
+    ) -> None:
+        self.answer = answer
+        self._unfinished = unfinished
+        self._previewed: Tensor | None = None  # what previewed patterns add to the output
         self._source = source
         self._asked = asked
         self._outputs = outputs
@@ -133,9 +158,15 @@ class Pass:
         ``origin``, ``patterns``, and where there was coupled weight decay or the optimiser's own rounding under a
         replayed rule, ``weight-decay`` and ``rounding``.
         """
-        made_of, query = self._asked.made_of, self._asked.query.double()
-        found = {"origin": origin_output(made_of, self._asked.query), "patterns": self._by_step}
-        for share in made_of.replays:
+        found = {"origin": origin_output(self._asked.made_of, self._asked.query), "patterns": self._by_step}
+        for label, added in (self._replayed_parts() if self.answer is None else self.answer.parts).items():
+            found[label] = found[label] + added if label in found else added
+        return found
+
+    def _replayed_parts(self) -> dict[str, Tensor]:
+        """What the replayed parameters add to the layer's output, by parts."""
+        query, found = self._asked.query.double(), dict[str, Tensor]()
+        for share in self._asked.made_of.replays:
             assert share.totals is not None
             for name in ("origin", "patterns", "weight_decay", "rounding"):
                 part = getattr(share.totals, name)
@@ -143,54 +174,91 @@ class Pass:
                     added = query @ part.T if part.ndim == 2 else part.expand(*query.shape[:2], -1)
                     label = name.replace("_", "-")
                     found[label] = found[label] + added if label in found else added
+        if self._previewed is not None:
+            found["patterns"] = found["patterns"] + self._previewed
         return found
 
     def _blocks(self) -> Iterator[tuple[Rows, Tensor | None]]:
         asked = self._asked
-        if asked.made_of.replays:
-            replay = self._replay(asked.made_of)
-            unknown = any(share.totals is None for share in asked.made_of.replays)
-            totals = self._outputs and (unknown or asked.made_of.preview)
-            yield from replay.backward(self._scores, totals=totals, tick=asked.made_of.tick)
-            if totals:
-                for share, found in zip(asked.made_of.replays, replay.sums(), strict=True):
-                    share.totals = found
-                if isinstance(replay, Preview):
-                    self._by_step += replay.output.reshape(self._by_step.shape)
+        if asked.made_of.replays and self.answer is None:
+            yield from self._replayed()
             return
-        for block in _plain_blocks(self._source, asked):
-            yield block, None
+        rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
+        yield from self._scanned(rows, None if self.answer is None else self.answer.contribution)
 
-    def _replay(self, made_of: Composition) -> Replay | Preview:
-        if made_of.preview:
-            return Preview(self._source, made_of.spec.name, made_of.replays)
-        return Replay(self._source, made_of.spec.name, made_of.replays, budget=made_of.replay_bytes)
+    def _scanned(self, rows: int, scores: Tensor | None, first_step: int = 0) -> Iterator[tuple[Rows, Tensor | None]]:
+        """The patterns from ``first_step`` on in blocks, oldest first, with their part of ``scores`` [q, n]."""
+        start = 0
+        horizon = self._asked.made_of.horizon
+        for block in self._source.blocks(self._asked.name, first_step=first_step, last_step=horizon, block_rows=rows):
+            yield block, None if scores is None else scores[:, start : start + len(block)]
+            start += len(block)
+
+    def _replayed(self) -> Iterator[tuple[Rows, Tensor | None]]:
+        asked = self._asked
+        shares, budget = asked.made_of.replays, asked.made_of.replay_bytes
+        totals = self._outputs and (asked.made_of.preview or any(share.totals is None for share in shares))
+        size = len(asked) * self._source.count(asked.name) * max(share.bytes_per_entry for share in shares)
+        scores: list[tuple[int, Tensor]] | None = [] if self._scores is not None and size <= budget // KEPT else None
+        replay: Replay | Preview
+        if asked.made_of.preview:
+            replay = Preview(self._source, asked.name, shares)
+            through = replay.backward(self._scores, totals=totals)
+        else:
+            replay = Replay(self._source, asked.name, shares, budget=budget)
+            through = self._resumed(replay, totals, scores)
+        for rows, found in through:
+            if scores is not None and found is not None:
+                scores.append((rows.first, found))
+            yield rows, found
+        if totals:
+            for share, summed in zip(shares, replay.sums(), strict=True):
+                share.totals = summed
+            if isinstance(replay, Preview):
+                self._previewed = replay.output.reshape(self._by_step.shape)
+        if scores and (totals or not asked.made_of.preview) and all(share.totals is not None for share in shares):
+            self.answer = Answer(oldest_first(scores), self._replayed_parts())
+
+    def _resumed(
+        self, replay: Replay, totals: bool, scores: list[tuple[int, Tensor]] | None
+    ) -> Iterator[tuple[Rows, Tensor | None]]:
+        """A replay that goes on from where an earlier one was cut off, and saves now and then how far it is."""
+        asked, files = self._asked, self._unfinished if scores is not None else None
+        place = f"{asked.key}-{BLOCK_BYTES}-{int(totals)}" if files is not None else ""
+        started = Started.of(files.get(place)) if files is not None else Started.none()
+        if started.scores is not None and scores is not None:
+            yield from self._scanned(BLOCK_ROWS, started.scores, started.step + 1)
+        saved = time.monotonic()
+
+        def between(step: int) -> None:
+            nonlocal saved
+            if files is not None and scores is not None and time.monotonic() - saved >= SAVE_SECONDS:
+                files.put(place, Started(step, oldest_first(scores), replay.state()).tensors())
+                saved = time.monotonic()
+
+        yield from replay.backward(
+            self._scores, totals=totals, tick=asked.made_of.tick, between=between, state=started.state,
+            upto=started.upto,
+        )  # fmt: skip
+        if files is not None:
+            files.drop(place)
 
 
-def scan(source: RowSource, asked: LayerQuery, collectors: Sequence[Collector], *, outputs: bool = True) -> Pass:
+def scan(
+    source: RowSource,
+    asked: LayerQuery,
+    collectors: Sequence[Collector],
+    *,
+    outputs: bool = True,
+    answer: Answer | None = None,
+    unfinished: Answers | None = None,
+) -> Pass:
     """Show every block of the layer's patterns to the collectors; the pass that is through."""
-    through = Pass(source, asked, outputs=outputs)
+    through = Pass(source, asked, outputs=outputs, answer=answer, unfinished=unfinished)
     for scores in through:
         for collector in collectors:
             collector.add(scores)
     return through
-
-
-def scan_known(
-    source: RowSource, asked: LayerQuery, contribution: Tensor, first: int, collectors: Sequence[Collector]
-) -> None:
-    """Show the collectors contributions [q, n] that are known already, of the patterns from number ``first`` on."""
-    for rows in _plain_blocks(source, asked):
-        start = rows.first - first
-        scores = Scores(asked, rows, known=contribution[:, start : start + len(rows)])
-        for collector in collectors:
-            collector.add(scores)
-
-
-def _plain_blocks(source: RowSource, asked: LayerQuery) -> Iterator[Rows]:
-    """The layer's rows oldest first, in blocks for so many queries."""
-    rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
-    return source.blocks(asked.name, last_step=asked.made_of.horizon, block_rows=rows)
 
 
 def dual_output(source: RowSource, made_of: Composition, query: Tensor) -> Tensor:

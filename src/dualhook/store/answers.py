@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from dualhook.errors import StoreError
-from dualhook.store.layout import Layout, open_tensors, read_header, tensor_names, write_tensors
+from dualhook.store.layout import open_tensors, read_header, tensor_names, write_tensors
 
 __all__ = ["AnswerFiles"]
 
@@ -15,12 +16,12 @@ __all__ = ["AnswerFiles"]
 class AnswerFiles:
     """Named tensors under keys, one file each. What cannot be read or is of another key counts as not there."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """What was put there, or None."""
-        path = self._layout.answer(key)
+        path = self._path(key)
         if not path.is_file():
             return None
         try:
@@ -34,6 +35,12 @@ class AnswerFiles:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors, whole or not at all."""
-        path = self._layout.answer(key)
-        path.parent.mkdir(exist_ok=True)
-        write_tensors(path, tensors, {"kind": "answer", "key": key})
+        self._folder.mkdir(exist_ok=True)
+        write_tensors(self._path(key), tensors, {"kind": "answer", "key": key})
+
+    def drop(self, key: str) -> None:
+        """Forget a key, if it is there."""
+        self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.safetensors"

@@ -65,9 +65,10 @@ class Layout:
         """Every snapshot file, oldest first."""
         return sorted(self.root.glob("snapshots/[0-9]*.safetensors"))
 
-    def answer(self, key: str) -> Path:
-        """The file of an answer that is kept."""
-        return self.root / "answers" / f"{key}.safetensors"
+    @property
+    def answers(self) -> Path:
+        """Where answers are kept that somebody may ask for again."""
+        return self.root / "answers"
 
     def column(self, name: str) -> Path:
         """The file of a column over the samples.
@@ -109,7 +110,7 @@ class Layout:
         self.latest.unlink(missing_ok=True)
         for folder in FOLDERS:
             shutil.rmtree(self.root / folder, ignore_errors=True)
-        shutil.rmtree(self.root / "answers", ignore_errors=True)
+        shutil.rmtree(self.answers, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,11 +124,17 @@ class Store:
         """Bytes of all segments."""
         return sum(segment.path.stat().st_size for segment in self.segments)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Names what is in the memory: its segments and where recording begins."""
-        files = [segment.path for segment in self.segments] + list(self._origin_headers)
-        return ",".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
+        """What tells this memory from another, and from itself after more steps or folding: segments and ledger."""
+        found = hashlib.sha256(f"{self.first_step}".encode())
+        for segment in self.segments:
+            found.update(f"{segment.path.name} {segment.path.stat().st_size} ".encode())
+        for name, history in self.histories.items():
+            found.update(f"{name} {self.origin_steps[name]} ".encode())
+            for values in (history.step, history.scale, history.residual):  # as good as the rows themselves
+                found.update(values.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def count(self, layer: str) -> int:
         """How many patterns the layer has."""
