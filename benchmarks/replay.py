@@ -138,8 +138,11 @@ def main() -> None:
             bench.ask(f"top(10) and receipt, {count} {queries}", lambda a=attention: a.top(10))
             bench.ask("  then sum_by('label')", lambda a=attention: a.sum_by("label"))
             worst = min(worst, float(attention.receipt["explained"].min()))
-            attention = dualhook.load(bench.memory.path).attend(bench.model, images)
-            bench.ask("  the same top(10) of the memory reopened", lambda a=attention: a.top(10))
+            dualhook.load(bench.memory.path).attend(bench.model, images, cache=True).top(10)
+            attention = dualhook.load(bench.memory.path).attend(bench.model, images, cache=True)
+            bench.ask("  the same question again, with cache=True", lambda a=attention: a.top(10))
+            attention = dualhook.load(bench.memory.path).attend(bench.model, images, method="preview")
+            bench.ask("  method='preview'", lambda a=attention: a.top(10))
         print(f"largest error of verify() {report.max_error:.2g}, explained at least {worst:.7f}")
     finally:
         if arguments.out is None:

@@ -6,6 +6,8 @@ A rule joins the suite by one line in ``REPLAYED`` of ``runs.py``.
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,6 @@ from dualhook.optimizers import (
     LinearStep,
     LionRule,
     ParameterState,
-    ReplayRule,
     advance,
     apply,
     class_name,
@@ -195,7 +196,7 @@ def test_lion_refuses_what_it_does_not_know():
 
 
 class Signed(torch.optim.Optimizer):
-    """An optimiser of the user's: the gradient over its running absolute mean, and a rule for it below."""
+    """An optimiser of the user's, which CONTRIBUTING.md writes a rule for."""
 
     def __init__(self, params, lr=0.1, beta=0.9):
         super().__init__(params, {"lr": lr, "beta": beta})
@@ -211,22 +212,12 @@ class Signed(torch.optim.Optimizer):
                 p.addcdiv_(p.grad, state["mean"] + 1e-3, value=-group["lr"])
 
 
-class SignedRule(ReplayRule):
-    """The worked example of CONTRIBUTING.md."""
-
-    name = "signed"
-
-    def start(self, weight, entry):
-        return {"mean": torch.zeros_like(weight)}
-
-    def linearize(self, weight, gradient, state, entry):
-        mean = state["mean"].mul_(entry["beta"]).add_(gradient.abs(), alpha=1 - entry["beta"])
-        return LinearStep(entry["lr"] / (mean + 1e-3))
-
-
 def test_a_rule_of_the_users_own():
-    register(Signed, SignedRule())
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    exec(example, {"Signed": Signed})
     run = Trajectory(Signed, {}, [torch.randn(3, 2, dtype=torch.float64) for _ in range(9)])
+    assert run.rule.name == "signed"
     at, steps, weights = run.replayed()
     assert torch.allclose(at.weight, run.values[-1], rtol=1e-12)
     assert torch.allclose(run.summed(steps, weights, 9), run.values[-1], rtol=1e-11)
