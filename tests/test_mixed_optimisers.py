@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import dualhook
 from dualhook.optimizers import LionRule, register
+from dualhook.query import Replay
 
 I, H, O = 12, 16, 5
 register(Lion, LionRule())
@@ -90,6 +91,46 @@ def test_muon_beside_adamw_up_to_muons_rounding():
         for query in range(6):
             of = {row["part"]: row["contribution"] for row in parts.where(layer=layer, query=query)}
             assert abs(of["residual"]) < 0.05 * (abs(of["patterns"]) + abs(of["rounding"]))
+
+
+@pytest.mark.parametrize("widths", [(12, 16), (16, 12)])  # the matrix acts from the smaller side
+def test_muons_rows_are_sealed_beside_the_memory(tmp_path, widths, monkeypatch):
+    model = nn.Sequential(nn.Linear(I, widths[0]), nn.Tanh(), nn.Linear(*widths), nn.Tanh(), nn.Linear(widths[1], O))
+    recorder = dualhook.instrument(model, tmp_path / "run", verbose=False)
+    optimizers = muon_and_adamw(model)
+    for _ in range(20):
+        model.zero_grad()
+        F.cross_entropy(model(torch.randn(8, I)), torch.randint(0, O, (8,))).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    memory = recorder.close()
+
+    def everything(x, **options):
+        attention = memory.attend(model, x, target=1, **options)
+        tables = [attention.sum_by("step"), attention.parts, attention.top(200, by="abs_contribution")]
+        return tables, attention.receipt["explained"]
+
+    for x in (torch.randn(3, I), torch.randn(5, I)):
+        (sums, parts, top), explained = everything(x)
+        (sealed_sums, sealed_parts, sealed_top), sealed_explained = everything(x, cache=True)
+        assert np.allclose(sums["contribution"], sealed_sums["contribution"], rtol=1e-4, atol=1e-6)
+        assert np.allclose(sums["weight"], sealed_sums["weight"])
+        assert parts["part"].tolist() == sealed_parts["part"].tolist()
+        assert np.allclose(parts["contribution"], sealed_parts["contribution"], rtol=1e-4, atol=1e-5)
+        assert np.allclose(top["contribution"], sealed_top["contribution"], rtol=1e-4, atol=1e-6)
+        assert np.allclose(explained, sealed_explained, atol=1e-4)
+    replayed = []
+    through = Replay._through
+
+    def counted(self, begin, end):
+        replayed.append([share.weight.ndim for share in self._shares])
+        yield from through(self, begin, end)
+
+    monkeypatch.setattr(Replay, "_through", counted)
+    memory = dualhook.load(tmp_path / "run")
+    everything(torch.randn(7, I), cache=True)  # another question: of Muon's layers only the biases, which are AdamW's
+    assert [1] in replayed
+    assert sum(2 in ndims for ndims in replayed) == 1  # the last layer's weight is AdamW's
 
 
 def test_a_fitted_optimiser_beside_exact_ones():

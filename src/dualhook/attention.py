@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dualhook.errors import DualHookError, LayerError, RuleError
 from dualhook.progress import ReplayProgress
-from dualhook.query import KEPT, Answer, Answers, Collector, GroupSums, LayerQuery, Receipt, TopPatterns, scan
+from dualhook.query import KEPT, Answer, Answers, Collector, GroupSums, LayerQuery, Receipt, TopPatterns, scan, seal
 from dualhook.query.collectors import CRITERIA, Criterion
 from dualhook.records import Rows, RowSource
 from dualhook.table import Table
@@ -204,6 +205,7 @@ class Attention:
                 self._pass(asked)
 
     def _pass(self, asked: LayerQuery, *collectors: Collector) -> None:
+        asked = self._sealed(asked)
         receipt = None if asked.name in self._receipts else Receipt(asked)
         answer = self._answer(asked)
         with self._progress.over(self._source, [] if answer else [asked.made_of], len(asked)):
@@ -224,6 +226,15 @@ class Attention:
             held = sum(kept.nbytes for kept in self._answers.values()) + through.answer.nbytes
             if held <= asked.made_of.replay_bytes // KEPT:
                 self._answers[asked.name] = through.answer
+
+    def _sealed(self, asked: LayerQuery) -> LayerQuery:
+        """The question to rows that are sealed beside the memory, where that can be."""
+        if self._files is not None and asked.made_of.replays:
+            with self._progress.over(self._source, [asked.made_of]):
+                made_of = seal(self._source, asked.made_of, self._files, asked.layer_key)
+            if made_of is not asked.made_of:
+                asked = self._layers[asked.name] = replace(asked, made_of=made_of)
+        return asked
 
     def _answer(self, asked: LayerQuery) -> Answer | None:
         """What an earlier replay has found."""

@@ -67,7 +67,16 @@ def compose(
     weight, origin_weight = parts[0]
     bias, origin_bias = parts[1] if len(parts) > 1 else (None, None)
     return Composition(
-        spec, weight, origin_weight, bias, origin_bias, tuple(replays), replay_bytes, factor, tick, preview
+        spec,
+        weight,
+        origin_weight,
+        bias,
+        origin_bias,
+        tuple(replays),
+        replay_bytes=replay_bytes,
+        factor=factor,
+        tick=tick,
+        preview=preview,
     )
 
 

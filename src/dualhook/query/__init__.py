@@ -6,6 +6,7 @@ from dualhook.query.answers import Answer, Answers
 from dualhook.query.collectors import Collector, GroupSums, Receipt, TopPatterns
 from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken, Synchronization
 from dualhook.query.replay import Replay
+from dualhook.query.sealed import seal
 from dualhook.query.streaming import KEPT, LayerQuery, dual_output, scan
 from dualhook.query.weights import rebuild
 
@@ -27,4 +28,5 @@ __all__ = [
     "dual_output",
     "rebuild",
     "scan",
+    "seal",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dualhook.optimizers import Adjoint, LinearStep, ParameterState, Side, advance, apply
 from dualhook.query.parts import ReplayShare, StepTaken, Synchronization, Totals
-from dualhook.query.scoring import BlockScores
+from dualhook.query.scoring import RowScores
 from dualhook.records import SLOW, Rows
 
 __all__ = ["Block", "Place", "Shelf", "StepRows", "joined"]
@@ -101,7 +101,7 @@ class Block:
     """Some output units of one share in a replay; blocks know nothing of each other."""
 
     def __init__(
-        self, share: ReplayShare, units: slice, dtype: torch.dtype, *, totals: bool, scores: BlockScores | None
+        self, share: ReplayShare, units: slice, dtype: torch.dtype, *, totals: bool, scores: RowScores | None
     ) -> None:
         self.share = share
         self.units = units

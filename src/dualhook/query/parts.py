@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dualhook.optimizers import Entry, Exactness, ReplayRule
-from dualhook.records import FactorVectors, LayerSpec
+from dualhook.optimizers import Entry, Exactness, ReplayRule, Side
+from dualhook.records import FactorVectors, LayerSpec, Rows
 
-__all__ = ["REPLAY_BYTES", "Composition", "ReplayShare", "StepTaken", "Synchronization", "Totals"]
+__all__ = ["REPLAY_BYTES", "Composition", "ReplayShare", "SealedRows", "StepTaken", "Synchronization", "Totals"]
 
 REPLAY_BYTES = 2**30
 """Default budget for what a replay keeps in memory at a time."""
@@ -113,6 +113,30 @@ class ReplayShare:
 
 
 @dataclass(frozen=True)
+class SealedRows:
+    """``values`` [n, o] (``side`` left) or [n, i] (right) in place of a layer's output gradients or keys.
+
+    They start with pattern number ``first``.
+    """
+
+    side: Side
+    values: Tensor
+    first: int
+
+    def key(self, rows: Rows) -> Tensor:
+        """The keys of a block."""
+        return self._own(rows) if self.side == "right" else rows.key
+
+    def output_grad(self, rows: Rows) -> Tensor:
+        """The output gradients of a block."""
+        return self._own(rows) if self.side == "left" else rows.output_grad
+
+    def _own(self, rows: Rows) -> Tensor:
+        start = rows.first - self.first
+        return self.values[start : start + len(rows)]
+
+
+@dataclass(frozen=True)
 class Composition:
     """One layer at a horizon ``t``: ``W = origin_weight - sum_s weight[step_s] · output_grad_s key_sᵀ`` + replays.
 
@@ -130,6 +154,10 @@ class Composition:
     replays: tuple[ReplayShare, ...] = ()
     replay_bytes: int = REPLAY_BYTES
     factor: FactorVectors | None = None
+    sealed: SealedRows | None = None
+    """What the weight's rows are replaced by."""
+    rounding: Tensor | None = None
+    """What the optimiser's own rounding has put into a weight with sealed rows, float64 [o, i]."""
     tick: Callable[[int], None] | None = None
     """Called while replays are under way, with the entries of a weight that have gone through a step."""
     preview: bool = False

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dualhook.query.block import Block, Place, Shelf, StepRows, joined
 from dualhook.query.parts import ReplayShare, Totals
-from dualhook.query.scoring import ReplayScores
+from dualhook.query.scoring import ReplayQuestion
 from dualhook.records import Rows, RowSource
 
 __all__ = ["Replay"]
@@ -54,7 +54,7 @@ class Replay:
 
     def backward(
         self,
-        scores: ReplayScores | None,
+        scores: ReplayQuestion | None,
         *,
         totals: bool,
         counted: Callable[[Rows], Tensor] | None = None,

@@ -8,8 +8,9 @@ the keys first: it has fewer outputs than the step has rows, so that the smaller
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from dualhook.optimizers import Side
 from dualhook.query.parts import ReplayShare
 from dualhook.records import Rows
 
-__all__ = ["BlockScores", "ReplayScores"]
+__all__ = ["BlockScores", "ReplayQuestion", "ReplayScores", "RowScores"]
 
 DENSE = 0.75  # share of non-zeros above which picking them costs more than it saves
 TOGETHER = 2**14  # coefficients a query, all inputs counted, up to which queries are answered in one product
@@ -45,6 +46,29 @@ class _Query:
             return flat.view(len(self.direction), -1).mul_(self.query)
         own = coefficient if self.outputs is None else coefficient.index_select(0, self.outputs)
         return own * self.query if self.inputs is None else own.index_select(1, self.inputs).mul_(self.query)
+
+
+class RowScores(Protocol):
+    """What a replay asks of every step's rows in a block of output units."""
+
+    queries: int
+
+    def of(self, rows: Rows, values: Tensor | float, scale: float, side: Side) -> Tensor:
+        """Something [queries, n] for the coefficient ``scale · values`` of the rows' gradient."""
+        ...
+
+
+class ReplayQuestion(Protocol):
+    """What is asked of a replay: :class:`ReplayScores`, or another."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """How many answers there are for every row, and for how many positions."""
+        ...
+
+    def of(self, share: ReplayShare, units: slice, dtype: torch.dtype) -> RowScores:
+        """The same for a block of output units."""
+        ...
 
 
 class ReplayScores:

@@ -50,9 +50,16 @@ class LayerQuery:
     """What tells the memory and the weights asked about from others: part of the :attr:`key`."""
 
     @cached_property
+    def layer_key(self) -> str:
+        """What tells the layer at this horizon from others."""
+        return hashlib.sha256(f"{self.memory} {self.name} {self.made_of.horizon}".encode()).hexdigest()[:32]
+
+    @cached_property
     def key(self) -> str:
         """What tells this question from others."""
-        found = hashlib.sha256(f"{self.memory} {self.name} {self.made_of.horizon} {self.made_of.preview}".encode())
+        made_of = self.made_of
+        method = f"{made_of.preview} {made_of.sealed is not None}"
+        found = hashlib.sha256(f"{self.memory} {self.name} {made_of.horizon} {method}".encode())
         for values in (self.query, self.direction):
             found.update(f"{values.dtype} {list(values.shape)}".encode())
             found.update(values.detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -86,13 +93,16 @@ class Scores:
         """What sums to minus the layer's change: attention with coefficient [q, p, n], output gradients [n, o]."""
         made_of, step, d = self._asked.made_of, self.rows.step, self.rows.output_grad.to(self._dtype)
         products, bias = self._products, None if made_of.bias is None else made_of.bias[step].to(self._dtype)
-        weight, factor = made_of.weight[step].to(self._dtype), made_of.factor
-        if factor is None:  # the bias is one more key component
+        weight, factor, sealed = made_of.weight[step].to(self._dtype), made_of.factor, made_of.sealed
+        if sealed is not None:
+            keys, gradients = sealed.key(self.rows), sealed.output_grad(self.rows).to(self._dtype)
+        elif factor is not None:
+            keys = self.rows.key.to(self._dtype) * factor.column[step].to(self._dtype)
+            gradients = d * factor.row[step].to(self._dtype)
+        else:  # the bias is one more key component
             attended = products * weight
             return [(attended if bias is None else attended + bias, d)]
-        keys = self.rows.key.to(self._dtype) * factor.column[step].to(self._dtype)
-        attended = _against(self._asked.query, keys, self._dtype) * weight
-        own = (attended, d * factor.row[step].to(self._dtype))
+        own = (_against(self._asked.query, keys, self._dtype) * weight, gradients)
         return [own] if bias is None else [own, (bias.expand_as(products), d)]
 
     @cached_property
@@ -161,6 +171,8 @@ class Pass:
         found = {"origin": origin_output(self._asked.made_of, self._asked.query), "patterns": self._by_step}
         for label, added in (self._replayed_parts() if self.answer is None else self.answer.parts).items():
             found[label] = found[label] + added if label in found else added
+        if (rounding := self._asked.made_of.rounding) is not None:
+            found["rounding"] = found.get("rounding", 0.0) + self._asked.query.double() @ rounding.T
         return found
 
     def _replayed_parts(self) -> dict[str, Tensor]:
