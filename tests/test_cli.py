@@ -178,6 +178,28 @@ def test_attend_takes_layers_and_target(run, folder):
     same_rows(json.loads(out)["top"], memory.attend(model, inputs, target=1, layers="fc2").top(10))
 
 
+def test_attend_previews_and_keeps_what_a_replay_finds(run, folder):
+    model = Net()
+    with dualhook.instrument(model, folder / "adam", verbose=False, overwrite=True) as recorder:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(12):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(4, I)), torch.randint(0, O, (4,))).backward()
+            optimizer.step()
+    memory = recorder.close()
+    model.load_state_dict(memory.state_dict())
+    inputs = torch.from_numpy(np.load(folder / "queries.npy"))
+    ask = ("attend", "adam", "--model", "cli_models:Net", "--inputs", "queries.npy", "--json")
+    for method in ("exact", "preview"):
+        status, out, err = run(*ask, "--method", method)
+        assert (status, err) == (0, "")
+        same_rows(json.loads(out)["top"], memory.attend(model, inputs, method=method).top(10))
+    assert not (folder / "adam" / "answers").exists()
+    _, out, _ = run(*ask, "--cache")
+    assert len(list((folder / "adam" / "answers").iterdir())) == 2
+    assert run(*ask, "--cache")[1] == out
+
+
 def test_attend_takes_named_tensors(run):
     _, plain, _ = run(*attend("--json"))
     _, named, _ = run(*attend("--json", inputs="queries.safetensors"))

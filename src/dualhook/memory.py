@@ -61,11 +61,9 @@ class DualMemory:
         """Bytes that a replay may keep at a time (elementwise and matrix rules), all its threads together.
 
         Half for the steps under way, a quarter for checkpoints, a quarter for contributions; an answer object keeps
-        up to another quarter for its next questions. One step per thread and two checkpoints are always kept. Threads
-        are ``torch.get_num_threads()``; results do not depend on them. Set it before asking.
+        up to another quarter. One step per thread (``torch.get_num_threads()``; results do not depend on them) and two
+        checkpoints are always kept. Set it before asking.
         """
-
-    # ---- what is in it ---------------------------------------------------------------------------------------
 
     @property
     def path(self) -> Path:
