@@ -23,7 +23,7 @@ from dualhook.optimizers.fitted import FittedRule, StepFit, Tracker, collapsed
 from dualhook.optimizers.lookahead import LOOKAHEAD, LookaheadRule, fit_synchronization
 from dualhook.optimizers.matrix import MuonRule
 from dualhook.optimizers.registry import class_name, register, rule_for, rules, rules_in
-from dualhook.optimizers.replay import Adjoint, ParameterState, advance, apply
+from dualhook.optimizers.replay import Adjoint, ParameterState, advance, apply, pass_by
 from dualhook.optimizers.rule import Entry, Exactness, LinearStep, ReplayRule, Rule, Side
 from dualhook.optimizers.scalar import (
     ASGDRule,
@@ -73,6 +73,7 @@ __all__ = [
     "collapsed",
     "components",
     "fit_synchronization",
+    "pass_by",
     "register",
     "rule_for",
     "rules",

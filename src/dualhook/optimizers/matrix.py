@@ -42,6 +42,9 @@ class MuonRule(ReplayRule):
     def start(self, weight: Tensor, entry: Entry) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(weight)}
 
+    def moves_only(self, entry: Entry) -> tuple[float, float] | None:
+        return entry["momentum"], 1 - entry["momentum"]
+
     def decay(self, entry: Entry) -> float:
         return 0.0
 

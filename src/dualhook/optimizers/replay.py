@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dualhook.optimizers.rule import Entry, LinearStep, ReplayRule, Side
 
-__all__ = ["Adjoint", "ParameterState", "advance", "apply"]
+__all__ = ["Adjoint", "ParameterState", "advance", "apply", "pass_by"]
 
 
 @dataclass
@@ -40,10 +40,7 @@ def advance(rule: ReplayRule, at: ParameterState, gradient: Tensor, entry: Entry
     ``gradient`` is the rebuilt one, without scale and decay. Without ``whole`` only what later steps' factors depend
     on is moved.
     """
-    if entry.fresh:
-        at.tensors = rule.start(at.weight, entry)
-    elif not at.tensors or (rule.buffer is not None and rule.buffer not in at.tensors):
-        at.tensors = rule.start(at.weight, entry) | at.tensors
+    _begin(rule, at, entry)
     scale, decay = rule.gradient_scale(entry), rule.decay(entry)
     g = gradient if scale == 1.0 else gradient * scale
     if decay:
@@ -70,6 +67,25 @@ def advance(rule: ReplayRule, at: ParameterState, gradient: Tensor, entry: Entry
         else:
             buffer.add_(g, alpha=step.take * step.buffer_factor)
     return step
+
+
+def pass_by(rule: ReplayRule, at: ParameterState, gradient: Tensor, entry: Entry) -> bool:
+    """Take one step without its linear map, where later factors depend on the buffer alone; whether that is so."""
+    moves = rule.moves_only(entry)
+    if moves is None or rule.buffer is None or rule.decay(entry):
+        return False
+    _begin(rule, at, entry)
+    keep, take = moves
+    at.tensors[rule.buffer].mul_(keep).add_(gradient, alpha=take * rule.gradient_scale(entry))
+    return True
+
+
+def _begin(rule: ReplayRule, at: ParameterState, entry: Entry) -> None:
+    """Set up the optimiser's state where it had none."""
+    if entry.fresh:
+        at.tensors = rule.start(at.weight, entry)
+    elif not at.tensors or (rule.buffer is not None and rule.buffer not in at.tensors):
+        at.tensors = rule.start(at.weight, entry) | at.tensors
 
 
 def apply(factor: Tensor | float, values: Tensor, side: Side) -> Tensor:

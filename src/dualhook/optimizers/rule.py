@@ -143,6 +143,14 @@ class ReplayRule(Rule):
         """
         raise NotImplementedError(f"the factor of {self.name} is made of more than its state")
 
+    def moves_only(self, entry: Entry) -> tuple[float, float] | None:
+        """``keep`` and ``take`` of the buffer, if that is all of a step that later ones' factors depend on.
+
+        A replay that is only on its way to a later step then need not work out the factor. Only for rules whose
+        ``buffer_factor`` is 1.
+        """
+        return None
+
     def decay(self, entry: Entry) -> float:
         """Coupled weight decay: what multiplies the weight that is added to the gradient."""
         return entry["weight_decay"]

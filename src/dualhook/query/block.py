@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dualhook.optimizers import Adjoint, LinearStep, ParameterState, Side, advance, apply
+from dualhook.optimizers import Adjoint, LinearStep, ParameterState, Side, advance, apply, pass_by
 from dualhook.query.parts import ReplayShare, StepTaken, Synchronization, Totals
 from dualhook.query.scoring import RowScores
 from dualhook.records import SLOW, Rows
@@ -230,6 +230,8 @@ class Block:
                 done.append(one)
                 continue
             state = self.place.of(one.optimizer)
+            if shelf is None and not whole and pass_by(one.rule, state, gradient, one.entry):
+                continue
             decays = shelf is not None and self.sums and one.rule.decay(one.entry)
             before = shelf.keep(state.weight) if shelf is not None and decays else None
             linear = advance(one.rule, state, gradient, one.entry, whole=whole)
