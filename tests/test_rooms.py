@@ -27,6 +27,7 @@ ALLOWED = {
     "dual": SHARED | {"query"},
     "attention": SHARED | {"query", "progress"},
     "progress": {"query", "records"},
+    "verification": SHARED | {"composition", "store"},
     "columns": SHARED | {"store", "attention"},
 }
 

@@ -82,7 +82,8 @@ class Attention:
 
         Raises:
             DualHookError: an unknown criterion, layer, or a ``k`` below 1.
-            RuleError: contributions of a layer whose optimiser has no exact rule; its attention weights can be ranked.
+            RuleError: contributions of a layer whose optimiser's rule is not registered any more; its attention weights
+                can be ranked.
         """
         if by not in CRITERIA:
             raise DualHookError(f"by={by!r}: expected one of {', '.join(CRITERIA)}")
@@ -110,7 +111,7 @@ class Attention:
         ``column`` is ``"step"``, ``"sample"``, ``"position"``, a column given to ``recorder.batch`` or one added by
         ``memory.add_column``. Columns query, layer, the column, weight, abs_weight, contribution, abs_contribution;
         the contributions of a query and layer add up to what the patterns put into the prediction (NaN for a layer
-        whose optimiser has no exact rule).
+        whose optimiser's rule is not registered any more).
 
         Raises:
             DualHookError: an unknown column.

@@ -81,7 +81,7 @@ def compose(
 
 
 def unknown_composition(spec: LayerSpec, horizon: int, why: str) -> Composition:
-    """What stands for a layer whose optimiser has no rule: keys and queries are known, coefficients are not."""
+    """What stands for a layer whose optimiser's rule has gone: keys and queries are known, coefficients are not."""
     nan = torch.full((horizon + 1,), torch.nan, dtype=torch.float64)
     weight = torch.full((spec.out_features, spec.in_features), torch.nan, dtype=torch.float64)
     if spec.bias is None:

@@ -14,7 +14,11 @@ class LayerError(DualHookError):
 
 
 class RuleError(DualHookError):
-    """No exact rule says what the optimiser made of the gradients, so the question has no exact answer."""
+    """What the optimiser has done is not known the way it was asked for.
+
+    A rule that is not registered any more, a preview or an average that cannot be had, an optimiser that cannot be
+    recorded.
+    """
 
 
 class StoreError(DualHookError):

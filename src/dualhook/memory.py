@@ -222,7 +222,7 @@ class DualMemory:
 
         Raises:
             StoreError: no weights to compare with: the recording was cut off and no model is given.
-            RuleError: a layer was trained by an optimiser without an exact rule.
+            RuleError: a layer was trained by an optimiser whose rule is not registered any more.
         """
         horizon = self._horizon(step)
         actual = self._actual(model, horizon)

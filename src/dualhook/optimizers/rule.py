@@ -55,7 +55,7 @@ class Rule(ABC):
         return {}
 
     def refuses(self, hyper: Mapping[str, float]) -> str:
-        """Which setting of a group the rule does not know; empty if it knows all. A refused optimiser has no rule."""
+        """Which setting of a group the rule does not know; empty if it knows all. A refused optimiser is fitted."""
         return ""
 
 
@@ -139,7 +139,7 @@ class ReplayRule(Rule):
     def step_from(self, state: Mapping[str, Tensor], entry: Entry) -> LinearStep:
         """The step's linear map from ``preview_state`` as it is after the step; of rules that have one.
 
-        The factor is proportional to the learning rate. ``state`` must not be written to.
+        ``state`` must not be written to.
         """
         raise NotImplementedError(f"the factor of {self.name} is made of more than its state")
 

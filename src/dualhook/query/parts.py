@@ -163,7 +163,7 @@ class Composition:
     preview: bool = False
     """Whether the replays are previewed from snapshots."""
     unknown: str = ""
-    """Why nothing of this is known (all NaN): no rule explains the optimiser."""
+    """Why nothing of this is known (all NaN): the optimiser's rule is not registered any more."""
 
     @property
     def horizon(self) -> int:

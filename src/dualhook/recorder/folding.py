@@ -25,7 +25,7 @@ def _fold(budget: int, writer: Writer) -> None:
     """Fold the oldest segments into the origin until the rest fits the budget; the newest always stays.
 
     Raises:
-        StoreError: an optimiser without a rule: what the origin would become is not known.
+        StoreError: an optimiser whose rule has gone: what the origin would become is not known.
     """
     if writer.bytes <= budget:
         return

@@ -141,7 +141,7 @@ class StepBook:
     def meet(self, optimizer: Optimizer) -> str:
         """Note which parameters an optimiser holds; returns what the ledger calls it: its class.
 
-        With a setting that its class's rule does not know it is called by that as well, and has no rule.
+        With a setting that its class's rule does not know it is called by that as well, and fitted.
 
         Raises:
             RuleError: an optimiser whose steps cannot be recorded at all.
