@@ -69,7 +69,7 @@ def test_contributions_are_the_values_of_each_pattern(tmp_path):
     attention = memory.attend(model, x, target=0, layers="2")
     by_sample = attention.sum_by("sample")
     whole = memory.state_dict()
-    hidden = model[1](model[0](x))
+    hidden = model[1](model[0](x)).detach()
     for row in by_sample:
         without = memory.without(int(row["sample"]))
         weight, bias = (whole[f"2.{name}"] - without[f"2.{name}"] for name in ("weight", "bias"))
