@@ -353,7 +353,8 @@ def _attend_arguments(parser: _Parser) -> None:
         "--method",
         choices=("exact", "preview"),
         default="exact",
-        help="preview: without the replay that Adam and its like need; most of the same patterns, rough sums (default: %(default)s)",
+        help="preview: without the replay that Adam and its like need; most of the same patterns, rough sums "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--cache", action="store_true", help="keep what a replay finds beside the memory, for the same question again"
