@@ -117,6 +117,21 @@ def test_a_preview_is_kept_like_a_replay(tmp_path):
     assert str(exact.top(5)) != whole[0]
 
 
+def test_flushing_often_takes_no_more_snapshots(tmp_path):
+    model = nn.Linear(I, O)
+    with dualhook.instrument(model, tmp_path / "run", verbose=False) as recorder:
+        optimizer = torch.optim.Adam(model.parameters())
+        for _ in range(30):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(4, I)), torch.randint(0, O, (4,))).backward()
+            optimizer.step()
+            recorder.flush()
+    taken = sorted(int(path.stem) for path in (tmp_path / "run" / "snapshots").iterdir())
+    assert taken == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 27, 30]
+    memory = dualhook.load(tmp_path / "run")
+    assert len(memory.attend(model, torch.randn(2, I), method="preview").top(3)) == 6
+
+
 def test_sgd_has_nothing_to_preview():
     model, memory = trained(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
     x = torch.randn(2, I).double()

@@ -219,6 +219,7 @@ class Recorder:
                 self._writer.close()
                 if not self._stopped:
                     self._write_latest()
+                    self._book.snapshots.after(self.steps, final=True)
         if self._memory is None:
             self._memory = DualMemory(self._layout.root, keep=self._temporary)
         return self._memory
@@ -316,7 +317,6 @@ class Recorder:
                     stacklevel=3,
                 )
         self._writer.write_latest(self.steps, values)
-        self._book.snapshots.after(self.steps, final=True)
 
     def _detach(self) -> None:
         for handle in self._handles:

@@ -36,7 +36,7 @@ class Snapshots:
             self._optimizers[watched.name] = (watched, weakref.ref(optimizer), wanted)
 
     def after(self, step: int, *, final: bool = False) -> None:
-        """A step is over: keep a snapshot if one is due, or if it is the ``final`` one for now."""
+        """A step is over: keep a snapshot if one is due, or if the step was the ``final`` one."""
         if step <= self._last or not (final or step >= self._next):
             return
         self._last, self._next = step, max(step + 1, int(step * RATIO))
