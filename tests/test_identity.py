@@ -58,7 +58,7 @@ def test_contributions_and_receipt_add_up_to_the_trained_output(run: Run, data: 
     attention = result.memory.attend(result.model, x)
     for layer, asked in attention._layers.items():
         explained = torch.from_numpy(attention.explained.where(layer=layer)["explained"])
-        output = asked.output.flatten(1).norm(dim=1)  # what W's own rounding goes with
+        output = asked.size.flatten(1).norm(dim=1)  # |W| |x|: what W's own rounding goes with
         change = (asked.output - attention._receipts[layer].parts["origin"]).flatten(1).norm(dim=1)
         assert ((1 - explained) * change <= TOLERANCE[run.dtype] * output).all()
     by_step = attention.sum_by("step")

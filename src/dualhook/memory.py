@@ -356,16 +356,16 @@ class DualMemory:
                 )
         query = torch.cat([call.query.reshape(queries, -1, spec.in_features) for call, _ in calls], 1).cpu()
         direction = torch.cat([d.reshape(queries, -1, spec.out_features) for _, d in calls], 1).cpu()
-        output = query.double() @ module.weight.detach().double().cpu().T  # type: ignore[operator]
-        if module.bias is not None:
-            output = output + module.bias.detach().double().cpu()  # type: ignore[operator]
+        weight, bias = module.weight.detach().double().cpu(), module.bias  # type: ignore[operator]
+        offset = weight.new_zeros(1) if bias is None else bias.detach().double().cpu()  # type: ignore[operator]
+        output, size = query.double() @ weight.T + offset, query.double().abs() @ weight.abs().T + offset.abs()
         try:
             made_of = self._composition(spec, horizon, preview=preview)
         except RuleError as error:  # attention weights need no rule
             if preview:
                 raise
             made_of = unknown_composition(spec, horizon, str(error))
-        return LayerQuery(made_of, query, direction, output, f"{self._store.fingerprint} {self._average}")
+        return LayerQuery(made_of, query, direction, output, size, f"{self._store.fingerprint} {self._average}")
 
     def _actual(self, model: nn.Module | None, horizon: int) -> Mapping[str, Tensor]:
         if model is not None:

@@ -122,7 +122,8 @@ class Receipt:
         left = (trained - rebuilt).flatten(1).norm(dim=1)
         whole = trained.flatten(1).norm(dim=1)
         steps = self._asked.made_of.horizon + 1  # every step has rounded the weight once
-        rounding = 4 * torch.finfo(self._asked.query.dtype).eps * steps**0.5 * output.flatten(1).norm(dim=1)
+        size = output if self._asked.size is None else self._asked.size.double()
+        rounding = 4 * torch.finfo(self._asked.query.dtype).eps * steps**0.5 * size.flatten(1).norm(dim=1)
         nothing = torch.maximum(left, whole) <= rounding
         return torch.where(nothing, 1.0, 1.0 - left / whole)
 

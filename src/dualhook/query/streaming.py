@@ -46,6 +46,8 @@ class LayerQuery:
     query: Tensor
     direction: Tensor
     output: Tensor
+    size: Tensor | None = None
+    """``|W| |x| + |b|`` [q, p, o]: what the rounding of ``output`` goes with; None: its own size."""
     memory: str = ""
     """What tells the memory and the weights asked about from others: part of the :attr:`key`."""
 
