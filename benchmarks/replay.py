@@ -138,7 +138,8 @@ def main() -> None:
             bench.ask(f"top(10) and receipt, {count} {queries}", lambda a=attention: a.top(10))
             bench.ask("  then sum_by('label')", lambda a=attention: a.sum_by("label"))
             worst = min(worst, float(attention.receipt["explained"].min()))
-            dualhook.load(bench.memory.path).attend(bench.model, images, cache=True).top(10)
+            attention = dualhook.load(bench.memory.path).attend(bench.model, images, cache=True)
+            bench.ask("  of a memory just opened, with cache=True", lambda a=attention: a.top(10))
             attention = dualhook.load(bench.memory.path).attend(bench.model, images, cache=True)
             bench.ask("  the same question again, with cache=True", lambda a=attention: a.top(10))
             if arguments.optimizer != "Muon":  # whose steps are made of more than its state
