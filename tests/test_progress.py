@@ -27,6 +27,9 @@ def test_a_long_replay_is_announced_once_and_can_be_silenced(tmp_path, capsys, m
         told = capsys.readouterr().err
         assert told.startswith("dualhook: replaying the optimiser over ")
         assert told.count("\n") == 1
+    for told in (1, 0):  # with a cache once too, and not at all when it is asked again
+        memory.attend(model, x, layers="0", cache=True).top()
+        assert capsys.readouterr().err.count("\n") == told
     memory.verbose = False
     memory.verify()
     memory.attend(model, x).top(5)

@@ -231,8 +231,8 @@ class Attention:
     def _sealed(self, asked: LayerQuery) -> LayerQuery:
         """The question to rows that are sealed beside the memory, where that can be."""
         if self._files is not None and asked.made_of.replays:
-            with self._progress.over(self._source, [asked.made_of]):
-                made_of = seal(self._source, asked.made_of, self._files, asked.layer_key)
+            replaying = self._progress.over(self._source, [asked.made_of])
+            made_of = seal(self._source, asked.made_of, self._files, asked.layer_key, replaying)
             if made_of is not asked.made_of:
                 asked = self._layers[asked.name] = replace(asked, made_of=made_of)
         return asked

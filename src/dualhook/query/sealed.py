@@ -7,6 +7,7 @@ gradient has become at the horizon is one of the two vectors of its row, and not
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -22,10 +23,13 @@ from dualhook.records import Rows, RowSource
 __all__ = ["seal"]
 
 
-def seal(source: RowSource, made_of: Composition, files: Answers, key: str) -> Composition:
+def seal(
+    source: RowSource, made_of: Composition, files: Answers, key: str, replaying: AbstractContextManager[None]
+) -> Composition:
     """The same layer with sealed rows in place of its weight's replay, from ``files`` or after one replay.
 
-    As it was, if its weight is under no matrix rule, or if the rows take more than ``replay_bytes``.
+    The replay, if there is one, runs within ``replaying``. The layer stays as it was, if its weight is under no matrix
+    rule, or if the rows take more than ``replay_bytes``.
     """
     share = next((share for share in made_of.replays if share.parameter == made_of.spec.weight), None)
     rules = [] if share is None else [step.rule for step in share.steps]
@@ -37,7 +41,8 @@ def seal(source: RowSource, made_of: Composition, files: Answers, key: str) -> C
         return made_of
     found = files.get(f"{key}-sealed")
     if found is None:
-        found = _replayed(source, made_of, share, side, width)
+        with replaying:
+            found = _replayed(source, made_of, share, side, width)
         files.put(f"{key}-sealed", found)
     return replace(
         made_of,
