@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from third_party import Lion
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dualhook
+from dualhook.optimizers import LionRule, register
 
+register(Lion, LionRule())
 CLASSES = 3
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -247,6 +250,7 @@ REPLAYED = (
     (torch.optim.Adadelta, fixed(lr=[1.0, 0.1], rho=[0.9, 0.99], weight_decay=DECAYS, maximize=FLAGS)),
     (torch.optim.Adafactor, fixed(lr=[1e-2, 1e-1], d=[1.0, 2.0], weight_decay=DECAYS, maximize=FLAGS)),
     (torch.optim.Rprop, fixed(lr=[1e-3, 1e-2], etas=[(0.5, 1.2), (0.9, 1.05)], maximize=FLAGS)),
+    (Lion, lion_settings()),
 )
 
 

@@ -21,7 +21,7 @@ def network(dtype):
     return nn.Sequential(nn.Linear(I, H), nn.Tanh(), nn.Linear(H, H), nn.Tanh(), nn.Linear(H, O)).to(dtype)
 
 
-def trained(split, dtype=torch.float64, steps=25, path=None):
+def trained(split, dtype=torch.float64, steps=25, path=None, clip=None, batches=1):
     model = network(dtype)
     optimizers = split(model)
     recorder = dualhook.instrument(model, path, verbose=False)
@@ -29,7 +29,10 @@ def trained(split, dtype=torch.float64, steps=25, path=None):
         recorder.batch(torch.arange(8) + 8 * (step % 4))
         for optimizer in optimizers:
             optimizer.zero_grad()
-        F.cross_entropy(model(torch.randn(8, I, dtype=dtype)), torch.randint(0, O, (8,))).backward()
+        for _ in range(batches):
+            F.cross_entropy(model(torch.randn(8, I, dtype=dtype)), torch.randint(0, O, (8,))).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         for optimizer in optimizers:
             optimizer.step()
     return model, recorder.close()
@@ -74,8 +77,9 @@ def test_every_question_with_a_different_rule_for_every_layer(tmp_path):
         assert float(of_sample[0]) == pytest.approx(float(change @ asked.direction[0, 0]), rel=1e-7, abs=1e-12)
 
 
-def test_muon_beside_adamw_up_to_muons_rounding():
-    model, memory = trained(muon_and_adamw, torch.float32)
+@pytest.mark.parametrize(("clip", "batches"), [(None, 1), (0.1, 1), (0.1, 3)])
+def test_muon_beside_adamw_up_to_muons_rounding(clip, batches):
+    model, memory = trained(muon_and_adamw, torch.float32, clip=clip, batches=batches)
     assert memory.info()["rule"].tolist() == ["muon, adam", "muon, adam", "adam"]
     assert memory.info()["kind"].tolist() == ["matrix, elementwise", "matrix, elementwise", "elementwise"]
     assert memory.verify()["error"][2] < 1e-5

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import REPLAYED, lion_settings, muon_settings
+from runs import REPLAYED, muon_settings
 from third_party import Lion
 from torch import Tensor, nn
 
@@ -27,13 +27,10 @@ from dualhook.optimizers import (
     apply,
     class_name,
     pass_by,
-    register,
     rule_for,
 )
 
-register(Lion, LionRule())
-SUITE = [*REPLAYED, (Lion, lion_settings())]
-DRAWN = st.sampled_from(SUITE).flatmap(lambda pair: st.tuples(st.just(pair[0]), pair[1]))
+DRAWN = st.sampled_from(REPLAYED).flatmap(lambda pair: st.tuples(st.just(pair[0]), pair[1]))
 SHAPES = st.sampled_from([(3, 2), (2, 3), (4,), (1, 1)])
 
 
@@ -168,7 +165,7 @@ def test_what_a_rule_is_given_stays_and_what_it_returns_is_its_own(chosen, given
             assert part.data_ptr() not in {value.data_ptr() for value in (*state.values(), gradient, run.values[0])}
 
 
-@pytest.mark.parametrize("make", [make for make, _ in REPLAYED if make is not torch.optim.Adafactor])
+@pytest.mark.parametrize("make", [make for make, _ in REPLAYED if make not in (torch.optim.Adafactor, Lion)])
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"differentiable": False}])
 def test_variants_of_torch(make, options):
     run = Trajectory(make, options, [torch.randn(3, 2, dtype=torch.float64) for _ in range(8)])

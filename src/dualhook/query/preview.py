@@ -10,7 +10,7 @@ look strongest are scored again with the matrices themselves. Sums and receipt a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -41,9 +41,7 @@ class Preview:
         self._shares = shares
         self._parts: list[_Part] = []
 
-    def backward(
-        self, scores: ReplayScores | None, *, totals: bool, tick: Callable[[int], None] | None = None
-    ) -> Iterator[tuple[Rows, Tensor | None]]:
+    def backward(self, scores: ReplayScores | None, *, totals: bool) -> Iterator[tuple[Rows, Tensor | None]]:
         """Blocks of rows with their scores [q, n]: stretches newest first, rows oldest first in each of them.
 
         With ``totals`` what the layer answers is summed along the way: :meth:`sums`, and :attr:`output` of patterns.
