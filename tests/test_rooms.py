@@ -14,16 +14,17 @@ import dualhook
 SOURCE = Path(dualhook.__file__).parent
 SHARED = {"records", "errors", "table"}
 ALLOWED = {
-    "capture": SHARED,
+    "capture": SHARED | {"maps"},
     "optimizers": SHARED,
-    "store": SHARED,
-    "query": SHARED | {"optimizers"},
+    "maps": {"records"},
+    "store": SHARED | {"maps"},
+    "query": SHARED | {"maps", "optimizers"},
     "report": SHARED,
     "records": set(),
     "errors": set(),
     "table": {"report"},
     "model": SHARED | {"capture"},
-    "composition": SHARED | {"optimizers", "query", "store"},
+    "composition": SHARED | {"maps", "optimizers", "query", "store"},
     "dual": SHARED | {"query"},
     "attention": SHARED | {"query", "progress"},
     "progress": {"query", "records"},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from dualhook.errors import RuleError
+from dualhook.maps import map_of
 from dualhook.optimizers import (
     LOOKAHEAD,
     Entry,
@@ -54,14 +55,16 @@ def compose(
     replays, parts, factor = [], [], None
     for name in spec.parameters:
         if is_replayed(store, name):
-            replays.append(_replay_share(store, name, horizon, weights))
+            replays.append(_replay_share(store, spec, name, horizon, weights))
             if preview:
                 replays[-1].snapshots = _snapshots(store, replays[-1])
-            nothing = torch.zeros_like(store.origin(name).tensors[VALUE], dtype=torch.float64)
+            nothing = map_of(spec).matrix(name, store.origin(name).tensors[VALUE])
+            nothing = torch.zeros_like(nothing, dtype=torch.float64)
             parts.append((torch.zeros(horizon + 1, dtype=torch.float64), nothing))
             continue
         found = _coefficients(store, name, horizon, weights, component)
-        parts.append(_by_step(store, name, horizon, found))
+        by_step, share = _by_step(store, name, horizon, found)
+        parts.append((by_step, map_of(spec).matrix(name, share)))
         if name == spec.weight and component == VALUE:
             factor = _factor(store, name, horizon, found)
     weight, origin_weight = parts[0]
@@ -86,7 +89,8 @@ def unknown_composition(spec: LayerSpec, horizon: int, why: str) -> Composition:
     weight = torch.full((spec.out_features, spec.in_features), torch.nan, dtype=torch.float64)
     if spec.bias is None:
         return Composition(spec, nan, weight, unknown=why)
-    return Composition(spec, nan, weight, nan, weight[:, 0], unknown=why)
+    bias = weight[:, 0] if spec.slots == 1 else weight[:, : spec.slots]
+    return Composition(spec, nan, weight, nan, bias, unknown=why)
 
 
 def rules_of(store: Store, parameter: str) -> dict[str, Rule]:
@@ -130,7 +134,7 @@ def explanation(store: Store, spec: LayerSpec) -> Explanation:
 
 def replayed_states(store: Store, spec: LayerSpec, step: int, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Value and optimiser state after ``step`` of those of the layer's parameters that are replayed."""
-    shares = [_replay_share(store, name, step, None) for name in names]
+    shares = [_replay_share(store, spec, name, step, None) for name in names]
     found = Replay(store, spec.name, shares, budget=REPLAY_BYTES).forward() if shares else []
     states = {}
     for share, (weight, tensors) in zip(shares, found, strict=True):
@@ -138,15 +142,16 @@ def replayed_states(store: Store, spec: LayerSpec, step: int, names: Sequence[st
     return states
 
 
-def _replay_share(store: Store, name: str, horizon: int, weights: Tensor | None) -> ReplayShare:
-    origin = store.origin(name)
+def _replay_share(store: Store, spec: LayerSpec, name: str, horizon: int, weights: Tensor | None) -> ReplayShare:
+    origin, own = store.origin(name), map_of(spec)
     readout = torch.zeros(horizon + 1, dtype=torch.float64)
     if weights is None:
         readout[horizon] = 1.0
     else:
         readout += weights.double()
     history = store.histories[name]
-    return ReplayShare(
+    shape = origin.tensors[VALUE].shape
+    share = ReplayShare(
         name,
         min(origin.step, horizon),
         origin.tensors[VALUE],
@@ -154,7 +159,17 @@ def _replay_share(store: Store, name: str, horizon: int, weights: Tensor | None)
         _taken(history.where(history.step <= horizon)),
         readout,
         store.dtype(name),
+        None if own.keeps_shape and len(store.uses(spec.name)) == 1 else own,
+        tuple(shape),
     )
+    if share.map is not None and not share.is_natural:
+
+        def laid_out(values: Tensor) -> Tensor:
+            return own.matrix(name, values).contiguous() if values.shape == shape else values
+
+        tensors = {part: laid_out(value) for part, value in share.tensors.items()}
+        share = replace(share, weight=laid_out(share.weight), tensors=tensors)
+    return share
 
 
 def _snapshots(store: Store, share: ReplayShare) -> dict[int, Callable[[], Mapping[str, Tensor]]]:
@@ -168,6 +183,10 @@ def _snapshots(store: Store, share: ReplayShare) -> dict[int, Callable[[], Mappi
         raise RuleError(
             f"no preview of {share.parameter!r}: what {' and '.join(rules)} did is made of more than one optimiser's "
             "state at a few steps; ask with method='exact'"
+        )
+    if share.map is not None:
+        raise RuleError(
+            f"no preview of {share.parameter!r}: previews are of nn.Linear's weights only; ask with method='exact'"
         )
     found = store.snapshots(share.parameter)
     if not found:

@@ -19,11 +19,12 @@ from dualhook.columns import Columns
 from dualhook.composition import compose, explanation, unknown_composition
 from dualhook.dual import DualLinear
 from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
+from dualhook.maps import map_of
 from dualhook.model import Target, find_layers, predicted_scores, run_model, with_module
 from dualhook.optimizers import average_weights
 from dualhook.progress import ReplayProgress
 from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, rebuild
-from dualhook.records import AVERAGE, LayerSpec, Rows
+from dualhook.records import AVERAGE, VALUE, LayerSpec, Rows
 from dualhook.store import AnswerFiles, Store
 from dualhook.table import Table
 from dualhook.verification import VerifyReport, inexact_steps, verified
@@ -51,7 +52,8 @@ class DualMemory:
 
     def __init__(self, path: str | os.PathLike[str], *, keep: object = None) -> None:
         self._store = Store(Path(path))
-        self._specs = {spec.name: spec for spec in self._store.layers}
+        self._specs = {spec.name: spec for spec in self._store.trained_uses}
+        self._primary = {spec.name: spec for spec in self._store.layers}
         self._columns = Columns(self._store)
         self._average: tuple[str, dict[str, Any]] | None = None
         self._composed: dict[tuple[str, int, bool], Composition] = {}
@@ -72,8 +74,15 @@ class DualMemory:
 
     @property
     def layers(self) -> list[str]:
-        """The layers that were trained, in the model's order."""
-        return list(self._specs)
+        """The layers that were trained, in the model's order; a weight that several share counts once.
+
+        Questions can name its other uses too, see :meth:`uses`.
+        """
+        return list(self._primary)
+
+    def uses(self, layer: str) -> list[str]:
+        """The layer and those that share its weight: each has the patterns of all, told apart by the column ``use``."""
+        return [spec.name for spec in self._store.uses(self._spec(layer).name)]
 
     @property
     def steps(self) -> int:
@@ -123,7 +132,7 @@ class DualMemory:
         rule is, if only up to the optimiser's own rounding, ``inexact_steps`` how many steps are marked otherwise.
         """
         rows = []
-        for spec in self._specs.values():
+        for spec in self._primary.values():
             how, shape = explanation(self._store, spec), f"{spec.in_features}→{spec.out_features}"
             count, inexact = self._store.count(spec.name), inexact_steps(self._store, spec, self.steps)
             rows.append((spec.name, shape, count, how.optimizer, how.rule, how.kind, how.cost, how.exact, inexact))
@@ -226,17 +235,17 @@ class DualMemory:
         """
         horizon = self._horizon(step)
         actual = self._actual(model, horizon)
-        return verified(self._store, self._rebuilt(list(self._specs.values()), horizon), actual, horizon)
+        return verified(self._store, self._rebuilt(list(self._primary.values()), horizon), actual, horizon)
 
     def weight(self, layer: str, step: int | None = None) -> Tensor:
-        """The layer's weight [o, i] after any recorded step (0: the origin), rebuilt from the memory."""
+        """The layer's weight as the model has it, after any recorded step (0: the origin), rebuilt from the memory."""
         spec = self._spec(layer)
         return self._parameters([spec], self._horizon(step))[spec.weight]
 
     def state_dict(self, step: int | None = None) -> dict[str, Tensor]:
         """All recorded parameters after any recorded step, rebuilt; for ``load_state_dict(..., strict=False)``."""
         horizon = self._horizon(step)
-        return self._parameters(self._specs.values(), horizon)
+        return self._parameters(self._primary.values(), horizon)
 
     def without(self, samples: int | Iterable[int]) -> dict[str, Tensor]:
         """All recorded parameters after the last step, minus the values of these samples' patterns.
@@ -255,7 +264,7 @@ class DualMemory:
                 f"no patterns of sample {unknown[0]}: "
                 + ("expected samples out of memory.samples" if len(self.samples) else remedy)
             )
-        return self._parameters(self._specs.values(), self.steps, lambda rows: torch.isin(rows.sample, wanted))
+        return self._parameters(self._primary.values(), self.steps, lambda rows: torch.isin(rows.sample, wanted))
 
     def dual(self, model: nn.Module) -> nn.Module:
         """A copy of ``model`` whose recorded layers answer in dual form: origin, plus attention over every pattern.
@@ -325,7 +334,9 @@ class DualMemory:
         made_of = [self._composition(spec, horizon) for spec in specs]
         with self._progress.over(self._store, made_of):
             for one in made_of:
-                yield one.spec, rebuild(self._store, one, leave_out)
+                natural, rebuilt = map_of(one.spec).natural, rebuild(self._store, one, leave_out)
+                shapes = {name: self._store.origin(name).tensors[VALUE].shape for name in rebuilt}
+                yield one.spec, {name: natural(name, values, shapes[name]) for name, values in rebuilt.items()}
 
     def _parameters(
         self, specs: Iterable[LayerSpec], horizon: int, leave_out: Callable[[Rows], Tensor] | None = None
@@ -365,7 +376,8 @@ class DualMemory:
             if preview:
                 raise
             made_of = unknown_composition(spec, horizon, str(error))
-        return LayerQuery(made_of, query, direction, output, size, f"{self._store.fingerprint} {self._average}")
+        memory = f"{self._store.fingerprint} {self._average}"
+        return LayerQuery(made_of, query, direction, output, None, size, memory)
 
     def _actual(self, model: nn.Module | None, horizon: int) -> Mapping[str, Tensor]:
         if model is not None:

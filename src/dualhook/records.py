@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ __all__ = [
     "INEXACT",
     "MOMENTUM",
     "NO_SAMPLE",
+    "OPTIONAL",
     "SLOW",
     "VALUE",
     "Batch",
@@ -39,6 +40,9 @@ COORDINATES = ("step", "sample", "position")
 
 FIELDS = ("key", "output_grad", *COORDINATES)
 """The tensors of a block of rows that are always there."""
+
+OPTIONAL = ("slot", "constant", "extent")
+"""The tensors of a block of rows that only some kinds of layers have."""
 
 NO_SAMPLE = -1
 """Sample number of a row whose dataset row is not known."""
@@ -73,7 +77,12 @@ INEXACT = Mark.UNEXPLAINED | Mark.CHANGED | Mark.MISSING | Mark.MISPREDICTED
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One linear map of the model: ``y = x Wᵀ + b``, named as in the model."""
+    """One linear map of the model: ``y = W x + b`` with a matrix [o, i], named as in the model.
+
+    ``kind`` says how the parameter is that matrix (:mod:`dualhook.maps`), with ``options`` of the kind. The columns of
+    a matrix of several ``slots`` come in as many blocks, of which a key fills one. Layers with the same ``weight`` are
+    uses of one parameter: each has the patterns of all.
+    """
 
     name: str
     in_features: int
@@ -81,6 +90,8 @@ class LayerSpec:
     weight: str
     bias: str | None
     kind: str = "linear"
+    slots: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -101,7 +112,9 @@ class Rows:
     """A block of patterns of one layer, in the order they were recorded.
 
     ``key`` [n, i], ``output_grad`` [n, o] (raw, as autograd gave it), ``step``, ``sample`` and ``position`` [n].
-    ``first`` is the pattern number of the block's first row.
+    ``first`` is the pattern number of the block's first row. In a layer of several slots keys are [n, i / slots] and
+    ``slot`` [n] says which they fill; None: keys are whole. ``constant`` [n] is the key's component for the bias;
+    None: 1. Stored rows that are whole maps carry their ``extent`` [n, 2 · dimensions], input and output.
     """
 
     key: Tensor
@@ -111,6 +124,9 @@ class Rows:
     position: Tensor
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     first: int = 0
+    slot: Tensor | None = None
+    constant: Tensor | None = None
+    extent: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.key.shape[0])
@@ -131,15 +147,19 @@ class Rows:
     def joined(self, other: Rows) -> Rows:
         """These rows and those that follow them."""
         columns = {name: torch.cat([values, other.columns[name]]) for name, values in self.columns.items()}
-        key, output_grad, step, sample, position = (
-            torch.cat([getattr(self, name), getattr(other, name)]) for name in FIELDS
-        )
-        return Rows(key, output_grad, step, sample, position, columns, self.first)
+        parts = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in FIELDS}
+        optional = {
+            name: torch.cat([values, getattr(other, name)])
+            for name in OPTIONAL
+            if (values := getattr(self, name)) is not None
+        }
+        return Rows(**parts, columns=columns, first=self.first, **optional)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
         columns = {name: change(values) for name, values in self.columns.items()}
-        key, output_grad, step, sample, position = (change(getattr(self, name)) for name in FIELDS)
-        return Rows(key, output_grad, step, sample, position, columns, self.first)
+        parts = {name: change(getattr(self, name)) for name in FIELDS}
+        optional = {name: change(values) for name in OPTIONAL if (values := getattr(self, name)) is not None}
+        return Rows(**parts, columns=columns, first=self.first, **optional)
 
 
 @dataclass(frozen=True)

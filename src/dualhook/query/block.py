@@ -12,6 +12,7 @@ from torch import Tensor
 from dualhook.optimizers import Adjoint, LinearStep, ParameterState, Side, advance, apply, pass_by
 from dualhook.query.parts import ReplayShare, StepTaken, Synchronization, Totals
 from dualhook.query.scoring import RowScores
+from dualhook.query.slots import bias_gradient, gradient
 from dualhook.records import SLOW, Rows
 
 __all__ = ["Block", "Place", "Shelf", "StepRows", "joined"]
@@ -160,6 +161,7 @@ class Block:
                     continue
                 values, scale, side = self._back(done)
                 if found is not None and self.scores is not None and len(at.rows):
+                    values, side = self.share.oriented(values, side)
                     found[:, end - len(at.rows) : end] += self.scores.of(at.rows, values, scale, side)
                 shelf.give(*done.kept)
             if found is not None:
@@ -294,12 +296,20 @@ class Block:
 
     def _gradient(self, rows: Rows, shelf: Shelf | None) -> Tensor:
         """What the rows of one step rebuild; on the shelf, or where the next one will be."""
-        d = rows.output_grad[:, self.units].to(self.dtype)
-        shape = self.place.weight.shape
+        d, shape = rows.output_grad[:, self.units].to(self.dtype), self.place.weight.shape
+        if rows.slot is not None or rows.constant is not None or self.share.is_natural:
+            return self._laid_out_gradient(d, rows)
         if shelf is None and self._gradients is None:
             self._gradients = torch.empty(shape, dtype=self.dtype)
         out = self._gradients if shelf is None else shelf.take(shape, self.dtype)
         return torch.mm(d.T, rows.key.to(self.dtype), out=out) if len(shape) == 2 else torch.sum(d, 0, out=out)
+
+    def _laid_out_gradient(self, d: Tensor, rows: Rows) -> Tensor:
+        """The same of rows that are not plain, or for a parameter that is no matrix."""
+        matrix = self.share.as_matrix(self.share.weight)
+        if self.share.is_bias:
+            return self.share.from_matrix(bias_gradient(d, rows, 1 if matrix.ndim == 1 else matrix.shape[1]))
+        return self.share.from_matrix(gradient(d, rows.key.to(self.dtype), rows.slot, matrix.shape[1])).contiguous()
 
     def _cut(self, value: Tensor) -> Tensor:
         """The block's output units of a tensor; of one that is not laid out by output units, all."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dualhook.maps import LinearMap
 from dualhook.optimizers import Entry, Exactness, ReplayRule, Side
 from dualhook.records import FactorVectors, LayerSpec, Rows
 
@@ -49,6 +50,10 @@ class Totals:
         """The sum of all parts."""
         return self.origin + self.patterns + self.weight_decay + self.rounding
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Totals:
+        """The same with every part changed."""
+        return Totals(*(change(getattr(self, part.name)) for part in fields(self)))
+
 
 @dataclass
 class ReplayShare:
@@ -66,6 +71,10 @@ class ReplayShare:
     taken: Mapping[int, Sequence[StepTaken | Synchronization]]
     readout: Tensor
     dtype: torch.dtype
+    map: LinearMap | None = None
+    """Of a layer whose parameters are no matrices as they are; None: of a plain linear layer."""
+    shape: tuple[int, ...] = ()
+    """Of the parameter; where the rule looks at more than single entries, ``weight`` is left in it."""
     snapshots: Mapping[int, Callable[[], Mapping[str, Tensor]]] = field(default_factory=dict)
     """By step, what loads the optimiser's state as it was then; for a preview."""
     totals: Totals | None = None
@@ -90,6 +99,38 @@ class ReplayShare:
     def separable(self) -> bool:
         """Whether its output units can be replayed in blocks."""
         return all(step.rule.separable for step in self.steps)
+
+    @property
+    def is_natural(self) -> bool:
+        """Whether weight and state are laid out as the parameter rather than as a matrix."""
+        return self.map is not None and not self.separable and not self.map.keeps_shape
+
+    def as_matrix(self, values: Tensor) -> Tensor:
+        """A tensor that is laid out like ``weight``, as a matrix."""
+        return self.map.matrix(self.parameter, values) if self.is_natural and self.map else values
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """A matrix, laid out like ``weight``."""
+        return self.map.natural(self.parameter, matrix, self.shape) if self.is_natural and self.map else matrix
+
+    def natural(self, values: Tensor) -> Tensor:
+        """A tensor that is laid out like ``weight``, as the parameter is."""
+        if self.map is None or self.is_natural or values.shape != self.weight.shape:
+            return values
+        return self.map.natural(self.parameter, values, self.shape)
+
+    def oriented(self, values: Tensor | float, side: Side) -> tuple[Tensor | float, Side]:
+        """A factor on the parameter's gradient as one on the matrix's."""
+        if not self.is_natural or not isinstance(values, Tensor) or self.map is None:
+            return values, side
+        if side == "elementwise":
+            return self.map.matrix(self.parameter, values), side
+        return (values.T, "right" if side == "left" else "left") if self.map.is_transposed else (values, side)
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether its key is the constant 1."""
+        return self.weight.ndim == 1 if self.map is None else self.parameter != self.map.spec.weight
 
     @property
     def computed_in(self) -> torch.dtype:

@@ -126,6 +126,8 @@ class _Part:
         tail = int(counting[0]) if len(counting) else len(rows)
         parts = [(0, 0, coefficients[:, 0]), (tail, 1, coefficients[tail:, 1])]
         d, x = rows.output_grad.to(self._dtype), rows.key.to(self._dtype)
+        if rows.constant is not None and self._share.is_bias:
+            d = d * rows.constant.to(self._dtype)[:, None]
         found = self._query.new_zeros(len(self._query), len(rows))
         for start, which, weights in parts:
             if start < len(rows):

@@ -9,7 +9,6 @@ on how many threads there are, nor on the budget.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -28,6 +27,7 @@ __all__ = ["Replay"]
 
 T = TypeVar("T")
 CHECKPOINTS = 24  # made on one way forward, at most
+STEP_ROWS = 2**20  # read at a time; a step's rows are joined
 BLOCK_BYTES = 2**21  # of the weights of the output units that go through a stretch together
 
 
@@ -100,14 +100,20 @@ class Replay:
 
     def sums(self) -> list[Totals]:
         """The totals of every share, once :meth:`backward` is through."""
-        return [joined([block for block in self._blocks if block.share is share]) for share in self._shares]
+        return [
+            joined([block for block in self._blocks if block.share is share]).each(share.as_matrix)
+            for share in self._shares
+        ]
 
     def state(self) -> dict[str, Tensor]:
         """What the way back has brought so far, of all blocks."""
         return {f"{k}/{name}": held for k, block in enumerate(self._blocks) for name, held in block.state().items()}
 
     def forward(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Run to the horizon: of every share the weight, and the state tensors of the optimiser that stepped last."""
+        """Run to the horizon: every share's weight, and the state tensors of the optimiser that stepped last.
+
+        Laid out as the parameters are.
+        """
         found, self._counted = [], None
         blocks = [Block(share, slice(None), share.computed_in, totals=False, scores=None) for share in self._shares]
         for at in self._rows(self._begins, self._horizon):
@@ -116,7 +122,8 @@ class Replay:
         for block in blocks:
             steps = list(block.share.steps)
             state = block.place.of(steps[-1].optimizer).tensors if steps else dict(block.share.tensors)
-            found.append((block.place.weight, state))
+            own = {name: block.share.natural(value) for name, value in state.items()}
+            found.append((block.share.natural(block.place.weight), own))
         return found
 
     def _stretch(self, begin: int, end: int) -> Iterator[tuple[Rows, Tensor | None]]:
@@ -166,7 +173,7 @@ class Replay:
         empty: Rows | None = None
         found: dict[int, Rows] = {}
         upcoming = begin + 1
-        for block in self._source.blocks(self._layer, first_step=begin + 1, last_step=end, block_rows=sys.maxsize):
+        for block in self._source.blocks(self._layer, first_step=begin + 1, last_step=end, block_rows=STEP_ROWS):
             steps, counts = torch.unique_consecutive(block.step, return_counts=True)
             start = 0
             for step, count in zip(steps.tolist(), counts.tolist(), strict=True):
@@ -187,8 +194,8 @@ class Replay:
 
     def _none(self) -> Rows:
         """No rows, of the layer's widths."""
-        weight = next((share.weight for share in self._shares if share.weight.ndim == 2), None)
-        outputs = self._shares[0].weight.shape[0]
+        weight = next((share.as_matrix(share.weight) for share in self._shares if not share.is_bias), None)
+        outputs = self._shares[0].as_matrix(self._shares[0].weight).shape[0]
         no = torch.zeros(0, dtype=torch.int64)
         key = torch.zeros(0, 1 if weight is None else weight.shape[1], dtype=self._shares[0].computed_in)
         return Rows(key, key.new_zeros(0, outputs), no, no, no)
@@ -201,6 +208,8 @@ def _units(share: ReplayShare) -> list[slice]:
     while share.separable and parts < units and parts * BLOCK_BYTES < size:
         parts *= 2
     parts = min(parts, units)
+    if share.is_natural:
+        return [slice(None)]
     return [slice(units * k // parts, units * (k + 1) // parts) for k in range(parts)]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dualhook.optimizers import Side
 from dualhook.query.parts import ReplayShare
+from dualhook.query.slots import spread
 from dualhook.records import Rows
 
 __all__ = ["BlockScores", "ReplayQuestion", "ReplayScores", "RowScores"]
@@ -74,10 +75,12 @@ class ReplayQuestion(Protocol):
 class ReplayScores:
     """Queries [q, p, i] and their directions [q, p, o] on a layer with replayed parameters."""
 
-    def __init__(self, query: Tensor, direction: Tensor) -> None:
+    def __init__(self, query: Tensor, direction: Tensor, slot: Tensor | None = None, slots: int = 1) -> None:
         self.shape = query.shape[:2]
+        self._slots = slots
         self._query = query.reshape(-1, query.shape[-1])
         self._direction = direction.reshape(-1, direction.shape[-1])
+        self._slot = None if slot is None else slot.reshape(-1)
         self._inputs = [_nonzero(one) for one in self._query]
 
     def flat(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -89,21 +92,62 @@ class ReplayScores:
         queries, positions = self.shape
         for query in range(queries):
             own = slice(query * positions, (query + 1) * positions)
-            yield ReplayScores(self._query[None, own], self._direction[None, own])
+            slot = None if self._slot is None else self._slot[None, own]
+            yield ReplayScores(self._query[None, own], self._direction[None, own], slot, self._slots)
 
     def of(self, share: ReplayShare, units: slice, dtype: torch.dtype) -> BlockScores:
         """Ready for a block of output units of a share."""
         query, direction = self._query.to(dtype), self._direction[:, units].to(dtype)
-        return BlockScores(int(self.shape[0]), query, direction, self._inputs, units, share.weight.ndim)
+        if self._slot is None:
+            return BlockScores(int(self.shape[0]), query, direction, self._inputs, units, 1 if share.is_bias else 2)
+        # only what the queries fill matters, unless a matrix mixes the columns
+        used = torch.unique(self._slot) if share.separable else torch.arange(self._slots)
+        used = used[used >= 0]
+        query = torch.ones_like(query[:, :1]) if share.is_bias else query
+        wide = spread(query, self._slot, used)
+        inputs = [_nonzero(one) for one in wide]
+        columns = None
+        if share.separable:
+            columns = (used[:, None] * query.shape[1] + torch.arange(query.shape[1])).reshape(-1)
+        chosen = Chosen(used, query.shape[1], columns, share.is_bias)
+        return BlockScores(int(self.shape[0]), wide, direction, inputs, units, 2, chosen)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The slots that queries fill, and their columns of a matrix (None: all)."""
+
+    slots: Tensor
+    width: int
+    columns: Tensor | None
+    is_bias: bool
+
+    def keys(self, rows: Rows) -> Tensor:
+        """Keys [n, columns]."""
+        if self.is_bias:
+            one = torch.ones(len(rows), 1, dtype=rows.output_grad.dtype)
+            one = one if rows.constant is None else rows.constant[:, None].to(one.dtype)
+            return one.expand(-1, len(self.slots)) if rows.slot is None else spread(one, rows.slot, self.slots)
+        if rows.slot is not None:
+            return spread(rows.key, rows.slot, self.slots)
+        return rows.key if self.columns is None else rows.key.index_select(1, self.columns)
 
 
 class BlockScores:
     """What rows contribute to the queries through some output units of a parameter."""
 
     def __init__(
-        self, queries: int, query: Tensor, direction: Tensor, inputs: list[Tensor | None], units: slice, ndim: int
+        self,
+        queries: int,
+        query: Tensor,
+        direction: Tensor,
+        inputs: list[Tensor | None],
+        units: slice,
+        ndim: int,
+        chosen: Chosen | None = None,
     ) -> None:
         self.queries = queries
+        self._chosen = chosen
         self._q, self._u, self._units, self._ndim = query, direction, units, ndim
         own = [
             _Query(k, inputs[k], _nonzero(u), query[k] if inputs[k] is None else query[k][inputs[k]], u)
@@ -124,12 +168,15 @@ class BlockScores:
     def of(self, rows: Rows, values: Tensor | float, scale: float, side: Side) -> Tensor:
         """Contributions [q, n] for the coefficient ``scale · values`` of the rows' gradient."""
         d, u = rows.output_grad[:, self._units].to(self._u.dtype), self._u
+        x = (rows.key if self._chosen is None else self._chosen.keys(rows)).to(u.dtype)
         if self._ndim == 1:
             found = (u * values) @ d.T
+            found = found if rows.constant is None else found * rows.constant.to(found.dtype)
         elif isinstance(values, Tensor) and side == "elementwise":
-            found = self._elementwise(d, rows.key.to(u.dtype), values)
+            columns = None if self._chosen is None else self._chosen.columns
+            found = self._elementwise(d, x, values if columns is None else values.index_select(1, columns))
         else:
-            x, q = rows.key.to(u.dtype), self._q
+            q = self._q
             if not isinstance(values, Tensor):
                 found, scale = (u @ d.T) * (q @ x.T), scale * values
             elif side == "left":

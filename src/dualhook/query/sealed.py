@@ -33,7 +33,8 @@ def seal(
     """
     share = next((share for share in made_of.replays if share.parameter == made_of.spec.weight), None)
     rules = [] if share is None else [step.rule for step in share.steps]
-    if share is None or not rules or any(rule.kind != "matrix" for rule in rules) or made_of.preview:
+    plain = share is not None and share.map is None
+    if not plain or share is None or any(rule.kind != "matrix" for rule in rules) or made_of.preview:
         return made_of
     side = rules[0].side(share.weight)
     width = share.weight.shape[0 if side == "left" else 1]

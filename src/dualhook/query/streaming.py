@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from dualhook.query.parts import Composition
 from dualhook.query.preview import Preview
 from dualhook.query.replay import BLOCK_BYTES, Replay
 from dualhook.query.scoring import ReplayScores
+from dualhook.query.slots import answered, constants, met, products
 from dualhook.records import Rows, RowSource
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class LayerQuery:
     query: Tensor
     direction: Tensor
     output: Tensor
+    slot: Tensor | None = None
+    """Which slot of the layer's columns every query fills [q, p], -1 for one that is only padding; None: all."""
     size: Tensor | None = None
     """``|W| |x| + |b|`` [q, p, o]: what the rounding of ``output`` goes with; None: its own size."""
     memory: str = ""
@@ -87,31 +90,41 @@ class Scores:
 
     @cached_property
     def _products(self) -> Tensor:
-        """``key · query`` [q, p, n]."""
-        return _against(self._asked.query, self.rows.key, self._dtype)
+        """``key · query`` [q, p, n]; not to be written to."""
+        return products(self._asked.query, self._asked.slot, self.rows, self._dtype)
+
+    @cached_property
+    def _constants(self) -> Tensor | None:
+        """The same of the bias's constant [q, p, n] or [n]; None: 1."""
+        return constants(self._asked.slot, self.rows, self._dtype)
 
     @cached_property
     def _terms(self) -> list[tuple[Tensor, Tensor]]:
         """What sums to minus the layer's change: attention with coefficient [q, p, n], output gradients [n, o]."""
         made_of, step, d = self._asked.made_of, self.rows.step, self.rows.output_grad.to(self._dtype)
-        products, bias = self._products, None if made_of.bias is None else made_of.bias[step].to(self._dtype)
+        bias = None if made_of.bias is None else made_of.bias[step].to(self._dtype)
+        if bias is not None and self._constants is not None:
+            bias = bias * self._constants
         weight, factor, sealed = made_of.weight[step].to(self._dtype), made_of.factor, made_of.sealed
         if sealed is not None:
             keys, gradients = sealed.key(self.rows), sealed.output_grad(self.rows).to(self._dtype)
         elif factor is not None:
-            keys = self.rows.key.to(self._dtype) * factor.column[step].to(self._dtype)
+            keys = self.rows.key.to(self._dtype) * met(self.rows, factor.column[step]).to(self._dtype)
             gradients = d * factor.row[step].to(self._dtype)
         else:  # the bias is one more key component
-            attended = products * weight
+            attended = self._products * weight
             return [(attended if bias is None else attended + bias, d)]
-        own = (_against(self._asked.query, keys, self._dtype) * weight, gradients)
-        return [own] if bias is None else [own, (bias.expand_as(products), d)]
+        keyed = replace(self.rows, key=keys)
+        own = (products(self._asked.query, self._asked.slot, keyed, self._dtype) * weight, gradients)
+        return [own] if bias is None else [own, (bias.expand_as(self._products), d)]
 
     @cached_property
     def weight(self) -> Tensor:
         """Attention weights ``key · query``, the bias's constant 1 included [q, n]."""
-        positions = self._asked.query.shape[1]
-        return self._products.sum(1) + (0 if self._asked.made_of.bias is None else positions)
+        if self._asked.made_of.bias is None:
+            return self._products.sum(1)
+        ones = self._constants if self._constants is not None else 1.0
+        return (self._products + ones).sum(1)
 
     @cached_property
     def contribution(self) -> Tensor:
@@ -154,7 +167,9 @@ class Pass:
         self._asked = asked
         self._outputs = outputs
         self._by_step = torch.zeros((*asked.query.shape[:2], asked.made_of.origin_weight.shape[0]), dtype=torch.float64)
-        self._scores = ReplayScores(asked.query, asked.direction) if scores and asked.made_of.replays else None
+        self._scores = None
+        if scores and asked.made_of.replays:
+            self._scores = ReplayScores(asked.query, asked.direction, asked.slot, asked.made_of.spec.slots)
 
     def __iter__(self) -> Iterator[Scores]:
         for rows, replayed in self._blocks():
@@ -170,27 +185,31 @@ class Pass:
         ``origin``, ``patterns``, and where there was coupled weight decay or the optimiser's own rounding under a
         replayed rule, ``weight-decay`` and ``rounding``.
         """
-        found = {"origin": origin_output(self._asked.made_of, self._asked.query), "patterns": self._by_step}
+        found = {"origin": origin_output(self._asked), "patterns": self._by_step}
         for label, added in (self._replayed_parts() if self.answer is None else self.answer.parts).items():
             found[label] = found[label] + added if label in found else added
         if (rounding := self._asked.made_of.rounding) is not None:
-            found["rounding"] = found.get("rounding", 0.0) + self._asked.query.double() @ rounding.T
+            found["rounding"] = found.get("rounding", 0.0) + answered(self._asked.query, self._asked.slot, rounding)
         return found
 
     def _replayed_parts(self) -> dict[str, Tensor]:
         """What the replayed parameters add to the layer's output, by parts."""
-        query, found = self._asked.query.double(), dict[str, Tensor]()
+        found = dict[str, Tensor]()
         for share in self._asked.made_of.replays:
             assert share.totals is not None
             for name in ("origin", "patterns", "weight_decay", "rounding"):
                 part = getattr(share.totals, name)
                 if name in ("origin", "patterns") or part.any():
-                    added = query @ part.T if part.ndim == 2 else part.expand(*query.shape[:2], -1)
+                    added = self._added(part, is_bias=share.parameter != self._asked.made_of.spec.weight)
                     label = name.replace("_", "-")
                     found[label] = found[label] + added if label in found else added
         if self._previewed is not None:
             found["patterns"] = found["patterns"] + self._previewed
         return found
+
+    def _added(self, part: Tensor, *, is_bias: bool) -> Tensor:
+        """What a matrix or a bias adds to the output [q, p, o]."""
+        return bias_output(self._asked, part) if is_bias else answered(self._asked.query, self._asked.slot, part)
 
     def _blocks(self) -> Iterator[tuple[Rows, Tensor | None]]:
         asked = self._asked
@@ -286,10 +305,18 @@ def dual_output(source: RowSource, made_of: Composition, query: Tensor) -> Tenso
     return total.reshape(*query.shape[:-1], -1).to(query.dtype)
 
 
-def origin_output(made_of: Composition, query: Tensor) -> Tensor:
+def origin_output(asked: LayerQuery) -> Tensor:
     """What the origin alone answers as far as no replay is needed to know it, float64 [q, p, o]."""
-    output = query.double() @ made_of.origin_weight.T
-    return output if made_of.origin_bias is None else output + made_of.origin_bias
+    output = answered(asked.query, asked.slot, asked.made_of.origin_weight)
+    bias = asked.made_of.origin_bias
+    return output if bias is None else output + bias_output(asked, bias)
+
+
+def bias_output(asked: LayerQuery, bias: Tensor) -> Tensor:
+    """What a bias [o], or [o, slots], adds to the output [q, p, o]."""
+    if asked.slot is None:
+        return bias.expand(*asked.query.shape[:2], -1)
+    return bias.T[asked.slot.clamp(min=0)]
 
 
 def _against(query: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dualhook.query.parts import Composition
 from dualhook.query.replay import Replay
+from dualhook.query.slots import bias_gradient, gradient, met
 from dualhook.query.streaming import BLOCK_ROWS
 from dualhook.records import Rows, RowSource
 
@@ -26,19 +27,18 @@ def rebuild(source: RowSource, made_of: Composition, leave_out: Chosen | None = 
     bias = None if made_of.origin_bias is None else made_of.origin_bias.clone()
     found = dict(zip(made_of.spec.parameters, (weight, bias), strict=False))
     for rows in () if made_of.only_replays else _blocks(source, made_of):
-        key, output_grad, step = rows.key, rows.output_grad, rows.step
         if leave_out is not None:
-            wanted = (~leave_out(rows)).nonzero().squeeze(1)
-            key, output_grad, step = key[wanted], output_grad[wanted], step[wanted]
+            rows = rows.at((~leave_out(rows)).nonzero().squeeze(1))
+        key, output_grad, step = rows.key, rows.output_grad, rows.step
         dtype = torch.promote_types(key.dtype, torch.float32)
         output_grad, key = output_grad.to(dtype), key.to(dtype)
         values = output_grad * made_of.weight[step].to(dtype)[:, None]
         if (factor := made_of.factor) is not None:
-            values, key = values * factor.row[step].to(dtype), key * factor.column[step].to(dtype)
+            values, key = values * factor.row[step].to(dtype), key * met(rows, factor.column[step]).to(dtype)
         # [o, n] · [n, i] in the rows' precision, summed over the blocks in float64
-        weight -= values.T @ key
+        weight -= gradient(values, key, rows.slot, weight.shape[1])
         if bias is not None and made_of.bias is not None:
-            bias -= output_grad.double().T @ made_of.bias[step]
+            bias -= bias_gradient(output_grad.double() * made_of.bias[step][:, None], rows, made_of.spec.slots)
     if made_of.replays:
         replay = Replay(source, made_of.spec.name, made_of.replays, budget=made_of.replay_bytes)
         counted = None if leave_out is None else lambda rows: ~leave_out(rows)

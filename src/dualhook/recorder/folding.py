@@ -8,9 +8,10 @@ from torch import Tensor
 
 from dualhook.composition import compose, is_replayed, replayed_states
 from dualhook.errors import RuleError, StoreError
+from dualhook.maps import map_of
 from dualhook.optimizers import LOOKAHEAD, components
 from dualhook.query import rebuild
-from dualhook.records import SLOW, LayerSpec
+from dualhook.records import SLOW, VALUE, LayerSpec
 from dualhook.store import Store, Writer
 
 __all__ = ["folding_to"]
@@ -78,7 +79,8 @@ def _origins_after(store: Store, step: int) -> dict[str, dict[str, Tensor]]:
             rebuilt = rebuild(store, compose(store, spec, horizon=step, component=component))
             for name in begun:
                 if component in wanted[name]:
-                    parts.setdefault(name, {})[component] = rebuilt[name]
+                    shape = store.origin(name).tensors[VALUE].shape
+                    parts.setdefault(name, {})[component] = map_of(spec).natural(name, rebuilt[name], shape)
     return parts
 
 
@@ -95,4 +97,5 @@ def _slow_weight(store: Store, spec: LayerSpec, name: str, step: int, first: int
         return {SLOW: origin[SLOW].double()} if SLOW in origin else {}
     if slow_step >= step:
         return {}
-    return {SLOW: rebuild(store, compose(store, spec, horizon=slow_step))[name]}
+    rebuilt = rebuild(store, compose(store, spec, horizon=slow_step))[name]
+    return {SLOW: map_of(spec).natural(name, rebuilt, origin[VALUE].shape)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,11 @@ from torch import Tensor
 from dualhook.records import INEXACT, VALUE, FactorVectors, History, LayerSpec, OriginPart, Rows
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
 from dualhook.store.ledger import fit_vectors, unpack
+from dualhook.store.streams import Stored, patterns_of
 
 __all__ = ["Store"]
 
+MAPS = ("conv", "conv_transpose")  # kinds whose stored rows make several patterns
 LEDGER = ("ledger/entry", "ledger/measured", "ledger/hyper")
 
 
@@ -50,6 +52,7 @@ class Store:
         headers = ((path, read_header(path, open_tensors(path))) for path in self.layout.segments())
         self.segments = [segment for segment in (Segment(*found) for found in headers) if segment.last_step > folded]
         self.first_step = folded
+        self._counted: dict[str, list[int]] = {}
         self.on_rows: Callable[[int], None] | None = None
         """Called with the length of every block of rows that has been worked on."""
 
@@ -111,7 +114,14 @@ class Store:
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
-        """The layers that have been trained, in the model's order."""
+        """The layers that have been trained, in the model's order; each weight once."""
+        trained = {spec.weight: spec for spec in reversed(self.trained_uses)}
+        trained |= {spec.weight: spec for spec in reversed(self.trained_uses) if spec.slots == 1}
+        return tuple(spec for spec in self.trained_uses if trained[spec.weight] is spec)
+
+    @property
+    def trained_uses(self) -> tuple[LayerSpec, ...]:
+        """The same with every use of a weight that several layers share."""
         return tuple(spec for spec in self.manifest.layers if any(p in self.origin_steps for p in spec.parameters))
 
     @property
@@ -137,8 +147,44 @@ class Store:
         return found.hexdigest()
 
     def count(self, layer: str) -> int:
-        """How many patterns the layer has."""
-        return sum(segment.count(layer) for segment in self.segments)
+        """How many patterns the layer has, those of all its uses."""
+        return sum(self._segment_counts(layer))
+
+    def uses(self, layer: str) -> list[LayerSpec]:
+        """The layer and the others that use the same weight, in the model's order."""
+        own = self._by_name[layer]
+        return [spec for spec in self.manifest.layers if spec.weight == own.weight]
+
+    @cached_property
+    def _by_name(self) -> dict[str, LayerSpec]:
+        return {spec.name: spec for spec in self.manifest.layers}
+
+    def _segment_counts(self, layer: str) -> list[int]:
+        """The patterns of every segment."""
+        if layer not in self._counted:
+            uses = self.uses(layer)
+            if len(uses) == 1 and uses[0].kind not in MAPS:
+                self._counted[layer] = [segment.count(layer) for segment in self.segments]
+            else:
+                stored = (self._stored(segment, uses) for segment in self.segments)
+                self._counted[layer] = [sum(own.patterns(len(own.step)) for own in found) for found in stored]
+        return self._counted[layer]
+
+    def _first_number(self, layer: str, uses: Sequence[LayerSpec]) -> int:
+        """The number of the first pattern that is left; folded ones keep theirs, where a stored row is a pattern."""
+        if len(uses) > 1 or uses[0].kind in MAPS:
+            return 0
+        return next((int(s.header["rows"][layer]["first"]) for s in self.segments if s.count(layer)), 0)
+
+    def _stored(self, segment: Segment, uses: Sequence[LayerSpec]) -> list[Stored]:
+        """The rows of some uses in a segment."""
+        file, found = open_tensors(segment.path), []
+        for spec in uses:
+            if segment.count(spec.name):
+                prefix = f"rows/{spec.name}/"
+                names = [name for name in tensor_names(file) if name.startswith(prefix)]
+                found.append(Stored(spec, {name.removeprefix(prefix): file.get_tensor(name) for name in names}))
+        return found
 
     def origin(self, parameter: str) -> OriginPart:
         """Where the recording of a parameter begins."""
@@ -162,43 +208,26 @@ class Store:
 
     def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
         """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""
-        for segment in self.segments:
-            count = segment.count(layer)
-            if not count or segment.header["steps"][0] > last_step or segment.last_step < first_step:
-                continue
-            file = open_tensors(segment.path)
-            prefix = f"rows/{layer}/"
-            tensors = {n.removeprefix(prefix): file.get_tensor(n) for n in tensor_names(file) if n.startswith(prefix)}
-            if segment.last_step > last_step:  # steps only rise within a segment
-                count = int(torch.searchsorted(tensors["step"], last_step, right=True))
-            begin = 0
-            if segment.header["steps"][0] < first_step:
-                begin = int(torch.searchsorted(tensors["step"], first_step))
-            first = int(segment.header["rows"][layer]["first"])
-            for start in range(begin, count, block_rows):
-                part = {name: values[start : min(count, start + block_rows)] for name, values in tensors.items()}
-                columns = {n.removeprefix("column/"): values for n, values in part.items() if n.startswith("column/")}
-                yield Rows(
-                    part["key"],
-                    part["output_grad"],
-                    part["step"],
-                    part["sample"],
-                    part["position"],
-                    columns,
-                    first + start,
-                )
+        uses, asked = self.uses(layer), self._by_name[layer]
+        number = self._first_number(layer, uses)
+        for segment, count in zip(self.segments, self._segment_counts(layer), strict=True):
+            there = count and segment.header["steps"][0] <= last_step and segment.last_step >= first_step
+            stored = self._stored(segment, uses) if there else []
+            for rows in patterns_of(asked, stored, first_step, last_step, block_rows, number) if stored else ():
+                yield rows
                 if self.on_rows is not None:
-                    self.on_rows(min(block_rows, count - start))
+                    self.on_rows(len(rows))
+            number += count
 
     def coordinates(self, layer: str, name: str) -> Iterator[Tensor]:
-        """One coordinate or recorded column of all the layer's patterns, a segment at a time."""
+        """Values of one coordinate or recorded column over the layer's patterns, each value at least once."""
         for segment in self.segments:
-            if segment.count(layer):
-                file = open_tensors(segment.path)
-                if f"rows/{layer}/{name}" in tensor_names(file):
-                    yield file.get_tensor(f"rows/{layer}/{name}")
+            for stored in self._stored(segment, self.uses(layer)):
+                if name == "position" and stored.counts is not None:
+                    yield torch.arange(int(stored.counts.max()) // stored.spec.slots)
                 else:
-                    yield torch.full((segment.count(layer),), float("nan"), dtype=torch.float64)
+                    absent = torch.full((len(stored.step),), float("nan"), dtype=torch.float64)
+                    yield stored.tensors.get(name, absent)
 
     def row_columns(self) -> list[str]:
         """The columns that were recorded with the rows."""

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualhook.records import FIELDS, LedgerEntry, Rows
+from dualhook.records import FIELDS, OPTIONAL, LedgerEntry, Rows
 from dualhook.store.ledger import pack
+from dualhook.store.streams import rows_of
 
 __all__ = ["SegmentBuilder"]
 
@@ -38,17 +39,19 @@ class LayerBuffer:
         """Copy rows behind the pending ones."""
         start, self.filled = self.filled, self.filled + len(rows)
         for name, values in _fields(rows).items():
-            self._room(name, values, start)[start : self.filled].copy_(values)
+            room = self._room(name, values, start)[start : self.filled]
+            if room.shape == values.shape:
+                room.copy_(values)
+            else:  # a smaller map than others: its extent says how much of the row it takes
+                room[:, values.shape[1] :].zero_()
+                room[:, : values.shape[1]].copy_(values)
         for name in self.tensors.keys() - _fields(rows).keys():  # a column that this batch does not have
             self._room(name, self.tensors[name], start)[start : self.filled].fill_(_absent(self.tensors[name]))
 
     def view(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` without a copy."""
         cut = {name: values[start:stop] for name, values in self.tensors.items()}
-        columns = {name.removeprefix("column/"): cut[name] for name in cut if name.startswith("column/")}
-        return Rows(
-            cut["key"], cut["output_grad"], cut["step"], cut["sample"], cut["position"], columns, self.first + start
-        )
+        return rows_of(cut, self.first + start)
 
     def _room(self, name: str, like: Tensor, start: int) -> Tensor:
         """The named tensor, grown to hold ``filled`` rows and widened to hold ``like``'s numbers without loss."""
@@ -58,10 +61,13 @@ class LayerBuffer:
             if start:  # a column that appears later: the rows before had none
                 held = torch.full((start, *like.shape[1:]), _absent(like), dtype=like.dtype)
         dtype = torch.promote_types(held.dtype, like.dtype)
-        if held.shape[0] < self.filled or held.dtype != dtype:
-            rows = max(self.filled, int(1.5 * held.shape[0]))
-            grown = torch.empty((rows, *held.shape[1:]), dtype=dtype)
-            grown[:start].copy_(held[:start])
+        wider = like.dim() == 2 and like.shape[1] > held.shape[1]
+        if held.shape[0] < self.filled or held.dtype != dtype or wider:
+            rows = self.filled if self.filled <= held.shape[0] else max(self.filled, int(1.5 * held.shape[0]))
+            grown = torch.empty((rows, *(like if wider else held).shape[1:]), dtype=dtype)
+            if wider:
+                grown[:start, held.shape[1] :].zero_()
+            (grown[:start, : held.shape[1]] if wider else grown[:start]).copy_(held[:start])
             held = grown
         self.tensors[name] = held
         return held
@@ -149,6 +155,7 @@ class SegmentBuilder:
 
 def _fields(rows: Rows) -> dict[str, Tensor]:
     fields = {name: getattr(rows, name) for name in FIELDS}
+    fields |= {name: values for name in OPTIONAL if (values := getattr(rows, name)) is not None}
     return fields | {f"column/{name}": values for name, values in rows.columns.items()}
 
 

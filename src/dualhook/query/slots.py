@@ -1,0 +1,91 @@
+"""Products with keys that fill one slot of a matrix's columns; where a layer has one slot only, plain products.
+
+Letters: ``n`` pattern, ``q`` query, ``p`` position, ``o`` output, ``c`` column of a slot; ``s · c`` are all columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dualhook.records import Rows
+
+__all__ = ["answered", "bias_gradient", "constants", "gradient", "met", "products", "spread"]
+
+
+def products(query: Tensor, slot: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """``key · query`` [q, p, n] for queries [q, p, c] in their slots [q, p], zero between different ones."""
+    if slot is not None and rows.slot is None:  # whole keys: each query looks at the columns of its slot
+        flat, columns = query.to(dtype).flatten(0, 1), _columns(slot.flatten(), query.shape[-1])
+        found = torch.stack([rows.key[:, own].to(dtype) @ q for own, q in zip(columns, flat, strict=True)])
+    else:
+        found = query.to(dtype).flatten(0, 1) @ rows.key.to(dtype).T
+    found = found.reshape(*query.shape[:2], -1)
+    return found if slot is None or rows.slot is None else found.mul_(slot[..., None] == rows.slot)
+
+
+def constants(slot: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor | None:
+    """What the bias's components of keys and queries make together [q, p, n]; None: 1 throughout."""
+    if slot is None:
+        return None if rows.constant is None else rows.constant.to(dtype)
+    one = torch.ones(len(rows), dtype=dtype) if rows.constant is None else rows.constant.to(dtype)
+    return one * (slot[..., None] == rows.slot) if rows.slot is not None else one.expand(*slot.shape, -1)
+
+
+def met(rows: Rows, vectors: Tensor) -> Tensor:
+    """What vectors [n, s · c] hold where the rows' keys are [n, c]."""
+    if rows.slot is None:
+        return vectors
+    blocks = vectors.reshape(len(rows), -1, rows.key.shape[1])
+    return blocks[torch.arange(len(rows)), rows.slot]
+
+
+def gradient(values: Tensor, key: Tensor, slot: Tensor | None, columns: int) -> Tensor:
+    """``valuesᵀ key`` [o, columns] for values [n, o] and keys in their slots."""
+    if slot is None:
+        return values.T @ key
+    width = key.shape[1]
+    found = values.new_zeros(columns // width, values.shape[1], width)
+    if width == 1:
+        found.squeeze(2).index_add_(0, slot.long(), values * key)
+    else:
+        for one in torch.unique(slot).tolist():
+            own = (slot == one).nonzero().squeeze(1)
+            found[one] = values[own].T @ key[own]
+    return found.permute(1, 0, 2).reshape(values.shape[1], columns)
+
+
+def bias_gradient(values: Tensor, rows: Rows, slots: int) -> Tensor:
+    """What values [n, o] add to a bias [o], or [o, slots]."""
+    if rows.constant is not None:
+        values = values * rows.constant.to(values.dtype)[:, None]
+    if slots == 1:
+        return values.sum(0)
+    return gradient(values, torch.ones_like(values[:, :1]), rows.slot, slots)
+
+
+def answered(query: Tensor, slot: Tensor | None, matrix: Tensor) -> Tensor:
+    """``W query`` [q, p, o] in the matrix's dtype, for a matrix [o, s · c]."""
+    query = query.to(matrix.dtype)
+    if slot is None:
+        return query @ matrix.T
+    columns = _columns(slot.flatten(), query.shape[-1])
+    flat = [matrix[:, own] @ q for own, q in zip(columns, query.flatten(0, 1), strict=True)]
+    return torch.stack(flat).reshape(*query.shape[:2], -1)
+
+
+def spread(key: Tensor, slot: Tensor, chosen: Tensor) -> Tensor:
+    """Keys [n, c] of which only ``chosen`` slots (ascending) count, as [n, chosen · c]."""
+    place = torch.searchsorted(chosen, slot.clamp(min=0)).clamp(max=len(chosen) - 1)
+    wide = key.new_zeros(len(key), len(chosen), key.shape[1])
+    there = (chosen[place] == slot).nonzero().squeeze(1)
+    wide[there, place[there]] = key[there]
+    return wide.flatten(1)
+
+
+def _columns(slots: Tensor, width: int) -> Iterator[slice]:
+    """The columns of every slot; of none for the slot -1, where padded queries are."""
+    for slot in slots.tolist():
+        yield slice(slot * width, (slot + 1) * width) if slot >= 0 else slice(0, width)
