@@ -39,9 +39,13 @@ class Selection:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's model inside torch's wrappers, so that layers keep the names they have in it."""
-    while isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
-        model = model.module
-    return model
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):  # of torch.compile
+            model = inner
+        else:
+            return model
 
 
 def select_layers(model: nn.Module, layers: LayerChoice | None) -> Selection:

@@ -73,6 +73,7 @@ class StepBook:
         self.step = 0
         self.recording = True
         self.batch: Batch | None = None
+        self.batch_since = 0
         self.trained_by: dict[str, str] = {}
         """The class of the optimiser that holds each parameter, as far as it has been seen."""
         self._dtype = dtype
