@@ -16,12 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dualhook.records import Batch
-
 __all__ = ["Caller", "compiled_tap", "forget_compiled_code", "register"]
-
-RECENT = 256  # batches between their forward and their backward pass, at most
-NOBODY = -1
 
 Arrive = Callable[[Tensor], None]
 
@@ -29,43 +24,17 @@ Arrive = Callable[[Tensor], None]
 class Caller(Protocol):
     """What a compiled call reports to; an intake is one."""
 
-    def batch_of_call(self) -> Batch | None:
-        """What the training loop is working on, as a forward pass sees it."""
-        ...
-
     def on_silent_call(self) -> None:
-        """A call without gradients, which a backward pass may repeat."""
+        """A call whose output gradient will come, if it comes, in the backward pass of an enclosing autograd node."""
         ...
 
-    def expect(self, key: Tensor, batch: Batch | None) -> Arrive | None:
+    def on_call(self, key: Tensor) -> Arrive | None:
         """What to do with the output gradient of a call on ``key``; None: nothing."""
         ...
 
 
-class _Recent:
-    """The newest batches that compiled calls have seen, each with a number that a tensor can carry."""
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count()
-        self._batches: dict[int, Batch] = {}
-        self._last = NOBODY
-
-    def number(self, batch: Batch | None) -> int:
-        if batch is None:
-            return NOBODY
-        if self._batches.get(self._last) is not batch:
-            self._last = next(self._numbers)
-            self._batches[self._last] = batch
-            self._batches.pop(self._last - RECENT, None)
-        return self._last
-
-    def batch(self, number: int) -> Batch | None:
-        return self._batches.get(number)
-
-
 _NUMBERS = itertools.count()
 _CALLERS: weakref.WeakValueDictionary[int, Caller] = weakref.WeakValueDictionary()
-_RECENT = _Recent()
 
 
 def register(caller: Caller) -> int:
@@ -78,7 +47,7 @@ def register(caller: Caller) -> int:
 def compiled_tap(output: Tensor, key: Tensor, number: int) -> Tensor:
     """What stands for a layer's ``output`` [..., o] in a traced graph, so that its call on ``key`` [..., i] is seen."""
     # the cast that autocast has put before the layer, so that no second copy of the input waits for the backward pass
-    tapped: Tensor = torch.ops.dualhook.tap(output, key.detach().to(output.dtype), number)[0]
+    tapped: Tensor = torch.ops.dualhook.tap(output, key.detach().to(output.dtype), number)
     return tapped
 
 
@@ -88,50 +57,48 @@ def forget_compiled_code() -> None:
         torch._dynamo.reset()
 
 
-def _tap(output: Tensor, key: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    caller = _CALLERS.get(number)
-    batch = None if caller is None else caller.batch_of_call()
-    if caller is not None and not torch.is_grad_enabled():
-        caller.on_silent_call()
-    return output.clone(), torch.tensor(_RECENT.number(batch))
-
-
-def _taken(output_grad: Tensor, key: Tensor, batch: Tensor, number: int) -> Tensor:
+def _tap(output: Tensor, key: Tensor, number: int) -> Tensor:
     caller = _CALLERS.get(number)
     if caller is not None:
-        arrive = caller.expect(key.clone(), _RECENT.batch(int(batch)))
+        caller.on_silent_call()  # compiled code has one autograd node, in whose forward this runs
+    return output.clone()
+
+
+def _taken(output_grad: Tensor, key: Tensor, number: int) -> Tensor:
+    caller = _CALLERS.get(number)
+    if caller is not None:
+        arrive = caller.on_call(key.clone())
         if arrive is not None:
             arrive(output_grad.clone())
     return output_grad.clone()
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
     _, key, ctx.number = inputs
-    ctx.save_for_backward(key, output[1])
+    ctx.save_for_backward(key)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, output_grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
+def _backward(ctx: Any, output_grad: Tensor | None) -> tuple[Tensor | None, None, None]:
     if output_grad is None:
         return None, None, None
-    key, batch = ctx.saved_tensors
-    return torch.ops.dualhook.taken(output_grad, key, batch, ctx.number), None, None
+    return torch.ops.dualhook.taken(output_grad, *ctx.saved_tensors, ctx.number), None, None
 
 
 # a CUDA graph would replay the copies and not the Python beside them
 _OPTIONS: Any = {"mutates_args": ()}
-if hasattr(torch.Tag, "cudagraph_unsafe"):  # torch 2.9 and newer; before, the tensor on the CPU keeps CUDA graphs away
+if hasattr(torch.Tag, "cudagraph_unsafe"):
     _OPTIONS["tags"] = torch.Tag.cudagraph_unsafe
 
 _TAP = torch.library.custom_op(
-    "dualhook::tap", _tap, schema="(Tensor output, Tensor key, SymInt number) -> (Tensor, Tensor)", **_OPTIONS
+    "dualhook::tap", _tap, schema="(Tensor output, Tensor key, SymInt number) -> Tensor", **_OPTIONS
 )
 _TAKEN = torch.library.custom_op(
     "dualhook::taken",
     _taken,
-    schema="(Tensor output_grad, Tensor key, Tensor batch, SymInt number) -> Tensor",
+    schema="(Tensor output_grad, Tensor key, SymInt number) -> Tensor",
     **_OPTIONS,
 )
-_TAP.register_fake(lambda output, key, number: (torch.empty_like(output), torch.empty((), dtype=torch.int64)))
-_TAKEN.register_fake(lambda output_grad, key, batch, number: torch.empty_like(output_grad))
+_TAP.register_fake(lambda output, key, number: torch.empty_like(output))
+_TAKEN.register_fake(lambda output_grad, key, number: torch.empty_like(output_grad))
 _TAP.register_autograd(_backward, setup_context=_save)

@@ -69,34 +69,29 @@ class Intake:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The layer's parameters by their names in the model, as the module has them now."""
         names = zip(self.spec.parameters, ("weight", "bias"), strict=False)
-        found = {name: getattr(self.module, attribute) for name, attribute in names}
-        return {name: value for name, value in found.items() if isinstance(value, nn.Parameter)}
+        found = {name: self.module._parameters.get(attribute) for name, attribute in names}  # reading may compute it
+        return {name: value for name, value in found.items() if value is not None}
 
     def on_call(self, key: Tensor) -> Callable[[Tensor], None] | None:
         """A differentiable call of the layer; returns what its output gradient is to do."""
-        if not self._wanted():
-            return None
-        # autograd refuses in-place changes of x only if it needs x for the weight's gradient
         parameters = self.parameters
+        if not (self._sink.recording and any(parameter.requires_grad for parameter in parameters.values())):
+            return None
+        self._watch()
+        # autograd refuses in-place changes of x only if it needs x for the weight's gradient
         needed = self.spec.weight in parameters and parameters[self.spec.weight].requires_grad
-        return self.expect(key.detach() if needed else key.detach().clone(), self.batch_of_call())
+        key = key.detach() if needed else key.detach().clone()
+        batch = self._batch_of_call()
+
+        def on_grad(output_grad: Tensor) -> None:
+            self._arrive(key, output_grad.detach(), batch)
+
+        return on_grad
 
     def on_silent_call(self) -> None:
         """A call without gradients; gradient checkpointing makes it again in the backward pass."""
         if self._sink.recording:
-            note_batch(self._sink, self.batch_of_call())
-
-    def batch_of_call(self) -> Batch | None:
-        """The batch of a call that is made now."""
-        sink = self._sink
-        return sink.batch if current_task() < 0 else noted_batch(sink, sink.batch, sink.batch_since)
-
-    def expect(self, key: Tensor, batch: Batch | None) -> Callable[[Tensor], None] | None:
-        """What the output gradient of a call on ``key`` [..., i] is to do; the key must stay as it is."""
-        if not self._wanted():
-            return None
-        self._watch()
-        return lambda output_grad: self._arrive(key, output_grad.detach(), batch)
+            note_batch(self._sink, self._batch_of_call())
 
     def detach(self) -> None:
         """Take the hooks off the parameters."""
@@ -145,8 +140,10 @@ class Intake:
         lead = next(training, None)
         return None if lead is None else lead.grad
 
-    def _wanted(self) -> bool:
-        return self._sink.recording and any(parameter.requires_grad for parameter in self.parameters.values())
+    def _batch_of_call(self) -> Batch | None:
+        """The batch of a call that is made now, or of one whose output gradient is there now."""
+        sink = self._sink
+        return sink.batch if current_task() < 0 else noted_batch(sink, sink.batch, sink.batch_since)
 
     def _watch(self) -> None:
         """Hook the parameters that train: their gradients' accumulation is what makes rows count."""

@@ -2,6 +2,7 @@
 
 By then the loop may be at another batch. Reentrant checkpointing first runs its part of the model without gradients,
 in the ``forward`` of an autograd function whose node is the one that runs it again: the batch is noted on that node.
+So it is on the node of compiled code, which hands all of its rows over in its own backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def sequence_number() -> int:
 
 
 def note_batch(sink: object, batch: Batch | None) -> None:
-    """Called in a forward pass without gradients: note its batch on every node that may run it again."""
+    """Called inside the ``forward`` of autograd functions, if of any: note the batch on their nodes."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
