@@ -71,3 +71,28 @@ def test_a_step_on_gradients_of_a_transform_is_marked():
         optimizer.step()
     memory = recorder.close()
     assert list(memory.verify()["inexact_steps"]) == [1, 1]
+
+
+def through_vmap(model, x, y):
+    return loss_of(vmap(model)(x), y)
+
+
+def through_derivatives(model, x, y):
+    return vmap(grad(lambda one: model(one).tanh().sum()))(x).square().mean()
+
+
+@pytest.mark.parametrize("loss", [through_vmap, through_derivatives])
+def test_a_backward_pass_through_a_transform_is_marked(loss):
+    model, bare = net(), net()
+    recorder = dualhook.instrument(model, verbose=False)
+    x, y = next(iter(loader()))
+    for each in (model, bare):
+        optimizer = sgd(each)
+        loss(each, x, y).backward()
+        if each is bare:
+            optimizer.step()
+        else:
+            with pytest.warns(dualhook.InexactWarning):
+                optimizer.step()
+    assert same(model, bare)
+    assert list(recorder.close().verify()["inexact_steps"]) == [1, 1]
