@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dualhook.capture.compiled import compiled_tap
 from dualhook.records import NO_SAMPLE, Batch, Rows
 
-__all__ = ["LinearTap", "as_rows", "call_input", "produced", "tapped"]
+__all__ = ["LinearTap", "as_rows", "call_input", "nonzero_rows", "produced", "tapped"]
 
 
 class Listener(Protocol):
@@ -148,7 +148,13 @@ def as_rows(key: Tensor, output_grad: Tensor, batch: Batch | None) -> Rows:
         torch.arange(positions).expand(samples, positions).reshape(-1),
         columns,
     )
-    used = rows.output_grad.abs().amax(dim=1) != 0 if count else rows.sample.bool()  # three times as fast as any()
+    # on a CUDA device the look at the numbers would make training wait: it is taken where they have come to the host
+    return rows if rows.key.is_cuda else nonzero_rows(rows)
+
+
+def nonzero_rows(rows: Rows) -> Rows:
+    """The rows whose output gradient is not exactly zero."""
+    used = rows.output_grad.abs().amax(dim=1) != 0 if len(rows) else rows.sample.bool()  # three times as fast as any()
     return rows if bool(used.all()) else _chosen(rows, used.nonzero().squeeze(1))
 
 
