@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.autograd import at_task_end, current_task
+from dualhook.capture.compiled import register
 from dualhook.capture.linear import as_rows
+from dualhook.capture.recompute import note_batch, noted_batch
 from dualhook.records import Batch, LayerSpec, Rows
 
 __all__ = ["Intake", "Sink"]
@@ -26,6 +28,7 @@ class Sink(Protocol):
 
     recording: bool  # whether anything is captured at all
     batch: Batch | None  # what the training loop is working on
+    batch_since: int  # autograd's number of nodes when it began to
 
     def take(self, layer: str, rows: Rows) -> None:
         """Keep rows as pending: accumulated, used by no step yet."""
@@ -56,6 +59,7 @@ class Intake:
     def __init__(self, spec: LayerSpec, module: nn.Module, sink: Sink) -> None:
         self.spec = spec
         self.module = module
+        self.number = register(self)
         self._sink = sink
         self._arrived: list[Arrival] = []
         self._left: tuple[int, int] | None = None  # the first gradient after the last accumulation: which, and version
@@ -65,8 +69,8 @@ class Intake:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The layer's parameters by their names in the model, as the module has them now."""
         names = zip(self.spec.parameters, ("weight", "bias"), strict=False)
-        found = {name: getattr(self.module, attribute) for name, attribute in names}
-        return {name: value for name, value in found.items() if isinstance(value, nn.Parameter)}
+        found = {name: self.module._parameters.get(attribute) for name, attribute in names}  # reading may compute it
+        return {name: value for name, value in found.items() if value is not None}
 
     def on_call(self, key: Tensor) -> Callable[[Tensor], None] | None:
         """A differentiable call of the layer; returns what its output gradient is to do."""
@@ -77,12 +81,17 @@ class Intake:
         # autograd refuses in-place changes of x only if it needs x for the weight's gradient
         needed = self.spec.weight in parameters and parameters[self.spec.weight].requires_grad
         key = key.detach() if needed else key.detach().clone()
-        batch = self._sink.batch
+        batch = self._batch_of_call()
 
         def on_grad(output_grad: Tensor) -> None:
             self._arrive(key, output_grad.detach(), batch)
 
         return on_grad
+
+    def on_silent_call(self) -> None:
+        """A call without gradients; gradient checkpointing makes it again in the backward pass."""
+        if self._sink.recording:
+            note_batch(self._sink, self._batch_of_call())
 
     def detach(self) -> None:
         """Take the hooks off the parameters."""
@@ -131,6 +140,11 @@ class Intake:
         lead = next(training, None)
         return None if lead is None else lead.grad
 
+    def _batch_of_call(self) -> Batch | None:
+        """The batch of a call that is made now, or of one whose output gradient is there now."""
+        sink = self._sink
+        return sink.batch if current_task() < 0 else noted_batch(sink, sink.batch, sink.batch_since)
+
     def _watch(self) -> None:
         """Hook the parameters that train: their gradients' accumulation is what makes rows count."""
         for name, parameter in self.parameters.items():
@@ -163,5 +177,6 @@ class _Accumulated:
 
     def __call__(self, parameter: Tensor) -> None:
         intake = self._intake()
-        if intake is not None:
+        # functional_call puts other parameters in the layer's place for a while: theirs is another gradient
+        if intake is not None and any(parameter is own for own in intake.parameters.values()):
             intake.accumulate()

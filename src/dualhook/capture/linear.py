@@ -9,29 +9,41 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dualhook.capture.compiled import compiled_tap
 from dualhook.records import NO_SAMPLE, Batch, Rows
 
-__all__ = ["LinearTap", "as_rows", "call_input", "produced", "tapped"]
+__all__ = ["LinearTap", "as_rows", "call_input", "nonzero_rows", "produced", "tapped"]
 
-OnCall = Callable[[Tensor], "Callable[[Tensor], None] | None"]
+
+class Listener(Protocol):
+    """What a tap reports to; an intake is one."""
+
+    number: int  # which one it is in code that torch compiles
+
+    def on_call(self, key: Tensor) -> Callable[[Tensor], None] | None:
+        """A differentiable call on ``key`` [..., i]: what to do with ∂L/∂y when it arrives, or None."""
+        ...
+
+    def on_silent_call(self) -> None:
+        """A call without gradients, which a backward pass may repeat."""
+        ...
 
 
 class LinearTap:
-    """Reports every differentiable call of one linear map.
+    """Reports every call of one linear map that a gradient may come back to.
 
-    ``on_call(x)`` gets the input and returns what is to be done with ∂L/∂y when it arrives, or None.
     A copy of the tap (in a deep-copied or pickled model) reports nothing.
     """
 
-    def __init__(self, module: nn.Module, on_call: OnCall) -> None:
+    def __init__(self, module: nn.Module, listener: Listener) -> None:
         self._module = weakref.ref(module)
-        self._on_call = on_call
+        self._listener = listener
 
     def attach(self) -> RemovableHandle:
         """Hook the module, before any other forward hook could replace its output."""
@@ -39,12 +51,22 @@ class LinearTap:
         assert module is not None
         return module.register_forward_hook(self, prepend=True, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-        if module is not self._module() or not (torch.is_grad_enabled() and output.requires_grad):
-            return
-        on_grad = self._on_call(call_input(args, kwargs))
-        if on_grad is not None:
-            _hook_gradient(output, on_grad)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if module is not self._module():
+            return None
+        if torch.compiler.is_compiling():
+            return compiled_tap(output, call_input(args, kwargs), self._listener.number)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return None  # torch.func gives gradients back and accumulates none
+        if not torch.is_grad_enabled():
+            self._listener.on_silent_call()
+        elif output.requires_grad:
+            on_grad = self._listener.on_call(call_input(args, kwargs))
+            if on_grad is not None:
+                _hook_gradient(output, on_grad)
+        return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return silent
@@ -126,7 +148,13 @@ def as_rows(key: Tensor, output_grad: Tensor, batch: Batch | None) -> Rows:
         torch.arange(positions).expand(samples, positions).reshape(-1),
         columns,
     )
-    used = rows.output_grad.abs().amax(dim=1) != 0 if count else rows.sample.bool()  # three times as fast as any()
+    # on a CUDA device the look at the numbers would make training wait: it is taken where they have come to the host
+    return rows if rows.key.is_cuda else nonzero_rows(rows)
+
+
+def nonzero_rows(rows: Rows) -> Rows:
+    """The rows whose output gradient is not exactly zero."""
+    used = rows.output_grad.abs().amax(dim=1) != 0 if len(rows) else rows.sample.bool()  # three times as fast as any()
     return rows if bool(used.all()) else _chosen(rows, used.nonzero().squeeze(1))
 
 

@@ -39,9 +39,13 @@ class Selection:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's model inside torch's wrappers, so that layers keep the names they have in it."""
-    while isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
-        model = model.module
-    return model
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):  # of torch.compile
+            model = inner
+        else:
+            return model
 
 
 def select_layers(model: nn.Module, layers: LayerChoice | None) -> Selection:
@@ -123,16 +127,17 @@ def _other_users(model: nn.Module) -> dict[int, str]:
 
 def _unsupported(module: nn.Linear, others: dict[int, str]) -> str:
     """Why a linear module cannot be recorded, or the empty string."""
-    if id(module.weight) in others:
-        return f"shares its weight with {others[id(module.weight)]}, whose rows are not recorded yet"
+    weight = module._parameters.get("weight")  # reading a parametrised attribute may change its state (spectral_norm)
+    if weight is None:
+        return "its weight is computed from other parameters (a parametrisation; not recorded yet)"
+    if id(weight) in others:
+        return f"shares its weight with {others[id(weight)]}, whose rows are not recorded yet"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its forward is never called: nn.MultiheadAttention uses its weight directly (not recorded yet)"
-    if isinstance(module.weight, UninitializedParameter):
+    if isinstance(weight, UninitializedParameter):
         return "its shape is not known before the first forward pass: run one, then instrument"
-    if not isinstance(module.weight, nn.Parameter):
-        return "its weight is computed from other parameters (a parametrisation; not recorded yet)"
-    if not module.weight.is_floating_point():
-        return f"weights of dtype {module.weight.dtype} are not recorded"
+    if not weight.is_floating_point():
+        return f"weights of dtype {weight.dtype} are not recorded"
     return ""
 
 

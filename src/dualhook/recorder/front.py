@@ -23,8 +23,10 @@ from dualhook.capture import (
     TrackedLoader,
     as_batch,
     coverage_table,
+    forget_compiled_code,
     innermost,
     observe,
+    sequence_number,
 )
 from dualhook.errors import BudgetError, DualHookError, StoreError
 from dualhook.memory import DualMemory
@@ -94,7 +96,8 @@ class Recorder:
             self._book.meet(innermost(optimizer))
         self._handles = []
         for intake in self._book.intakes:
-            self._handles.append(LinearTap(intake.module, intake.on_call).attach())
+            self._handles.append(LinearTap(intake.module, intake).attach())
+        forget_compiled_code()
         self._watcher = StepWatcher(self._before_step, self._after_step)
         self._at_exit = _weakly(self.close)  # a script that forgets to close loses nothing
         atexit.register(self._at_exit)
@@ -248,7 +251,7 @@ class Recorder:
     # ---- inside ----------------------------------------------------------------------------------------------
 
     def _announce(self, batch: Batch | None) -> None:
-        self._book.batch = batch
+        self._book.batch, self._book.batch_since = batch, sequence_number()
 
     def _before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         if not self._stopped:

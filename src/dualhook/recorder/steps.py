@@ -21,6 +21,7 @@ from dualhook.recorder.notices import Notices
 from dualhook.recorder.selfcheck import Prediction, is_due, predict
 from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
+from dualhook.recorder.staging import Staging
 from dualhook.recorder.watched import Watched, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
@@ -73,6 +74,7 @@ class StepBook:
         self.step = 0
         self.recording = True
         self.batch: Batch | None = None
+        self.batch_since = 0
         self.trained_by: dict[str, str] = {}
         """The class of the optimiser that holds each parameter, as far as it has been seen."""
         self._dtype = dtype
@@ -94,6 +96,7 @@ class StepBook:
         self._skipping: list[Watched] = []  # the parameters of a step that is called and will skip itself
         self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
         self._notices = Notices()
+        self._staging = Staging(self._keep)
         self.rows_seen = False
 
     @property
@@ -114,19 +117,26 @@ class StepBook:
         if self.writer.builder.pending_bytes > PENDING_BYTES:
             self._give_up(list(self._intakes), f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
         dtype = self._dtype or rows.key.dtype
+        self.rows_seen = True
+        if self._staging.takes(rows):
+            self._staging.put(layer, rows, dtype)
+            return
         if rows.key.device.type != "cpu" or dtype != rows.key.dtype:
             key, output_grad = rows.key.to("cpu", dtype), rows.output_grad.to("cpu", dtype)
             rows = Rows(key, output_grad, rows.step, rows.sample, rows.position, rows.columns)
+        self._keep(layer, rows)
+
+    def _keep(self, layer: str, rows: Rows) -> None:
         self.writer.builder.append(layer, rows)
-        self.rows_seen = True
 
     def drop(self, layer: str) -> None:
         """Forget rows whose gradient was zeroed."""
+        self._staging.drop(layer)
         self.writer.builder.rewind(layer)
 
     def holds(self, layer: str) -> bool:
         """Whether the layer has rows that no step has used."""
-        return self.writer.builder.pending(layer) is not None
+        return self._staging.holds(layer) or self.writer.builder.pending(layer) is not None
 
     # ---- steps -----------------------------------------------------------------------------------------------
 
@@ -275,6 +285,7 @@ class StepBook:
 
     def _measure(self, step: Step) -> None:
         """Compare every gradient of the step with what the rows rebuild."""
+        self._staging.drain()
         layers: dict[str, dict[str, Tensor]] = {}
         for watched, _, _ in step.stepped:
             gradient = gradient_of(watched)

@@ -35,8 +35,7 @@ class Watched:
     @property
     def parameter(self) -> nn.Parameter | None:
         """The parameter as the module has it now; None if it has been taken away or is computed from others."""
-        found = getattr(self.module, self.attribute)
-        return found if isinstance(found, nn.Parameter) else None
+        return self.module._parameters.get(self.attribute)  # reading a parametrised attribute would compute it
 
     @property
     def stepped(self) -> bool:

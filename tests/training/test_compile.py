@@ -1,0 +1,136 @@
+"""``torch.compile``: whole graphs, instrumented before or after; code that is compiled already misses no rows."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from training.ways import PATTERNS, STEPS, assert_exact, close, loader, loss_of, net, plain, rows_of, sgd, trained
+
+import dualhook
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model, *, backend="aot_eager", fullgraph=True):
+    return torch.compile(model, backend=backend, fullgraph=fullgraph)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_is_the_plain_run(fullgraph, dtype):
+    def loop(model, track):
+        plain(model, track, dtype=dtype)
+
+    outcome = trained(loop, make=lambda: net(dtype), wrap=lambda model: compiled(model, fullgraph=fullgraph))
+    assert_exact(outcome, patterns=PATTERNS, steps=STEPS, dtype=dtype)
+    assert close(outcome.model, trained(loop, make=lambda: net(dtype)).model, 1e-5)
+
+
+def test_inductor():
+    outcome = trained(plain, wrap=lambda model: compiled(model, backend="inductor"))
+    assert_exact(outcome, patterns=PATTERNS, steps=STEPS)
+
+
+def test_code_that_is_compiled_before_the_recorder_comes():
+    model = net()
+    fast = compiled(model)
+    plain(fast, lambda data: data)
+    recorder = dualhook.instrument(fast, verbose=False)
+    plain(fast, recorder.track)
+    memory = recorder.close()
+    assert memory.layers == ["first", "head"]  # named as in the user's model
+    assert memory.patterns("head") == PATTERNS
+    assert memory.verify(model).max_error < 1e-5
+
+
+def test_compiled_code_outlives_the_recorder_and_meets_the_next_one():
+    model = net()
+    recorder = dualhook.instrument(model, verbose=False)
+    fast = compiled(model)
+    plain(fast, recorder.track)
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        plain(duplicate, lambda data: data)
+    memory = recorder.close()
+    assert memory.verify(model).max_error < 1e-5
+    plain(fast, lambda data: data)
+    assert memory.patterns("head") == PATTERNS
+    recorder = dualhook.instrument(model, verbose=False)
+    plain(fast, recorder.track)
+    memory = recorder.close()
+    assert memory.patterns("head") == PATTERNS
+    assert memory.verify(model).max_error < 1e-5
+
+
+def test_rows_count_only_where_a_step_uses_them():
+    model = net()
+    recorder, optimizer, fast = dualhook.instrument(model, verbose=False), sgd(model), compiled(model)
+    for x, y in recorder.track(loader()):
+        torch.autograd.grad(loss_of(fast(x), y), list(model.parameters()))
+        with torch.no_grad():
+            fast(x)
+        loss_of(fast(x), y).backward()
+        optimizer.zero_grad()
+        fast(x)  # a forward pass without a backward pass
+        loss_of(fast(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    memory = recorder.close()
+    assert memory.patterns("head") == PATTERNS // 2
+    assert memory.verify().max_error < 1e-5
+
+
+def test_a_backward_pass_after_the_next_forward_pass_keeps_the_samples():
+    def loop(model, track):
+        optimizer = sgd(model)
+        losses = [loss_of(model(x), y) for x, y in track(loader())]
+        for loss in losses:
+            loss.backward()
+        optimizer.step()
+
+    assert_exact(trained(loop, wrap=compiled), patterns=PATTERNS // 2, steps=1)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_with_checkpointing(reentrant):
+    class Checkpointed(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=reentrant)
+
+    def loop(model, track):
+        optimizer = sgd(model)
+        for x, y in track(loader()):
+            optimizer.zero_grad()
+            loss_of(model(x.requires_grad_()), y).backward()
+            optimizer.step()
+
+    outcome = trained(loop, wrap=lambda model: compiled(Checkpointed(model), fullgraph=False))
+    assert_exact(outcome, patterns=PATTERNS // 2, steps=STEPS // 2)
+
+
+def test_autocast():
+    model = net()
+    recorder, optimizer, fast = dualhook.instrument(model, verbose=False), sgd(model), compiled(model, fullgraph=False)
+    for x, y in recorder.track(loader()):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(fast(x), y)
+        loss.backward()
+        optimizer.step()
+    memory = recorder.close()
+    assert not any(memory.verify()["inexact_steps"])
+    rows = rows_of(memory, "first")
+    assert rows.key.dtype == torch.bfloat16
+    assert torch.equal(rows.sample.double(), rows.key[:, -1].double() * 16)
