@@ -203,10 +203,13 @@ def _check(expected: Sequence[Tensor], found: Sequence[Tensor], ambient: Ambient
     if real.is_cuda and torch.float32 in dtypes:
         coarsest = max(coarsest, 2.0**-10)  # cuDNN multiplies in TF32 where that is allowed, which is its default
     if not bool(difference <= coarsest**0.5 * size):
-        cause = "its dropout masks cannot be drawn again" if ambient.rng is not None else "weights or state changed"
+        cause = (
+            "weights or inputs were changed since" if ambient.rng is None else "its dropout masks cannot be drawn again"
+        )
+        remedy = "change them after the backward pass" if ambient.rng is None else "train it with dropout=0"
         raise NotRecomputableError(
-            f"the recurrence written out differs from the module's output by {float(difference / size):.1e} of it: "
-            f"{cause}; expected at most {coarsest**0.5:.1e}. Train it with dropout=0, or leave the layer out"
+            f"the recurrence written out differs from the module's output by {float(difference / size):.1e} of it, "
+            f"expected at most {coarsest**0.5:.1e}: {cause}; {remedy}, or leave the layer out"
         )
 
 
