@@ -70,6 +70,23 @@ class LinearMap:
         """How many patterns each stored row makes [n]; None: one each."""
         return None
 
+    def some(self, rows: Rows, slot: int, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Output gradients [n, outputs] and key columns [n, inputs] of the patterns that fill a slot."""
+        if rows.slot is not None:
+            rows = rows.where(rows.slot == slot)
+        elif self.slots > 1:
+            inputs = slot * self.columns + inputs
+        key = _outer(rows.key, self._widths) if self.spec.kind == "bilinear" else rows.key
+        return rows.output_grad.index_select(1, outputs), key.index_select(1, inputs)
+
+    def grid_inputs(self, count: int, generator: torch.Generator) -> Tensor:
+        """Some columns of a slot, ascending."""
+        return torch.randperm(self.columns, generator=generator)[:count].sort().values
+
+    def busiest_slot(self, rows: Rows) -> int:
+        """The slot that most of the rows fill."""
+        return 0 if rows.slot is None or not len(rows) else int(rows.slot.mode().values)
+
     def seen_from(self, asked: LayerSpec, rows: Rows) -> Rows:
         """Patterns of this use of a parameter as another use sees them, keys whole.
 
@@ -149,7 +166,38 @@ class Convolution(LinearMap):
         assert rows.extent is not None
         return rows.extent[:, self.dimensions :].prod(1) * self.slots
 
-    def unfold(self, x: Tensor, places: Sequence[int]) -> Tensor:
+    def some(self, rows: Rows, slot: int, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        d, k = self.dimensions, math.prod(self.kernel)
+        channels, entry = torch.unique(inputs // k), inputs % k
+        place = torch.searchsorted(channels, inputs // k) * k + entry
+        first = slot * int(self.spec.options["channels"]) // self.slots
+        found = []
+        assert rows.extent is not None
+        for x, grad, size in self._images(rows):
+            x = x.index_select(1, first + channels)
+            seen = self.unfold(x, size[d:], slots=1).flatten(0, 2)
+            grad = grad.reshape(len(x), self.slots, self.spec.out_features, -1)[:, slot].index_select(1, outputs)
+            found.append((grad.permute(0, 2, 1).flatten(0, 1), seen.index_select(1, place)))
+        return torch.cat([grad for grad, _ in found]), torch.cat([key for _, key in found])
+
+    def grid_inputs(self, count: int, generator: torch.Generator) -> Tensor:
+        k = math.prod(self.kernel)  # few channels, of which many entries: maps are taken apart by channel
+        channels = torch.randperm(self.columns // k, generator=generator)[: max(1, count // k)].sort().values
+        return (channels[:, None] * k + torch.arange(k)).reshape(-1)[:count]
+
+    def _images(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """Stored rows as input maps [n, channels, …] and output gradients [n, o · s, …], by their extents."""
+        d, begin = self.dimensions, 0
+        assert rows.extent is not None
+        for size, count in zip(*torch.unique_consecutive(rows.extent, dim=0, return_counts=True), strict=True):
+            extent, part = size.tolist(), rows.part(begin, begin + int(count))
+            channels, outputs = int(self.spec.options["channels"]), self.spec.out_features * self.slots
+            x = part.key[:, : channels * math.prod(extent[:d])].reshape(len(part), channels, *extent[:d])
+            grad = part.output_grad[:, : outputs * math.prod(extent[d:])].reshape(len(part), outputs, *extent[d:])
+            yield x, grad, extent
+            begin += int(count)
+
+    def unfold(self, x: Tensor, places: Sequence[int], slots: int | None = None) -> Tensor:
         """Input maps [n, channels, …] as what the kernel sees at every one of the output's places [n, p, s, c]."""
         d, stride = self.dimensions, self.stride
         if self.is_transpose:
@@ -159,7 +207,7 @@ class Convolution(LinearMap):
             x = F.pad(x, pads, mode="constant" if self.mode == "zeros" else self.mode)
         for k in range(d):
             x = x.unfold(2 + k, self.dilation[k] * (self.kernel[k] - 1) + 1, stride[k])[..., :: self.dilation[k]]
-        x = x.reshape(x.shape[0], self.slots, -1, math.prod(places), math.prod(self.kernel))  # [n, s, channel, p, k]
+        x = x.reshape(x.shape[0], slots or self.slots, -1, math.prod(places), math.prod(self.kernel))
         return x.permute(0, 3, 1, 2, 4).flatten(3)
 
     def _unfolded(self, rows: Rows, extent: Sequence[int]) -> Rows:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhook.attention import Attention
-from dualhook.capture import Observed, directions, observe
+from dualhook.capture import Observed, Tapped, directions, observe
 from dualhook.columns import Columns
 from dualhook.composition import compose, explanation, unknown_composition
 from dualhook.dual import DualLinear
@@ -23,7 +23,8 @@ from dualhook.maps import map_of
 from dualhook.model import Target, find_layers, predicted_scores, run_model, with_module
 from dualhook.optimizers import average_weights
 from dualhook.progress import ReplayProgress
-from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, rebuild
+from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, answered, rebuild
+from dualhook.questions import by_query, matrices
 from dualhook.records import AVERAGE, VALUE, LayerSpec, Rows
 from dualhook.store import AnswerFiles, Store
 from dualhook.table import Table
@@ -32,6 +33,7 @@ from dualhook.verification import VerifyReport, inexact_steps, verified
 __all__ = ["DualMemory", "VerifyReport", "load"]
 
 Method = Literal["exact", "preview"]
+DUAL = ("linear", "transposed")  # kinds whose modules can answer in dual form
 METHODS = ("exact", "preview")
 
 
@@ -202,17 +204,16 @@ class DualMemory:
         if not self._specs:
             raise LayerError(f"{self.path} holds no patterns: no optimiser step on a recorded layer was seen")
         specs = [self._specs[name] for name in self._named(layers)]
-        inner, modules = find_layers(model, specs)
-        with torch.inference_mode(False), torch.enable_grad(), observe(modules) as calls:
+        inner, layers_there = find_layers(model, specs)
+        with torch.inference_mode(False), torch.enable_grad(), observe(inner, layers_there) as calls:
             scores = predicted_scores(run_model(inner, inputs), target)
             seen = [(name, call) for name, own in calls.items() for call in own]
             along = directions(scores, [call for _, call in seen])
-        asked = []
-        for spec in dict.fromkeys(spec for spec, _ in modules):
-            own = [(call, d) for (name, call), d in zip(seen, along, strict=True) if name == spec.name]
+        asked: list[LayerQuery] = []
+        for tapped in {tapped.spec.name: tapped for tapped in reversed(layers_there)}.values():
+            own = [(call, d) for (name, call), d in zip(seen, along, strict=True) if name == tapped.spec.name]
             if own:
-                module = next(module for other, module in modules if other == spec)
-                asked.append(self._query(spec, module, own, len(scores), horizon, preview=method == "preview"))
+                asked.insert(0, self._query(tapped, own, len(scores), horizon, preview=method == "preview"))
         if not asked:
             names = ", ".join(spec.name for spec in specs)
             raise LayerError(f"the model's forward pass calls none of {names}")
@@ -269,18 +270,26 @@ class DualMemory:
     def dual(self, model: nn.Module) -> nn.Module:
         """A copy of ``model`` whose recorded layers answer in dual form: origin, plus attention over every pattern.
 
-        Without gradients; every call streams through the memory.
+        Without gradients; every call of a linear layer streams through the memory. Other kinds of layers (convolutions,
+        embeddings, attention's inner projections, …) hold the weights that origin and patterns add up to.
 
         Raises:
             LayerError: ``model`` is not the recorded one.
         """
-        inner, modules = find_layers(model, list(self._specs.values()))
+        inner, layers = find_layers(model, list(self._primary.values()))
         twin = copy.deepcopy(inner)
-        for spec, module in modules:
+        for tapped in layers:
+            if tapped.by != "module" or tapped.spec.kind not in DUAL:
+                continue
             for name, other in list(inner.named_modules(remove_duplicate=False)):
-                if other is module:
-                    made_of = self._composition(spec, self.steps)
+                if other is tapped.module:
+                    made_of = self._composition(tapped.spec, self.steps)
                     twin = with_module(twin, name, DualLinear(self._store, made_of, keep=self._keep))
+        others = {tapped.spec for tapped in layers if tapped.by != "module" or tapped.spec.kind not in DUAL}
+        rebuilt = self._parameters(others, self.steps)
+        twin.load_state_dict(
+            {name: value for name, value in rebuilt.items() if name in twin.state_dict()}, strict=False
+        )
         return twin
 
     def averaged(self, name: str, *, start: int = 1, every: int = 1, decay: float = 0.999) -> DualMemory:
@@ -350,26 +359,19 @@ class DualMemory:
 
     def _query(
         self,
-        spec: LayerSpec,
-        module: nn.Module,
+        tapped: Tapped,
         calls: Sequence[tuple[Observed, Tensor]],
         queries: int,
         horizon: int,
         *,
         preview: bool,
     ) -> LayerQuery:
-        """A layer's calls as [q, p, …]: calls and places of a sequence side by side as positions."""
-        for call, _ in calls:
-            if queries > 1 and call.query.shape[0] != queries:
-                raise LayerError(
-                    f"layer {spec.name!r} saw inputs of shape {list(call.query.shape)} for {queries} queries: which "
-                    "row belongs to which query is not known; ask one query at a time"
-                )
-        query = torch.cat([call.query.reshape(queries, -1, spec.in_features) for call, _ in calls], 1).cpu()
-        direction = torch.cat([d.reshape(queries, -1, spec.out_features) for _, d in calls], 1).cpu()
-        weight, bias = module.weight.detach().double().cpu(), module.bias  # type: ignore[operator]
-        offset = weight.new_zeros(1) if bias is None else bias.detach().double().cpu()  # type: ignore[operator]
-        output, size = query.double() @ weight.T + offset, query.double().abs() @ weight.abs().T + offset.abs()
+        spec, (weight, bias) = tapped.spec, matrices(tapped)
+        query, direction, slot = by_query(spec, calls, queries)
+        output, size = answered(query, slot, weight), answered(query.abs(), slot, weight.abs())
+        if bias is not None:
+            offset = bias if slot is None else bias.T[slot.clamp(min=0)]
+            output, size = output + offset, size + offset.abs()
         try:
             made_of = self._composition(spec, horizon, preview=preview)
         except RuleError as error:  # attention weights need no rule
@@ -377,7 +379,7 @@ class DualMemory:
                 raise
             made_of = unknown_composition(spec, horizon, str(error))
         memory = f"{self._store.fingerprint} {self._average}"
-        return LayerQuery(made_of, query, direction, output, None, size, memory)
+        return LayerQuery(made_of, query, direction, output, slot, size, memory)
 
     def _actual(self, model: nn.Module | None, horizon: int) -> Mapping[str, Tensor]:
         if model is not None:

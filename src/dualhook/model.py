@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dualhook.capture import unwrapped
-from dualhook.capture.selection import ROOT
+from dualhook.capture import Tapped, linear_maps, unwrapped
 from dualhook.errors import LayerError
 from dualhook.records import LayerSpec
 
@@ -19,7 +19,7 @@ __all__ = ["Target", "find_layers", "predicted_scores", "run_model", "with_modul
 Target = int | Sequence[int] | Tensor | Callable[[Any], Tensor] | None
 
 
-def find_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> tuple[nn.Module, list[tuple[LayerSpec, nn.Module]]]:
+def find_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> tuple[nn.Module, list[Tapped]]:
     """The user's model inside torch's wrappers, and in it the recorded layers with every module that shares them.
 
     Raises:
@@ -28,23 +28,24 @@ def find_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> tuple[nn.Module
     if not isinstance(model, nn.Module):
         raise LayerError(f"model={type(model).__name__}: expected the recorded torch.nn.Module")
     inner = unwrapped(model)
-    there = dict(inner.named_modules(remove_duplicate=False))
-    modules: list[tuple[LayerSpec, nn.Module]] = []
+    there = {tapped.spec.name: tapped for tapped in linear_maps(inner)}
+    layers: list[Tapped] = []
     for spec in specs:
-        module = there.get("" if spec.name == ROOT else spec.name)
-        if not isinstance(module, nn.Linear):
+        found = there.get(spec.name)
+        if found is None or found.spec.kind != spec.kind:
             raise LayerError(
-                f"{type(inner).__name__} has no linear layer {spec.name!r}: "
+                f"{type(inner).__name__} has no {spec.kind} layer {spec.name!r}: "
                 f"expected the recorded model, with the layers {', '.join(other.name for other in specs)}"
             )
-        if (module.in_features, module.out_features) != (spec.in_features, spec.out_features):
+        if (found.spec.in_features, found.spec.out_features) != (spec.in_features, spec.out_features):
             raise LayerError(
-                f"layer {spec.name!r} of {type(inner).__name__} maps {module.in_features} to {module.out_features}, "
-                f"the recorded one {spec.in_features} to {spec.out_features}: expected the recorded model"
+                f"layer {spec.name!r} of {type(inner).__name__} maps {found.spec.in_features} to "
+                f"{found.spec.out_features}, the recorded one {spec.in_features} to {spec.out_features}: expected the "
+                "recorded model"
             )
-        shared = {id(other): other for other in there.values() if getattr(other, "weight", None) is module.weight}
-        modules += [(spec, other) for other in shared.values() if isinstance(other, nn.Linear)]
-    return inner, modules
+        shared = [other for other in there.values() if other.weight is found.weight and other.spec.kind == spec.kind]
+        layers += [replace(other, spec=spec) for other in shared]
+    return inner, layers
 
 
 def with_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

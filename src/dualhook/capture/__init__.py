@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from dualhook.capture.audit import Audit, RootHook
+from dualhook.capture.calls import as_rows, nonzero_rows
 from dualhook.capture.compiled import forget_compiled_code
 from dualhook.capture.coverage import coverage_table
+from dualhook.capture.installing import install
 from dualhook.capture.intake import Intake
-from dualhook.capture.linear import LinearTap, nonzero_rows, tapped
+from dualhook.capture.kinds import ROOT, Tapped, linear_maps
 from dualhook.capture.loader import TrackedLoader, as_batch
 from dualhook.capture.observe import Observed, directions, observe
 from dualhook.capture.probe import LayerProbe, Measurement, fit_scales
 from dualhook.capture.recompute import sequence_number
 from dualhook.capture.selection import Selection, select_layers, unwrapped
 from dualhook.capture.steps import StepWatcher, innermost
+from dualhook.capture.taps import tapped
 
 __all__ = [
+    "ROOT",
+    "Audit",
     "Intake",
     "LayerProbe",
-    "LinearTap",
     "Measurement",
     "Observed",
+    "RootHook",
     "Selection",
     "StepWatcher",
+    "Tapped",
     "TrackedLoader",
     "as_batch",
+    "as_rows",
     "coverage_table",
     "directions",
     "fit_scales",
     "forget_compiled_code",
     "innermost",
+    "install",
+    "linear_maps",
     "nonzero_rows",
     "observe",
     "select_layers",

@@ -28,7 +28,7 @@ class Caller(Protocol):
         """A call whose output gradient will come, if it comes, in the backward pass of an enclosing autograd node."""
         ...
 
-    def on_call(self, key: Tensor) -> Arrive | None:
+    def on_compiled_call(self, key: Tensor) -> Arrive | None:
         """What to do with the output gradient of a call on ``key``; None: nothing."""
         ...
 
@@ -47,7 +47,8 @@ def register(caller: Caller) -> int:
 def compiled_tap(output: Tensor, key: Tensor, number: int) -> Tensor:
     """What stands for a layer's ``output`` [..., o] in a traced graph, so that its call on ``key`` [..., i] is seen."""
     # the cast that autocast has put before the layer, so that no second copy of the input waits for the backward pass
-    tapped: Tensor = torch.ops.dualhook.tap(output, key.detach().to(output.dtype), number)
+    key = key.detach().to(output.dtype) if key.is_floating_point() else key
+    tapped: Tensor = torch.ops.dualhook.tap(output, key, number)
     return tapped
 
 
@@ -67,7 +68,7 @@ def _tap(output: Tensor, key: Tensor, number: int) -> Tensor:
 def _taken(output_grad: Tensor, key: Tensor, number: int) -> Tensor:
     caller = _CALLERS.get(number)
     if caller is not None:
-        arrive = caller.on_call(key.clone())
+        arrive = caller.on_compiled_call(key.clone())
         if arrive is not None:
             arrive(output_grad.clone())
     return output_grad.clone()

@@ -6,28 +6,32 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from dualhook.capture.selection import ROOT, Selection
+from dualhook.capture.kinds import ROOT, linear_maps
+from dualhook.capture.selection import Selection
 from dualhook.table import Table
 
 __all__ = ["coverage_table"]
 
 
 def coverage_table(
-    model: nn.Module, selection: Selection, rules: Mapping[str, str], row_bytes: Mapping[str, int]
+    model: nn.Module, selection: Selection, rules: Mapping[str, str], row_bytes: Mapping[str, int | None]
 ) -> Table:
-    """Columns parameter, shape, layer (None if not recorded), rule, bytes_per_row, note.
+    """Columns parameter, shape, layer (None if not recorded), kind, rule, bytes_per_row, note.
 
     ``rules`` maps parameters to what explains their optimiser; ``row_bytes`` layers to the bytes of one row.
     """
+    maps = {p: tapped.spec.name for tapped in linear_maps(model) for p in tapped.spec.parameters}
     owner = {name: spec for spec in selection.specs for name in spec.parameters}
     lines = []
     for name, parameter in model.named_parameters():
         spec = owner.get(name)
         if spec is None and not parameter.requires_grad:
             continue
-        module = name.rpartition(".")[0] or ROOT
-        kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        note = selection.reasons.get(module, f"a parameter of {kind}: no linear map that is recorded yet")
+        module = name.rpartition(".")[0]
+        kind = type(model.get_submodule(module)).__name__
+        candidates = (maps.get(name, ""), module or ROOT)
+        known = [selection.reasons[place] for place in candidates if place in selection.reasons]
+        note = known[0] if known else f"a parameter of {kind}: no linear map"
         if spec is not None:
             note = "" if parameter.requires_grad else "frozen: recorded from the moment it trains"
         lines.append(
@@ -35,13 +39,14 @@ def coverage_table(
                 name,
                 "×".join(map(str, parameter.shape)),
                 None if spec is None else spec.name,
+                None if spec is None else spec.kind,
                 None if spec is None else rules.get(name, "known at the first step"),
                 None if spec is None else row_bytes[spec.name] if name == spec.weight else 0,
                 note,
             )
         )
     recorded = sum(line[2] is not None for line in lines)
-    names = ("parameter", "shape", "layer", "rule", "bytes_per_row", "note")
+    names = ("parameter", "shape", "layer", "kind", "rule", "bytes_per_row", "note")
     return Table(
         dict(zip(names, map(list, zip(*lines, strict=True)), strict=True)) if lines else {name: [] for name in names},
         title="coverage",

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dualhook.capture.audit import Audit
 from dualhook.capture.autograd import at_task_end, current_task
+from dualhook.capture.calls import Call, as_rows, is_sequence_first, module_call
 from dualhook.capture.compiled import register
-from dualhook.capture.linear import as_rows
+from dualhook.capture.kinds import Tapped
 from dualhook.capture.recompute import note_batch, noted_batch
-from dualhook.records import Batch, LayerSpec, Rows
+from dualhook.records import Batch, Rows
 
 __all__ = ["Intake", "Sink"]
 
@@ -29,6 +31,7 @@ class Sink(Protocol):
     recording: bool  # whether anything is captured at all
     batch: Batch | None  # what the training loop is working on
     batch_since: int  # autograd's number of nodes when it began to
+    audit: Audit | None  # of the forward pass that is looked at
 
     def take(self, layer: str, rows: Rows) -> None:
         """Keep rows as pending: accumulated, used by no step yet."""
@@ -48,7 +51,7 @@ class Arrival:
     """One call's rows, between their arrival in a backward pass and their accumulation."""
 
     task: int
-    key: Tensor
+    call: Call
     output_grad: Tensor
     batch: Batch | None
 
@@ -56,9 +59,13 @@ class Arrival:
 class Intake:
     """The gate of one layer: decides which of its rows are in the gradients."""
 
-    def __init__(self, spec: LayerSpec, module: nn.Module, sink: Sink) -> None:
-        self.spec = spec
-        self.module = module
+    def __init__(self, tapped: Tapped, sink: Sink) -> None:
+        self.spec = tapped.spec
+        self.tapped = tapped
+        self.module = tapped.module
+        self.is_left_out = False
+        """Whether its layer is not recorded after all."""
+        self._is_sequence_first = tapped.is_sequence_first
         self.number = register(self)
         self._sink = sink
         self._arrived: list[Arrival] = []
@@ -68,25 +75,46 @@ class Intake:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The layer's parameters by their names in the model, as the module has them now."""
-        names = zip(self.spec.parameters, ("weight", "bias"), strict=False)
+        names = zip(self.spec.parameters, self.tapped.attributes, strict=False)
         found = {name: self.module._parameters.get(attribute) for name, attribute in names}  # reading may compute it
         return {name: value for name, value in found.items() if value is not None}
 
-    def on_call(self, key: Tensor) -> Callable[[Tensor], None] | None:
+    def on_call(self, call: Call) -> Callable[[Tensor], None] | None:
         """A differentiable call of the layer; returns what its output gradient is to do."""
-        parameters = self.parameters
-        if not (self._sink.recording and any(parameter.requires_grad for parameter in parameters.values())):
+        arrive = self.on_late_call()
+        if arrive is None:
             return None
-        self._watch()
         # autograd refuses in-place changes of x only if it needs x for the weight's gradient
-        needed = self.spec.weight in parameters and parameters[self.spec.weight].requires_grad
-        key = key.detach() if needed else key.detach().clone()
-        batch = self._batch_of_call()
+        weight = self.parameters.get(self.spec.weight)
+        call = call.owned(copy=weight is None or not weight.requires_grad)
 
         def on_grad(output_grad: Tensor) -> None:
-            self._arrive(key, output_grad.detach(), batch)
+            arrive(call, output_grad)
 
         return on_grad
+
+    def on_late_call(self) -> Callable[[Call, Tensor], None] | None:
+        """The same where the call's rows are known with their gradients only."""
+        if self.is_left_out or not (
+            self._sink.recording and any(parameter.requires_grad for parameter in self.parameters.values())
+        ):
+            return None
+        self._watch()
+        batch = self._batch_of_call()
+
+        def arrive(call: Call, output_grad: Tensor) -> None:
+            self._arrive(call, output_grad.detach(), batch)
+
+        return arrive
+
+    def on_compiled_call(self, key: Tensor) -> Callable[[Tensor], None] | None:
+        """The same in compiled code, which hands over the input in the backward pass."""
+        return self.on_call(module_call(self.module, self.spec, (key,), {}))
+
+    def on_output(self, call: Call, output: Tensor) -> None:
+        """What a call has made: nothing is put in its place; an audit hears of it."""
+        if self._sink.audit is not None:
+            self._sink.audit.saw(self.spec.name, output)
 
     def on_silent_call(self) -> None:
         """A call without gradients; gradient checkpointing makes it again in the backward pass."""
@@ -119,7 +147,7 @@ class Intake:
         if ready:
             self._arrived = [arrival for arrival in self._arrived if arrival.task != task]
             for arrival in ready:
-                self._sink.take(self.spec.name, as_rows(arrival.key, arrival.output_grad, arrival.batch))
+                self._sink.take(self.spec.name, as_rows(self.spec, arrival.call, arrival.output_grad, arrival.batch))
         self._left = _state(self._gradient())
 
     def discard_if_zeroed(self) -> None:
@@ -154,12 +182,20 @@ class Intake:
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._watched[name] = (parameter, handle, untouched)
 
-    def _arrive(self, key: Tensor, output_grad: Tensor, batch: Batch | None) -> None:
+    def _arrive(self, call: Call, output_grad: Tensor, batch: Batch | None) -> None:
         self.discard_if_zeroed()
         task = current_task()
         if not any(arrival.task == task for arrival in self._arrived):
             at_task_end(lambda: self._forget(task))
-        self._arrived.append(Arrival(task, key, output_grad, batch))
+        self._arrived.append(Arrival(task, self._in_order(call, output_grad, batch), output_grad, batch))
+
+    def _in_order(self, call: Call, output_grad: Tensor, batch: Batch | None) -> Call:
+        """A call whose dimensions do not tell which is the batch: as in others of the layer."""
+        if batch is None or call.is_sequence_first is not None or call.places is not None:
+            return call
+        told = is_sequence_first(output_grad.shape[:-1], batch.samples.numel())
+        self._is_sequence_first = self._is_sequence_first if told is None else told
+        return replace(call, is_sequence_first=self._is_sequence_first)
 
     def _forget(self, task: int) -> None:
         self._arrived = [arrival for arrival in self._arrived if arrival.task != task]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dualhook.capture.linear import call_input, produced
+from dualhook.capture.calls import Call
+from dualhook.capture.installing import install
+from dualhook.capture.kinds import Tapped
+from dualhook.capture.recurrent_tap import written_out
+from dualhook.capture.taps import produced
 from dualhook.errors import LayerError
 from dualhook.records import LayerSpec
 
@@ -20,9 +23,9 @@ __all__ = ["Observed", "directions", "observe"]
 
 @dataclass(frozen=True)
 class Observed:
-    """One call of a layer: its input [..., i], and where in the autograd graph its output [..., o] came about."""
+    """One call of a layer, and where in the autograd graph its output [..., o] came about."""
 
-    query: Tensor
+    call: Call
     shape: torch.Size
     edge: GradientEdge | None
 
@@ -36,47 +39,66 @@ def directions(scores: Tensor, calls: Sequence[Observed]) -> list[Tensor]:
     found = iter(torch.autograd.grad(scores.sum(), edges, allow_unused=True) if edges and scores.requires_grad else ())
     gradients = [next(found, None) if call.edge is not None else None for call in calls]
     return [
-        call.query.new_zeros(call.shape) if gradient is None else gradient.reshape(call.shape)
+        scores.new_zeros(call.shape) if gradient is None else gradient.reshape(call.shape)
         for call, gradient in zip(calls, gradients, strict=True)
     ]
 
 
-@contextmanager
-def observe(modules: Iterable[tuple[LayerSpec, nn.Module]]) -> Iterator[Mapping[str, Sequence[Observed]]]:
-    """Note every call of the given layers while the block runs; layers that share a weight are one."""
-    modules = list(modules)
-    calls: dict[str, list[Observed]] = {spec.name: [] for spec, _ in modules}
-    handles = []
-    try:
-        for spec, module in modules:
-            handles.append(module.register_forward_pre_hook(_width_check(spec), with_kwargs=True))
-            handles.append(module.register_forward_hook(_note(calls[spec.name]), prepend=True, with_kwargs=True))
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+class _Observer:
+    """Notes the calls of one layer in place of an intake."""
 
+    number = -1
 
-def _width_check(spec: LayerSpec) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        width = call_input(args, kwargs).shape[-1]
-        if width != spec.in_features:
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec = spec
+        self.calls: list[Observed] = []
+
+    def on_call(self, call: Call) -> None:
+        return None
+
+    def on_late_call(self) -> None:
+        return None
+
+    def on_silent_call(self) -> None:
+        return None
+
+    def on_output(self, call: Call, output: Tensor) -> Tensor | None:
+        width = call.key.shape[-1]
+        if self.spec.kind in ("linear", "transposed") and width != self.spec.in_features:
             raise LayerError(
-                f"layer {spec.name!r} got inputs of width {width}, expected {spec.in_features}: "
+                f"layer {self.spec.name!r} got inputs of width {width}, expected {self.spec.in_features}: "
                 "shape the query like the training inputs"
             )
-
-    return check
-
-
-def _note(calls: list[Observed]) -> Callable[..., Tensor | None]:
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         replaced = None
         if torch.is_grad_enabled() and not output.requires_grad:
             # a frozen model: start the graph here, and not with a leaf, which could not be changed in place
             output = replaced = output.detach().requires_grad_().clone()
         edge = get_gradient_edge(produced(output)) if output.requires_grad else None
-        calls.append(Observed(call_input(args, kwargs).detach(), output.shape, edge))
+        self.calls.append(Observed(call.owned(copy=False), output.shape, edge))
         return replaced
 
-    return note
+
+@contextmanager
+def observe(model: nn.Module, layers: Iterable[Tapped]) -> Iterator[Mapping[str, Sequence[Observed]]]:
+    """Note every call of the given layers of a model while the block runs; layers that share a weight are told apart.
+
+    Recurrent layers run written out meanwhile, which gives the same within rounding.
+    """
+    layers = list(layers)
+    observers = {tapped.spec.name: _Observer(tapped.spec) for tapped in layers}
+    with ExitStack() as block:
+        if hasattr(torch.backends, "mha"):  # the fast path of frozen transformers computes all in one
+            was = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+            block.callback(torch.backends.mha.set_fastpath_enabled, was)
+        others = [tapped for tapped in layers if tapped.by != "recurrent"]
+        for handle in install(model, [(tapped, observers[tapped.spec.name]) for tapped in others]):
+            block.callback(handle.remove)
+        recurrent: dict[nn.Module, dict[str, _Observer]] = {}
+        for tapped in layers:
+            if tapped.by == "recurrent":
+                recurrent.setdefault(tapped.module, {})[tapped.attributes[0]] = observers[tapped.spec.name]
+        for module, own in recurrent.items():
+            module.forward = written_out(module, own)
+            block.callback(delattr, module, "forward")
+        yield {name: observer.calls for name, observer in observers.items()}

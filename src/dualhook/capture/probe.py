@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dualhook.maps import map_of
 from dualhook.records import LayerSpec, Rows
 
 __all__ = ["LayerProbe", "Measurement", "fit_scales"]
@@ -28,6 +29,8 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, to
 REDUCED = 1e-2  # the same where float32 products are allowed to run in TF32 or bfloat16
 
 SUBNORMAL = torch.finfo(torch.float32).tiny  # below it rounding is no longer relative to the number
+
+BLOCK_ROWS = 2**16  # patterns that are looked at together
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -82,13 +85,14 @@ class Fit:
 
 
 class LayerProbe:
-    """The fixed entries of one layer's parameters."""
+    """The fixed entries of one layer's parameters: of some outputs, and some columns of one slot of its matrix."""
 
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
+        self._map = map_of(spec)
         generator = torch.Generator().manual_seed(0)  # its own: training's random numbers stay as they are
         self._outputs = torch.randperm(spec.out_features, generator=generator)[: GRID[0]].sort().values
-        self._inputs = torch.randperm(spec.in_features, generator=generator)[: GRID[1]].sort().values
+        self._inputs = self._map.grid_inputs(GRID[1], generator)
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
 
     def measure(
@@ -98,39 +102,75 @@ class LayerProbe:
 
         ``whole`` looks at every entry of the gradients, if only in sums.
         """
-        outputs, inputs = self._outputs, self._inputs
-        if rows is None:
+        if rows is None or not len(rows):
             return {name: self._without_rows(gradient) for name, gradient in gradients.items()}
-        d, x = _gather(rows.output_grad, outputs), _gather(rows.key, inputs)
+        slot = self._map.busiest_slot(rows)
+        outputs, inputs = self._outputs, self._inputs
+        d, x = map(_numpy, self._map.some(rows, slot, outputs, inputs))
         absolute = abs(d).T @ abs(x)
-        if not absolute.any():  # a dead corner: look where this step's rows are largest
-            outputs = rows.output_grad.abs().sum(0).topk(len(outputs)).indices
-            inputs = rows.key.abs().sum(0).topk(len(inputs)).indices
-            d, x = _gather(rows.output_grad, outputs), _gather(rows.key, inputs)
+        if not absolute.any() and rows.extent is None:  # a dead corner: look where this step's rows are largest
+            every = self._map.some(rows, slot, *(torch.arange(n) for n in (self.spec.out_features, self._map.columns)))
+            outputs = every[0].abs().sum(0).topk(len(outputs)).indices
+            inputs = every[1].abs().sum(0).topk(len(inputs)).indices
+            d, x = map(_numpy, self._map.some(rows, slot, outputs, inputs))
             absolute = abs(d).T @ abs(x)
+        one = self._constants(rows, slot, len(d))
+        sums = self._sums({name: gradients[name] for name in gradients}, rows) if whole else {}
         found = {}
         for name, gradient in gradients.items():
             is_weight = name == self.spec.weight
-            seen = gradient.detach().index_select(0, outputs.to(gradient.device))
-            seen = seen.index_select(1, inputs.to(gradient.device)) if is_weight else seen
+            seen = self._map.matrix(name, gradient.detach()).index_select(0, outputs.to(gradient.device))
+            if is_weight:
+                seen = seen.index_select(1, (slot * self._map.columns + inputs).to(gradient.device))
+            elif seen.dim() == 2:
+                seen = seen[:, slot]
             found[name] = Measurement(
                 _numpy(seen),
-                d.T @ x if is_weight else d.sum(axis=0),
-                absolute if is_weight else abs(d).sum(axis=0),
+                d.T @ x if is_weight else d.T @ one,
+                absolute if is_weight else abs(d).T @ one,
                 _coarser(rows.output_grad.dtype, gradient.dtype),
-                self._sums(gradient.detach(), rows, is_weight) if whole else None,
+                sums.get(name),
             )
         return found
 
-    def _sums(self, gradient: Tensor, rows: Rows, is_weight: bool) -> Measurement:
-        d, x = rows.output_grad, rows.key
-        signs = self._signs.to(x)
-        # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
-        seen = gradient @ self._signs.to(gradient) if is_weight else gradient.clone()
-        signed = x @ signs if is_weight else torch.ones_like(d[:, 0])
-        size = x.abs().sum(1) if is_weight else signed
-        dtype = _coarser(d.dtype, gradient.dtype)
-        return Measurement(_numpy(seen), _numpy(d.T @ signed), _numpy(d.abs().T @ size), dtype)
+    def _constants(self, rows: Rows, slot: int, count: int) -> Array:
+        """The bias's component of the keys that fill a slot [n]."""
+        return np.ones(count) if rows.constant is None else _numpy(rows.constant)
+
+    def _sums(self, gradients: Mapping[str, Tensor], rows: Rows) -> dict[str, Measurement]:
+        """Every output's sum over all inputs, with random signs."""
+        slots, dtype = self.spec.slots, torch.promote_types(rows.output_grad.dtype, torch.float32)
+        weight, size, ones, bias = (torch.zeros(self.spec.out_features, slots, dtype=torch.float64) for _ in range(4))
+        signs = self._signs.reshape(slots, -1).to(dtype)
+        for part in self._map.patterns(rows, BLOCK_ROWS):
+            d, x = part.output_grad.to(dtype), part.key.to(dtype)
+            slot = torch.zeros(len(part), dtype=torch.int64) if part.slot is None else part.slot.long()
+            flat = signs.reshape(-1) if part.slot is None else signs[slot]
+            constant = torch.ones(len(part), dtype=dtype) if part.constant is None else part.constant.to(dtype)
+            for total, values in (
+                (weight, d * (x * flat).sum(1, keepdim=True)),
+                (size, d.abs() * x.abs().sum(1, keepdim=True)),
+                (bias, d * constant[:, None]),
+                (ones, d.abs() * constant[:, None]),
+            ):
+                if slots == 1 or part.slot is None:
+                    total[:, 0] += values.sum(0)
+                else:
+                    total.index_add_(1, slot, values.T.double())
+        found = {}
+        for name, gradient in gradients.items():
+            matrix, own = self._map.matrix(name, gradient.detach()), _coarser(rows.output_grad.dtype, gradient.dtype)
+            if name == self.spec.weight:
+                whole = rows.slot is None and rows.extent is None  # keys of tied uses are whole
+                sums = matrix.to(dtype) * signs.reshape(-1).to(matrix.device)
+                sums = sums.reshape(len(matrix), slots, -1).sum(2)
+                sums = sums.sum(1, keepdim=True) if whole else sums
+                pair = (weight[:, :1], size[:, :1]) if whole else (weight, size)
+            else:
+                # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
+                sums, pair = matrix.clone().reshape(len(matrix), -1), (bias, ones)
+            found[name] = Measurement(_numpy(sums), _numpy(pair[0]), _numpy(pair[1]), own)
+        return found
 
     def _without_rows(self, gradient: Tensor) -> Measurement:
         largest = _numpy(gradient.detach().abs().max().reshape(1))
@@ -185,10 +225,6 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return max(a, b, key=lambda dtype: TOLERANCE.get(dtype, 1e-2))
-
-
-def _gather(values: Tensor, index: Tensor) -> Array:
-    return _numpy(values.index_select(1, index.to(values.device)))
 
 
 def _numpy(values: Tensor) -> Array:

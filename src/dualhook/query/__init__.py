@@ -7,6 +7,7 @@ from dualhook.query.collectors import Collector, GroupSums, Receipt, TopPatterns
 from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken, Synchronization
 from dualhook.query.replay import Replay
 from dualhook.query.sealed import seal
+from dualhook.query.slots import answered
 from dualhook.query.streaming import KEPT, LayerQuery, dual_output, scan
 from dualhook.query.weights import rebuild
 
@@ -25,6 +26,7 @@ __all__ = [
     "StepTaken",
     "Synchronization",
     "TopPatterns",
+    "answered",
     "dual_output",
     "rebuild",
     "scan",

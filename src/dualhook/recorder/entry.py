@@ -44,7 +44,9 @@ def instrument(
         path: directory of the memory; None keeps it in a temporary directory that goes with the recorder and the
             memory it returns (:meth:`Recorder.save` keeps a copy).
         layers: names, globs, module types, a predicate ``(name, module) -> bool`` or a preset (``"all"``,
-            ``"head"``); default every ``nn.Linear``. A frozen layer is recorded from the moment it trains.
+            ``"head"``); default every linear layer and what is like one (Hugging Face's ``Conv1D``, attention
+            projections, routers). Convolutions, embeddings, recurrent and expert weights have many rows: ``"all"`` or
+            their names record them. A frozen layer is recorded from the moment it trains.
         optimizer: not needed, optimisers are found at their first step; named ones show in ``coverage`` before.
         dtype: dtype of the stored rows; default the one they were computed in (lossless).
         max_bytes: budget for patterns on disk; default half of what is free there.
@@ -76,7 +78,7 @@ def instrument(
             raise DualHookError(f"optimizer={type(one).__name__}: expected a torch.optim.Optimizer or several")
     selection = select_layers(inner, layers)
     for one in given:
-        refuse(innermost(one), (p for _, module in selection.modules for p in module.parameters(recurse=False)))
+        refuse(innermost(one), (p for tapped in selection.layers for p in tapped.module.parameters(recurse=False)))
     temporary = TemporaryRoot() if path is None else None
     layout = Layout((temporary.path if temporary else Path(cast(str, path))).absolute())
     if overwrite and (before := OPEN.get(layout.root)) is not None:

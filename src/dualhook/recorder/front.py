@@ -8,35 +8,40 @@ import shutil
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture import (
-    LinearTap,
+    Audit,
+    RootHook,
     Selection,
     StepWatcher,
     TrackedLoader,
     as_batch,
+    as_rows,
     coverage_table,
     forget_compiled_code,
     innermost,
+    install,
     observe,
     sequence_number,
 )
 from dualhook.errors import BudgetError, DualHookError, StoreError
+from dualhook.maps import map_of
 from dualhook.memory import DualMemory
 from dualhook.model import run_model
 from dualhook.optimizers import LOOKAHEAD, rule_for
 from dualhook.recorder.folding import folding_to
 from dualhook.recorder.scope import BatchScope, TemporaryRoot
 from dualhook.recorder.steps import StepBook
-from dualhook.records import COORDINATES, Batch, LayerSpec
-from dualhook.store import Layout, Writer
+from dualhook.records import COORDINATES, Batch, LayerSpec, Rows
+from dualhook.store import Layout, Manifest, Writer
 from dualhook.store.writer import SEGMENT_BYTES
 from dualhook.table import Table
 
@@ -94,9 +99,9 @@ class Recorder:
         self._book = StepBook(selection, self._writer, dtype=dtype, on_step=self._on_step)
         for optimizer in optimizers:
             self._book.meet(innermost(optimizer))
-        self._handles = []
-        for intake in self._book.intakes:
-            self._handles.append(LinearTap(intake.module, intake).attach())
+        self._handles: list[RemovableHandle] = []
+        self._handles += install(model, [(intake.tapped, intake) for intake in self._book.intakes])
+        self._root = RootHook(self._begin_audit, self._end_audit).attach(model)
         forget_compiled_code()
         self._watcher = StepWatcher(self._before_step, self._after_step)
         self._at_exit = _weakly(self.close)  # a script that forgets to close loses nothing
@@ -183,10 +188,17 @@ class Recorder:
         (rows whose output gradient turns out zero will be dropped), bytes.
         """
         devices = {parameter.device for parameter in self._model.parameters() if parameter.device.type == "cuda"}
-        with torch.random.fork_rng(devices), torch.no_grad(), observe(self._selection.modules) as calls:
+        with torch.random.fork_rng(devices), torch.enable_grad(), observe(self._model, self._selection.layers) as calls:
             run_model(self._model, inputs)
-        rows = {name: sum(call.query[..., 0].numel() for call in seen) for name, seen in calls.items()}
-        sizes = [rows[spec.name] * self._row_bytes(spec) for spec in self._selection.specs]
+        rows: dict[str, int] = {}
+        sizes = []
+        for spec in self._selection.specs:
+            seen = [as_rows(spec, c.call, torch.zeros(c.shape), None, every=True) for c in calls[spec.name]]
+            counts = [map_of(spec).counts(one) for one in seen]
+            rows[spec.name] = sum(
+                len(one) if count is None else int(count.sum()) for one, count in zip(seen, counts, strict=True)
+            )
+            sizes.append(sum(self._bytes_of(spec, one) for one in seen))
         return Table(
             {"layer": list(rows), "patterns": list(rows.values()), "bytes": sizes},
             title="one step",
@@ -311,18 +323,18 @@ class Recorder:
                 stacklevel=3,
             )
         present = set(self._model.modules())
-        for spec, module in self._selection.modules:
-            if module not in present:
+        for tapped in self._selection.layers:
+            if tapped.module not in present:
                 warnings.warn(
-                    f"layer {spec.name!r} is no longer part of the model: what replaced it since instrument() is not "
-                    "recorded; change the model first, then instrument it",
+                    f"layer {tapped.spec.name!r} is no longer part of the model: what replaced it since instrument() "
+                    "is not recorded; change the model first, then instrument it",
                     UserWarning,
                     stacklevel=3,
                 )
         self._writer.write_latest(self.steps, values)
 
     def _detach(self) -> None:
-        for handle in self._handles:
+        for handle in [*self._handles, *self._root]:
             handle.remove()
         for intake in self._book.intakes:
             intake.detach()
@@ -330,9 +342,55 @@ class Recorder:
         self._book.recording = False
         atexit.unregister(self._at_exit)
 
-    def _row_bytes(self, spec: LayerSpec) -> int:
-        dtype = self._dtype or dict(self._model.named_parameters())[spec.weight].dtype
-        return (spec.in_features + spec.out_features) * dtype.itemsize + len(COORDINATES) * torch.int64.itemsize
+    def _row_bytes(self, spec: LayerSpec) -> int | None:
+        """Of one row; None for a convolution, where it depends on the size of its maps."""
+        if "kernel" in spec.options:
+            return None
+        width = sum(spec.options["widths"]) if "widths" in spec.options else spec.in_features // spec.slots
+        numbers = (width + spec.out_features) * self._row_dtype(spec).itemsize
+        return numbers + len(COORDINATES) * torch.int64.itemsize + (torch.int32.itemsize if spec.slots > 1 else 0)
+
+    def _row_dtype(self, spec: LayerSpec) -> torch.dtype:
+        return self._dtype or dict(self._model.named_parameters(remove_duplicate=False))[spec.weight].dtype
+
+    def _bytes_of(self, spec: LayerSpec, rows: Rows) -> int:
+        """Of some rows in the making."""
+        one = self._row_bytes(spec)
+        if one is not None:
+            return len(rows) * one
+        assert rows.extent is not None
+        numbers = (rows.key.numel() + rows.output_grad.numel()) * self._row_dtype(spec).itemsize
+        return numbers + len(rows) * len(COORDINATES) * torch.int64.itemsize + rows.extent.numel() * 8
+
+    def _begin_audit(self) -> None:
+        if self._book.recording and not self._book.rows_seen:
+            self._book.audit = Audit()
+
+    def _end_audit(self, outputs: Any) -> None:
+        """The first differentiable forward pass is over: layers with uses that no tap has seen are not recorded."""
+        audit, self._book.audit = self._book.audit, None
+        if audit is None:
+            return
+        for handle in self._root:
+            handle.remove()
+        unseen = audit.unseen(outputs, self._book.parameters())
+        if unseen:
+            self._leave_out(
+                {layer: f"used in {name}, which is no linear map that is seen" for layer, name in unseen.items()}
+            )
+
+    def _leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Go on without some layers, before anything of them has been recorded."""
+        weights = {spec.weight for spec in self._selection.specs if spec.name in reasons}
+        names = {spec.name for spec in self._selection.specs if spec.weight in weights}
+        self._selection = Selection(
+            [tapped for tapped in self._selection.layers if tapped.spec.name not in names],
+            self._selection.reasons
+            | {name: reasons.get(name, "another use of its weight is not seen") for name in names},
+        )
+        self._book.leave_out(names)
+        manifest = Manifest.read(self._layout)
+        Manifest(self._selection.specs, manifest.versions).write(self._layout)
 
     def _check_open(self, what: str) -> None:
         if self._closed:

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dualhook.capture import Intake, LayerProbe, Measurement, Selection, fit_scales
+from dualhook.capture import Audit, Intake, LayerProbe, Measurement, Selection, fit_scales
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
 from dualhook.recorder.notices import Notices
 from dualhook.recorder.selfcheck import Prediction, is_due, predict
 from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
 from dualhook.recorder.staging import Staging
+from dualhook.recorder.uses import Uses
 from dualhook.recorder.watched import Watched, gradient_of, state_of
-from dualhook.records import VALUE, Batch, LedgerEntry, Mark, Rows
+from dualhook.records import VALUE, Batch, LayerSpec, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
 from dualhook.store.writer import SEGMENT_BYTES
 
@@ -80,14 +81,16 @@ class StepBook:
         self._dtype = dtype
         self._on_step = on_step
         self._intakes: dict[str, list[Intake]] = {}
-        for spec, module in selection.modules:
-            self._intakes.setdefault(spec.name, []).append(Intake(spec, module, self))
-        self._probes = {spec.name: LayerProbe(spec) for spec in selection.specs}
-        self.watched = {
-            name: Watched(name, spec, self._intakes[spec.name][0].module, attribute)
-            for spec in selection.specs
-            for name, attribute in zip(spec.parameters, ("weight", "bias"), strict=False)
-        }
+        for tapped in selection.layers:
+            self._intakes.setdefault(tapped.spec.name, []).append(Intake(tapped, self))
+        self.audit: Audit | None = None
+        self._uses = Uses(selection.specs)
+        self._probes = {spec.name: LayerProbe(spec) for spec in self._uses.primary}
+        self.watched: dict[str, Watched] = {}
+        for spec in self._uses.primary:
+            tapped = self._intakes[spec.name][0].tapped
+            for name, attribute in zip(spec.parameters, tapped.attributes, strict=False):
+                self.watched[name] = Watched(name, spec, tapped.module, attribute)
         self.snapshots = Snapshots(writer)
         self._trackers: weakref.WeakKeyDictionary[Optimizer, dict[str, Tracker]] = weakref.WeakKeyDictionary()
         self._stepping: list[Optimizer] = []  # the optimisers that have stepped in the current step
@@ -109,6 +112,24 @@ class StepBook:
         """Every intake; layers whose weight several modules share have several."""
         return (intake for intakes in self._intakes.values() for intake in intakes)
 
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters of every layer, as the model has them now."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for intake in self.intakes:
+            own = [parameter for parameter in intake.parameters.values() if parameter.requires_grad]
+            found.setdefault(intake.spec.name, []).extend(own)
+        return found
+
+    def leave_out(self, layers: Container[str]) -> None:
+        """Forget some layers, with every use of their weights; nothing of them has been recorded."""
+        for layer in [layer for layer in self._intakes if layer in layers]:
+            for intake in self._intakes.pop(layer):
+                intake.detach()
+                intake.is_left_out = True
+            self._probes.pop(layer, None)
+        self.watched = {name: watched for name, watched in self.watched.items() if watched.spec.name not in layers}
+        self._uses = Uses([intakes[0].spec for intakes in self._intakes.values()])
+
     # ---- rows ------------------------------------------------------------------------------------------------
 
     def take(self, layer: str, rows: Rows) -> None:
@@ -122,8 +143,10 @@ class StepBook:
             self._staging.put(layer, rows, dtype)
             return
         if rows.key.device.type != "cpu" or dtype != rows.key.dtype:
-            key, output_grad = rows.key.to("cpu", dtype), rows.output_grad.to("cpu", dtype)
-            rows = Rows(key, output_grad, rows.step, rows.sample, rows.position, rows.columns)
+            slot = None if rows.slot is None else rows.slot.cpu()
+            rows = replace(
+                rows, key=rows.key.to("cpu", dtype), output_grad=rows.output_grad.to("cpu", dtype), slot=slot
+            )
         self._keep(layer, rows)
 
     def _keep(self, layer: str, rows: Rows) -> None:
@@ -183,8 +206,9 @@ class StepBook:
             self._end_step()
         changed = self.notice([watched for watched, _ in members] if self._stepping else None)
         for watched, _ in members:
-            for intake in self._intakes[watched.spec.name]:
-                intake.settle()
+            for layer in self._uses.of(watched.spec):
+                for intake in self._intakes[layer]:
+                    intake.settle()
         stepped = [
             (watched, group, self._mark(watched, optimizer, rule, changed))
             for watched, group in members
@@ -217,9 +241,10 @@ class StepBook:
             self.step += 1
         self._stepping.append(optimizer)
         self.writer.builder.add(self.step, self._entries(step))
-        for layer in dict.fromkeys(watched.spec.name for watched, _, _ in step.stepped):
-            self.writer.builder.commit(layer, self.step)
-            self._waited.pop(layer, None)
+        for spec in dict.fromkeys(watched.spec for watched, _, _ in step.stepped):
+            for layer in self._uses.of(spec):
+                self.writer.builder.commit(layer, self.step)
+                self._waited.pop(layer, None)
         for watched, _, _ in step.stepped:
             watched.remember(optimizer, self.step)
             self._broken.discard(watched.name)
@@ -292,12 +317,22 @@ class StepBook:
             if gradient is not None:
                 layers.setdefault(watched.spec.name, {})[watched.name] = gradient
         for layer, gradients in layers.items():
-            self._intakes[layer][0].discard_if_zeroed()
+            rows = self._rows_of(self._probes[layer].spec)
+            whole = self.step < 4 or self.step % WHOLE_EVERY == 0
+            step.measured |= self._probes[layer].measure(gradients, rows, whole=whole)
+
+    def _rows_of(self, spec: LayerSpec) -> Rows | None:
+        """The rows that a step on a layer uses, of all uses of its weight."""
+        found: dict[LayerSpec, Rows] = {}
+        for layer in self._uses.of(spec):
+            intake = self._intakes[layer][0]
+            intake.discard_if_zeroed()
             rows = self.writer.builder.pending(layer)
             if rows is None and self._stepping:  # weight and bias in two optimisers: the first has committed the rows
                 rows = self.writer.builder.of_step(layer, self.step)
-            whole = self.step < 4 or self.step % WHOLE_EVERY == 0
-            step.measured |= self._probes[layer].measure(gradients, rows, whole=whole)
+            if rows is not None:
+                found[intake.spec] = rows
+        return self._uses.together(spec, found)
 
     def _show_trackers(self, step: Step) -> None:
         """Let those who fit the step see its gradients; a foreach step may write to them."""

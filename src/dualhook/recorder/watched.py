@@ -117,4 +117,5 @@ def state_of(optimizer: Optimizer, parameter: nn.Parameter | None) -> Mapping[st
 
 def gradient_of(watched: Watched) -> Tensor | None:
     """The gradient that a step would use."""
-    return None if watched.parameter is None else watched.parameter.grad
+    gradient = None if watched.parameter is None else watched.parameter.grad
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient

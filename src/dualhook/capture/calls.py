@@ -1,0 +1,227 @@
+"""What a tap has seen: one call of a linear map, and the rows that it becomes once its output gradient is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dualhook.records import NO_SAMPLE, Batch, LayerSpec, Rows
+
+__all__ = ["Call", "Places", "as_rows", "call_input", "is_sequence_first", "module_call", "nonzero_rows"]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows come from that a layer's own shapes do not tell: ``index`` [n] into ``of`` places, batch first.
+
+    With ``position`` [n], ``index`` counts samples of the batch.
+    """
+
+    index: Tensor
+    of: int
+    position: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a linear map: its input, as its kind has it, and what else tells what its rows are.
+
+    ``key`` [..., c] with the ``slot`` [...] it fills; token ids [...] of an embedding; whole maps of a convolution.
+    ``outputs`` are the first and last output that were computed, where it was not all. ``is_sequence_first``: the
+    batch is the second dimension. ``of_places`` [n] tells which place a row is of, where there are more rows than
+    places of the output: the bags of an embedding bag.
+    """
+
+    key: Tensor
+    slot: Tensor | None = None
+    outputs: tuple[int, int] | None = None
+    is_sequence_first: bool | None = None
+    places: Places | None = None
+    of_places: Tensor | None = None
+
+    def owned(self, *, copy: bool) -> Call:
+        """The same off the graph; ``copy``: safe from changes in place."""
+        key = self.key.detach().clone() if copy else self.key.detach()
+        return Call(key, self.slot, self.outputs, self.is_sequence_first, self.places, self.of_places)
+
+
+def call_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a call to a linear map, however it was passed."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(x, Tensor)
+    return x
+
+
+def module_call(module: nn.Module, spec: LayerSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """The call of a module that is one linear map."""
+    if isinstance(module, nn.Bilinear):
+        both = [*args, *kwargs.values()]
+        return Call(torch.cat([both[0], both[1]], -1))
+    if isinstance(module, nn.EmbeddingBag):
+        return _bag_call(module, *args, **kwargs)
+    x = call_input(args, kwargs)
+    if isinstance(module, nn.Embedding):
+        return embedding_call(x, module.padding_idx, module.scale_grad_by_freq)
+    return Call(x)
+
+
+def embedding_call(ids: Tensor, padding: int | None, scaled: bool) -> Call:
+    """The lookup of ``ids`` [...]; a key is 1, or one over how often the token occurs, at padding 0."""
+    key = torch.ones(ids.shape, device=ids.device)
+    if scaled:
+        _, place, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+        key = 1.0 / counts[place].float()
+    if padding is not None:
+        key = key * (ids != padding)
+    return Call(key[..., None], ids)
+
+
+def _bag_call(
+    module: nn.EmbeddingBag, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+) -> Call:
+    ids = input.reshape(-1)
+    if input.dim() == 2:
+        bag = torch.arange(len(input), device=ids.device).repeat_interleave(input.shape[1])
+        bags = len(input)
+    else:
+        assert offsets is not None
+        starts = offsets[:-1] if module.include_last_offset else offsets
+        bags = len(starts)
+        bag = torch.searchsorted(starts.contiguous(), torch.arange(len(ids), device=ids.device), right=True) - 1
+    one = torch.ones(len(ids), device=ids.device)
+    key = one if per_sample_weights is None else per_sample_weights.detach().reshape(-1).clone()
+    if module.padding_idx is not None:
+        key, one = key * (ids != module.padding_idx), one * (ids != module.padding_idx)
+    if module.mode == "mean":
+        key = key / torch.zeros(bags, device=ids.device).index_add_(0, bag, one).clamp(min=1)[bag]
+    return Call(key[:, None], ids, of_places=bag)
+
+
+def as_rows(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None, *, every: bool = False) -> Rows:
+    """The rows of one call with the gradient of its output [..., o], with their coordinates.
+
+    Rows that add nothing to any weight, because their output gradient is exactly zero, are left out unless ``every``.
+    """
+    if "kernel" in spec.options:
+        rows = _maps(spec, call, output_grad, batch)
+    else:
+        rows = _vectors(spec, call, output_grad, batch)
+    # on a CUDA device the look at the numbers would make training wait: it is taken where they have come to the host
+    return rows if every or rows.key.is_cuda else nonzero_rows(rows)
+
+
+def _vectors(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None) -> Rows:
+    lead = output_grad.shape[:-1]
+    count = math.prod(lead)
+    d = output_grad.reshape(count, output_grad.shape[-1])
+    if call.outputs is not None:
+        d = F.pad(d, (call.outputs[0], spec.out_features - call.outputs[1]))
+    sample, position = _places(lead, batch, call, whole=spec.kind == "embedding" and call.of_places is None)
+    if call.of_places is not None:
+        there = call.of_places.cpu()
+        d, sample, position = d[call.of_places], sample[there], position[there]
+        count = len(d)
+    # under autocast the map ran on the input cast to the output's dtype
+    key = call.key.reshape(count, call.key.shape[-1]).to(d.dtype)
+    slot = None if call.slot is None else call.slot.reshape(count).int()
+    return _numbered(key, d, sample, position, batch, slot=slot)
+
+
+def _maps(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None) -> Rows:
+    """Whole maps as rows; of input without a batch dimension one."""
+    d = len(spec.options["kernel"])
+    x = call.key if call.key.dim() == d + 2 else call.key[None]
+    y = output_grad if output_grad.dim() == d + 2 else output_grad[None]
+    count = len(x)
+    alone = Call(x, is_sequence_first=False, places=call.places)
+    sample, _ = _places(y.shape[:1], batch, alone, whole=False)
+    extent = torch.tensor([*x.shape[2:], *y.shape[2:]]).expand(count, -1)
+    nothing = torch.zeros(count, dtype=torch.int64)
+    return _numbered(x.reshape(count, -1).to(y.dtype), y.reshape(count, -1), sample, nothing, batch, extent=extent)
+
+
+def _numbered(
+    key: Tensor,
+    output_grad: Tensor,
+    index: Tensor,
+    position: Tensor,
+    batch: Batch | None,
+    slot: Tensor | None = None,
+    extent: Tensor | None = None,
+) -> Rows:
+    """Rows with the sample and the columns of their ``index`` [n] in the batch, -1 where it is not known."""
+    sample, columns = torch.full_like(index, NO_SAMPLE), {}
+    if batch is not None and bool((index >= 0).any()):
+        known = index.clamp(min=0)
+        sample = torch.where(index < 0, NO_SAMPLE, batch.samples[known])
+        columns = {name: _column(values[known], index) for name, values in batch.columns.items()}
+    # the step is known when one uses the rows
+    return Rows(
+        key, output_grad, torch.zeros_like(sample), sample, position, columns, slot=slot, constant=None, extent=extent
+    )
+
+
+def _column(values: Tensor, index: Tensor) -> Tensor:
+    absent = float("nan") if values.is_floating_point() else -1
+    return values if bool((index >= 0).all()) else torch.where(index < 0, absent, values)
+
+
+def is_sequence_first(lead: Sequence[int], size: int) -> bool | None:
+    """Whether the batch of ``size`` is the second dimension of an output; None if the shape does not tell."""
+    if len(lead) < 2 or (lead[0] == size) == (lead[1] == size):
+        return None
+    return bool(lead[1] == size)
+
+
+def _places(lead: Sequence[int], batch: Batch | None, call: Call, *, whole: bool) -> tuple[Tensor, Tensor]:
+    """Index into the batch (-1: not known) and position of every row of an output with leading dimensions ``lead``.
+
+    The batch is the dimension of its length, the first rather than the second. Where it is none, rows may have been
+    flattened, or cut into windows, in the order of the batch; but not if ``whole``.
+    """
+    count = math.prod(lead)
+    size = 0 if batch is None else batch.samples.numel()
+    if call.places is not None:
+        return _of_places(call.places, size)
+    number = torch.arange(count)
+    first = lead[0] if lead else 1
+    rest = count // first if first else 0
+    if not size or not lead:
+        if size == 1 and not lead:
+            return number, number
+        return torch.full((count,), -1), number % max(rest, 1)
+    told = is_sequence_first(lead, size)
+    second = told if told is not None else call.is_sequence_first
+    if second and len(lead) > 1 and lead[1] == size:
+        inner = count // (lead[0] * lead[1]) if count else 1
+        return number // inner % size, number // (inner * size) * inner + number % inner
+    if first == size:
+        return number // max(rest, 1), number % max(rest, 1)
+    if first % size == 0 and first and not whole:  # flattened, or windows
+        if second and len(lead) == 1:
+            return number % size, number // size
+        each = count // size
+        return number // each, number % each
+    return torch.full((count,), -1), number % max(rest, 1)
+
+
+def _of_places(places: Places, size: int) -> tuple[Tensor, Tensor]:
+    index = places.index.cpu().long()
+    if places.position is not None:
+        return (index if places.of == size else torch.full_like(index, -1)), places.position
+    if not size or places.of % size:
+        return torch.full_like(index, -1), index
+    each = places.of // size
+    return index // each, index % each
+
+
+def nonzero_rows(rows: Rows) -> Rows:
+    """The rows whose output gradient is not exactly zero."""
+    used = rows.output_grad.abs().amax(dim=1) != 0 if len(rows) else rows.sample.bool()  # three times as fast as any()
+    return rows if bool(used.all()) else rows.at(used.nonzero().squeeze(1).cpu())

@@ -1,0 +1,279 @@
+"""Linear maps that no module of their own computes: a module uses its parameter, or a child's, in a function.
+
+So do ``nn.MultiheadAttention``, Swin's windows, routers, mixtures of experts and tied heads. While such a module runs,
+the functions it may use are replaced by ones that look whether they are given a recorded parameter or a view of one.
+Which tensor a parameter is then is asked when the module is entered: sharding and ``functional_call`` put others in
+their place.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from dualhook.capture.calls import Call, Places, embedding_call
+from dualhook.capture.kinds import Tapped
+from dualhook.capture.taps import Listener, ModuleTap, report, silent
+from dualhook.records import LayerSpec
+
+__all__ = ["Scope", "Site", "scopes_of"]
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A use of a parameter that a function may be: who is told, and the module's own tap, which must not tell again."""
+
+    tapped: Tapped
+    listener: Listener
+    tap: ModuleTap | None
+
+
+class _Active(threading.local):
+    """The scopes that this thread is in, innermost last."""
+
+    def __init__(self) -> None:
+        self.scopes: list[_Entered] = []
+
+
+_ACTIVE = _Active()
+_LOCK = threading.Lock()
+_PLACES: tuple[tuple[Any, str], ...] = tuple(
+    (owner, name)
+    for owner, name in ((F, "linear"), (F, "embedding"), (F, "grouped_mm"), (torch, "_grouped_mm"))
+    if hasattr(owner, name)
+)
+_ORIGINALS: dict[tuple[Any, str], Callable[..., Tensor]] = {}
+_DEPTH = 0
+
+
+class Scope:
+    """Hooks on one module: while it runs, functions on the parameters of its ``sites`` are seen."""
+
+    is_tap = True
+
+    def __init__(self, module: nn.Module, sites: Sequence[Site]) -> None:
+        self._module = module
+        self._sites = sites
+
+    def attach(self) -> list[RemovableHandle]:
+        """Hook the module; an exception inside it is no reason to stay."""
+        return [
+            self._module.register_forward_pre_hook(_Enter(self)),
+            self._module.register_forward_hook(_Leave(self), always_call=True),
+        ]
+
+    def entered(self) -> _Entered:
+        """The sites by the identity of what their parameters are now."""
+        found: dict[int, list[Site]] = {}
+        for site in self._sites:
+            weight = site.tapped.weight
+            if weight is None:  # functional_call under a parametrisation
+                continue
+            found.setdefault(id(weight), []).append(site)
+        return _Entered(self, found)
+
+
+class _Entered:
+    """A scope while its module runs."""
+
+    def __init__(self, scope: Scope, sites: Mapping[int, list[Site]]) -> None:
+        self.scope = scope
+        self.sites = sites
+        self.places: dict[int, Places] = {}  # of the rows of earlier calls, by their number: experts keep their order
+
+    def of(self, weight: Tensor, kinds: Sequence[str]) -> Site | None:
+        """The site of a parameter or a view of one."""
+        found = self.sites.get(id(weight)) or self.sites.get(id(weight._base)) or ()
+        return next((site for site in found if site.tapped.spec.kind in kinds), None)
+
+
+class _Enter:
+    is_tap = True
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        _ACTIVE.scopes.append(self._scope.entered())
+        _replace()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return silent
+
+    def __reduce__(self) -> Any:
+        return _silent, ()
+
+
+class _Leave(_Enter):
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        if torch.compiler.is_compiling():
+            return
+        while _ACTIVE.scopes:
+            left = _ACTIVE.scopes.pop()
+            _restore()
+            if left.scope is self._scope:
+                return
+
+
+def _silent() -> Callable[..., None]:
+    return silent
+
+
+def _replace() -> None:
+    global _DEPTH
+    with _LOCK:
+        _DEPTH += 1
+        if _DEPTH == 1:
+            for owner, name in _PLACES:
+                _ORIGINALS[owner, name] = getattr(owner, name)
+                setattr(owner, name, _SEEING[name])
+
+
+def _restore() -> None:
+    global _DEPTH
+    with _LOCK:
+        _DEPTH -= 1
+        if _DEPTH == 0:
+            for (owner, name), original in _ORIGINALS.items():
+                setattr(owner, name, original)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    output = _ORIGINALS[F, "linear"](input, weight, bias)
+    found = _found(weight, ("linear", "experts"))
+    if found is None:
+        return output
+    site, entered = found
+    return _told(site, lambda: _linear_call(site.tapped, entered, input, weight), output)
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    output = _ORIGINALS[F, "embedding"](input, weight, padding_idx, *args, **kwargs)
+    found = _found(weight, ("embedding",))
+    scaled = bool(args[2] if len(args) > 2 else kwargs.get("scale_grad_by_freq", False))
+    return output if found is None else _told(found[0], lambda: embedding_call(input, padding_idx, scaled), output)
+
+
+def _grouped(name: str, owner: Any) -> Callable[..., Tensor]:
+    def grouped_mm(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = _ORIGINALS[owner, name](input, weight, *args, **kwargs)
+        offsets = kwargs.get("offs", args[0] if args else None)
+        found = _found(weight, ("experts", "transposed_experts"))
+        if found is None or offsets is None or input.dim() != 2:
+            return output
+        site, entered = found
+        return _told(site, lambda: _grouped_call(site.tapped.spec, entered, input, offsets), output)
+
+    return grouped_mm
+
+
+_SEEING: dict[str, Callable[..., Tensor]] = {
+    "linear": _linear,
+    "embedding": _embedding,
+    "grouped_mm": _grouped("grouped_mm", F),
+    "_grouped_mm": _grouped("_grouped_mm", torch),
+}
+
+
+def _found(weight: Tensor, kinds: Sequence[str]) -> tuple[Site, _Entered] | None:
+    for entered in reversed(_ACTIVE.scopes):
+        site = entered.of(weight, kinds)
+        if site is not None:
+            return site, entered
+    return None
+
+
+def _told(site: Site, made: Callable[[], Call], output: Tensor) -> Tensor:
+    replaced = report(site.listener, made, output)
+    output = output if replaced is None else replaced
+    if site.tap is not None:
+        site.tap.saw(output)
+    return output
+
+
+def _linear_call(tapped: Tapped, entered: _Entered, input: Tensor, weight: Tensor) -> Call:
+    whole = tapped.weight
+    assert whole is not None
+    if tapped.spec.kind == "experts":
+        expert = (weight.storage_offset() - whole.storage_offset()) // (weight.shape[0] * weight.shape[1])
+        slot = torch.full(input.shape[:-1], expert, device=input.device)
+        return Call(input, slot, places=_places_of(entered, input))
+    outputs = None
+    if weight.shape != whole.shape:  # some rows of a projection for queries, keys and values
+        first = int(weight.storage_offset() - whole.storage_offset()) // int(whole.stride(0))
+        outputs = first, first + int(weight.shape[0])
+    return Call(input, outputs=outputs, is_sequence_first=tapped.is_sequence_first)
+
+
+def _grouped_call(spec: LayerSpec, entered: _Entered, input: Tensor, offsets: Tensor) -> Call:
+    number = torch.arange(len(input), device=input.device, dtype=offsets.dtype)
+    slot = torch.searchsorted(offsets, number, right=True).clamp(max=spec.slots - 1)
+    return Call(input, slot, places=_places_of(entered, input))
+
+
+def _places_of(entered: _Entered, input: Tensor) -> Places | None:
+    """Which tokens the rows of an expert are, as the graph tells: it was given rows of all tokens by an index."""
+    node, index = input.grad_fn, None
+    while node is not None and type(node).__name__ == "IndexBackward0":
+        chosen = [one for one in node._saved_indices if one is not None]  # type: ignore[attr-defined]
+        if len(chosen) != 1 or chosen[0].dim() != 1:
+            break
+        index = chosen[0] if index is None else chosen[0][index]
+        found = Places(index, int(node._saved_self_sym_sizes[0]))  # type: ignore[attr-defined]
+        entered.places[len(input)] = found
+        node = node.next_functions[0][0]
+    return entered.places.get(len(input))
+
+
+def scopes_of(model: nn.Module, sites: Sequence[Site]) -> list[Scope]:
+    """The modules in which parameters of the sites may be used in functions: whose code names them."""
+    scopes = []
+    for path, module in model.named_modules():
+        if isinstance(module, CONTAINERS) or type(module).__module__.startswith("torch.nn.modules.linear"):
+            continue
+        prefix = f"{path}." if path else ""
+        inside = [site for site in sites if f"{site.tapped.path}.".startswith(prefix)]
+        own = [site for site in inside if site.tapped.module is module and site.tapped.by == "function"]
+        names = _names_in(type(module))
+        used = [site for site in inside if site in own or _uses(module, site.tapped, names)]
+        if used:
+            scopes.append(Scope(module, used))
+    return scopes
+
+
+def _uses(module: nn.Module, tapped: Tapped, names: set[str]) -> bool:
+    attention = isinstance(module, nn.MultiheadAttention)  # names all of it in one call of a function
+    return attention or (tapped.module is not module and tapped.attributes[0] in names)
+
+
+_NAMES: dict[type, set[str]] = {}
+
+
+def _names_in(kind: type) -> set[str]:
+    """The attributes that the code of a module's class names, torch's own base class aside."""
+    if kind not in _NAMES:
+        own = [one for one in kind.__mro__ if one not in (nn.Module, object)]
+        functions = [value for one in own for value in vars(one).values() if isinstance(value, types.FunctionType)]
+        _NAMES[kind] = {name for function in functions for name in _names_of(function.__code__)}
+    return _NAMES[kind]
+
+
+def _names_of(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_of(constant)
+        elif isinstance(constant, str):
+            yield constant

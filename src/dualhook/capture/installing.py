@@ -1,0 +1,34 @@
+"""Puts taps on a model: on modules, on recurrent layers, and scopes around functional uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from dualhook.capture.functional import Site, scopes_of
+from dualhook.capture.kinds import Tapped
+from dualhook.capture.recurrent_tap import RecurrentTap
+from dualhook.capture.taps import Listener, ModuleTap
+
+__all__ = ["install"]
+
+
+def install(model: nn.Module, layers: Iterable[tuple[Tapped, Listener]]) -> list[RemovableHandle]:
+    """Let every listener hear of the calls of its layer; the handles take all of it off again."""
+    handles: list[RemovableHandle] = []
+    sites, recurrent = [], dict[nn.Module, dict[str, Listener]]()
+    for tapped, listener in layers:
+        if tapped.by == "recurrent":
+            recurrent.setdefault(tapped.module, {})[tapped.attributes[0]] = listener
+            continue
+        tap = ModuleTap(tapped.module, listener) if tapped.by == "module" else None
+        if tap is not None:
+            handles.append(tap.attach())
+        sites.append(Site(tapped, listener, tap))
+    for module, listeners in recurrent.items():
+        handles += RecurrentTap(module, listeners).attach()
+    for scope in scopes_of(model, sites):
+        handles += scope.attach()
+    return handles
