@@ -210,10 +210,10 @@ class DualMemory:
             seen = [(name, call) for name, own in calls.items() for call in own]
             along = directions(scores, [call for _, call in seen])
         asked: list[LayerQuery] = []
-        for tapped in {tapped.spec.name: tapped for tapped in reversed(layers_there)}.values():
+        for tapped in layers_there:
             own = [(call, d) for (name, call), d in zip(seen, along, strict=True) if name == tapped.spec.name]
-            if own:
-                asked.insert(0, self._query(tapped, own, len(scores), horizon, preview=method == "preview"))
+            if own and all(other.name != tapped.spec.name for other in asked):
+                asked.append(self._query(tapped, own, len(scores), horizon, preview=method == "preview"))
         if not asked:
             names = ", ".join(spec.name for spec in specs)
             raise LayerError(f"the model's forward pass calls none of {names}")

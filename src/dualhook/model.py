@@ -43,8 +43,9 @@ def find_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> tuple[nn.Module
                 f"{found.spec.out_features}, the recorded one {spec.in_features} to {spec.out_features}: expected the "
                 "recorded model"
             )
-        shared = [other for other in there.values() if other.weight is found.weight and other.spec.kind == spec.kind]
-        layers += [replace(other, spec=spec) for other in shared]
+        alike = [other for other in there.values() if other.weight is found.weight and other.spec.kind == spec.kind]
+        shared = [other for other in alike if other is not found and not other.is_provisional]
+        layers += [replace(other, spec=spec) for other in (found, *shared)]
     return inner, layers
 
 

@@ -59,7 +59,7 @@ class Recurrent(nn.Module):
             for t in range(x.shape[1]):
                 h = self.core(x[:, t], h)
             return self.head(h[0] if isinstance(h, tuple) else h)
-        return self.head(self.core(x)[0][:, -1])
+        return self.head(self.core(x)[0].mean(1))
 
 
 class Attention(nn.Module):
@@ -160,10 +160,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "attention sequence first": (partial(Attention, batch_first=False), VECTORS),
     "attention between": (partial(Attention, cross=True, batch_first=True), VECTORS),
     "attention without bias": (partial(Attention, bias=False, batch_first=True), VECTORS),
-    "attention of other widths": (
-        partial(Attention, cross=True, kdim=6, vdim=6, bias=False, batch_first=True),
-        VECTORS,
-    ),
+    "attention of other widths": (partial(Attention, True, kdim=6, vdim=6, bias=False, batch_first=True), VECTORS),
     "attention with zero key": (partial(Attention, add_zero_attn=True, batch_first=True), VECTORS),
     "transformer": (
         lambda: Flat(nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True), 4, first=False),

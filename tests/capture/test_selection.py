@@ -73,11 +73,14 @@ def test_choices_that_match_nothing(layers, words):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (nn.Conv2d(1, 1, 3), "Conv2d has no linear map to record: expected at least one torch.nn.Linear"),
+        (nn.LayerNorm(3), "LayerNorm has no linear map to record: expected at least one torch.nn.Linear"),
+        (
+            nn.Conv2d(1, 1, 3),
+            r"of other kinds only \(model\): record them with layers='all'",
+        ),
         (nn.LazyLinear(3), "shape is not known before the first forward pass: run one, then instrument"),
         (weight_norm(nn.Linear(2, 3)), "computed from other parameters"),
         (nn.Linear(2, 3, dtype=torch.complex64), "dtype torch.complex64 are not recorded"),
-        (nn.MultiheadAttention(4, 2), "nn.MultiheadAttention uses its weight directly"),
     ],
 )
 def test_models_without_a_linear_map_to_record(model, words):
@@ -96,7 +99,7 @@ def test_shared_weights_are_one_layer_if_the_bias_is_shared_too():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False), nn.Linear(3, 3))
     model[1].weight = model[2].weight = model[0].weight
     selection = select_layers(model, None)
-    assert [(spec.name, module) for spec, module in selection.modules] == [("0", model[0]), ("0", model[1])]
+    assert [(tapped.spec.name, tapped.module) for tapped in selection.layers] == [("0", model[0]), ("0", model[1])]
     assert "shares its weight with 0 but not its bias" in selection.reasons["2"]
 
 

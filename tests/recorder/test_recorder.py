@@ -382,7 +382,7 @@ def test_coverage_tells_every_trainable_parameter():
     assert table["body.weight"]["bytes_per_row"] == 4 * (I + 8) + 24
     assert table["head.weight"]["note"] == "not chosen by layers="
     assert table["frozen.weight"]["note"].startswith("frozen")
-    assert "MultiheadAttention" in table["attention.out_proj.weight"]["note"]
+    assert table["attention.out_proj.weight"]["note"] == "not chosen by layers="
     assert "LayerNorm" in table["norm.weight"]["note"]
     assert table["conv.weight"]["layer"] is None
     recorder.close()

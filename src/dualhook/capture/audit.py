@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from dualhook.capture.taps import produced
+from dualhook.capture.taps import make_silent, produced, silent
 
 __all__ = ["Audit", "RootHook"]
 
@@ -39,6 +39,10 @@ class Audit:
         if node is not None:
             self._nodes.setdefault(layer, set()).update(_inside(node))
 
+    def has_seen(self, layer: str) -> bool:
+        """Whether a tap has seen any call of a layer."""
+        return layer in self._nodes
+
     def unseen(self, outputs: Any, parameters: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, str]:
         """The layers of whose ``parameters`` some use was not seen, with the operation that makes it.
 
@@ -49,8 +53,8 @@ class Audit:
         if any(_name(node) in OPAQUE or _name(node).startswith("Compiled") for node in users.every):
             return {}
         found: dict[str, str] = {}
+        seen = set().union(*self._nodes.values())
         for layer, own in parameters.items():
-            seen = self._nodes.get(layer, set())
             for parameter in own:
                 unseen = [node for node in users.of(parameter) if node not in seen]
                 if unseen:
@@ -121,22 +125,63 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
 
 
 class RootHook:
-    """Watches the model's first differentiable forward pass; ``begin()`` before it, ``end(outputs)`` after."""
+    """Watches the model's forward passes.
 
-    is_tap = True
+    ``begin(sizes)`` is called before one, with those sizes of its inputs that may be the batch's; ``end(outputs)``
+    after one that is differentiable.
+    """
 
-    def __init__(self, begin: Callable[[], None], end: Callable[[Any], None]) -> None:
+    def __init__(self, begin: Callable[[frozenset[int]], None], end: Callable[[Any], None]) -> None:
         self._begin = begin
         self._end = end
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Hook the model."""
-        return [model.register_forward_pre_hook(self._before), model.register_forward_hook(self._after)]
+        return [
+            model.register_forward_pre_hook(_Before(self), with_kwargs=True),
+            model.register_forward_hook(_After(self)),
+        ]
 
-    def _before(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._begin()
+    def before(self, args: Any, kwargs: Any) -> None:
+        """The model is called."""
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        # the second dimension may be the batch too, of anything but a table of features
+        second = {int(leaf.shape[1]) for leaf in leaves if leaf.dim() > 2 or (leaf.dim() == 2 and _counts(leaf))}
+        self._begin(frozenset({int(leaf.shape[0]) for leaf in leaves} | second))
 
-    def _after(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    def after(self, outputs: Any) -> None:
+        """The model has been called."""
+        if torch.is_grad_enabled():
             self._end(outputs)
+
+
+def _counts(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point()
+
+
+class _Before:
+    is_tap = True
+
+    def __init__(self, hook: RootHook) -> None:
+        self._hook = hook
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if _is_plain():
+            self._hook.before(args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return silent
+
+    def __reduce__(self) -> Any:
+        return make_silent, ()
+
+
+class _After(_Before):
+    def __call__(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        if _is_plain():
+            self._hook.after(outputs)
+
+
+def _is_plain() -> bool:
+    """Whether a call is neither traced nor transformed."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Call:
     ``key`` [..., c] with the ``slot`` [...] it fills; token ids [...] of an embedding; whole maps of a convolution.
     ``outputs`` are the first and last output that were computed, where it was not all. ``is_sequence_first``: the
     batch is the second dimension. ``of_places`` [n] tells which place a row is of, where there are more rows than
-    places of the output: the bags of an embedding bag.
+    places of the output: the bags of an embedding bag. ``may_be_flat``: rows may be a multiple of the batch.
     """
 
     key: Tensor
@@ -44,11 +44,12 @@ class Call:
     is_sequence_first: bool | None = None
     places: Places | None = None
     of_places: Tensor | None = None
+    may_be_flat: bool = True
 
     def owned(self, *, copy: bool) -> Call:
         """The same off the graph; ``copy``: safe from changes in place."""
         key = self.key.detach().clone() if copy else self.key.detach()
-        return Call(key, self.slot, self.outputs, self.is_sequence_first, self.places, self.of_places)
+        return replace(self, key=key)
 
 
 def call_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -67,16 +68,16 @@ def module_call(module: nn.Module, spec: LayerSpec, args: Sequence[Any], kwargs:
         return _bag_call(module, *args, **kwargs)
     x = call_input(args, kwargs)
     if isinstance(module, nn.Embedding):
-        return embedding_call(x, module.padding_idx, module.scale_grad_by_freq)
+        return embedding_call(x, module.weight.dtype, module.padding_idx, module.scale_grad_by_freq)
     return Call(x)
 
 
-def embedding_call(ids: Tensor, padding: int | None, scaled: bool) -> Call:
+def embedding_call(ids: Tensor, dtype: torch.dtype, padding: int | None, scaled: bool) -> Call:
     """The lookup of ``ids`` [...]; a key is 1, or one over how often the token occurs, at padding 0."""
-    key = torch.ones(ids.shape, device=ids.device)
+    key = torch.ones(ids.shape, device=ids.device, dtype=dtype)
     if scaled:
         _, place, counts = torch.unique(ids, return_inverse=True, return_counts=True)
-        key = 1.0 / counts[place].float()
+        key = 1.0 / counts[place].to(dtype)
     if padding is not None:
         key = key * (ids != padding)
     return Call(key[..., None], ids)
@@ -94,12 +95,12 @@ def _bag_call(
         starts = offsets[:-1] if module.include_last_offset else offsets
         bags = len(starts)
         bag = torch.searchsorted(starts.contiguous(), torch.arange(len(ids), device=ids.device), right=True) - 1
-    one = torch.ones(len(ids), device=ids.device)
+    one = torch.ones(len(ids), device=ids.device, dtype=module.weight.dtype)
     key = one if per_sample_weights is None else per_sample_weights.detach().reshape(-1).clone()
     if module.padding_idx is not None:
         key, one = key * (ids != module.padding_idx), one * (ids != module.padding_idx)
     if module.mode == "mean":
-        key = key / torch.zeros(bags, device=ids.device).index_add_(0, bag, one).clamp(min=1)[bag]
+        key = key / one.new_zeros(bags).index_add_(0, bag, one).clamp(min=1)[bag]
     return Call(key[:, None], ids, of_places=bag)
 
 
@@ -139,7 +140,7 @@ def _maps(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None)
     x = call.key if call.key.dim() == d + 2 else call.key[None]
     y = output_grad if output_grad.dim() == d + 2 else output_grad[None]
     count = len(x)
-    alone = Call(x, is_sequence_first=False, places=call.places)
+    alone = replace(call, key=x, is_sequence_first=False)
     sample, _ = _places(y.shape[:1], batch, alone, whole=False)
     extent = torch.tensor([*x.shape[2:], *y.shape[2:]]).expand(count, -1)
     nothing = torch.zeros(count, dtype=torch.int64)
@@ -188,7 +189,7 @@ def _places(lead: Sequence[int], batch: Batch | None, call: Call, *, whole: bool
     count = math.prod(lead)
     size = 0 if batch is None else batch.samples.numel()
     if call.places is not None:
-        return _of_places(call.places, size)
+        return _of_places(call.places, size, call.may_be_flat)
     number = torch.arange(count)
     first = lead[0] if lead else 1
     rest = count // first if first else 0
@@ -203,7 +204,7 @@ def _places(lead: Sequence[int], batch: Batch | None, call: Call, *, whole: bool
         return number // inner % size, number // (inner * size) * inner + number % inner
     if first == size:
         return number // max(rest, 1), number % max(rest, 1)
-    if first % size == 0 and first and not whole:  # flattened, or windows
+    if first % size == 0 and first and call.may_be_flat and not whole:  # flattened, or windows
         if second and len(lead) == 1:
             return number % size, number // size
         each = count // size
@@ -211,11 +212,11 @@ def _places(lead: Sequence[int], batch: Batch | None, call: Call, *, whole: bool
     return torch.full((count,), -1), number % max(rest, 1)
 
 
-def _of_places(places: Places, size: int) -> tuple[Tensor, Tensor]:
+def _of_places(places: Places, size: int, may_be_flat: bool) -> tuple[Tensor, Tensor]:
     index = places.index.cpu().long()
     if places.position is not None:
         return (index if places.of == size else torch.full_like(index, -1)), places.position
-    if not size or places.of % size:
+    if not size or places.of % size or not may_be_flat:
         return torch.full_like(index, -1), index
     each = places.of // size
     return index // each, index % each

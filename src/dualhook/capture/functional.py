@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.calls import Call, Places, embedding_call
 from dualhook.capture.kinds import Tapped
-from dualhook.capture.taps import Listener, ModuleTap, report, silent
+from dualhook.capture.taps import Listener, ModuleTap, make_silent, report, silent
 from dualhook.records import LayerSpec
 
 __all__ = ["Scope", "Site", "scopes_of"]
@@ -91,10 +91,10 @@ class _Entered:
         self.sites = sites
         self.places: dict[int, Places] = {}  # of the rows of earlier calls, by their number: experts keep their order
 
-    def of(self, weight: Tensor, kinds: Sequence[str]) -> Site | None:
-        """The site of a parameter or a view of one."""
+    def of(self, weight: Tensor, kinds: Sequence[str]) -> list[Site]:
+        """The sites of a parameter or a view of one."""
         found = self.sites.get(id(weight)) or self.sites.get(id(weight._base)) or ()
-        return next((site for site in found if site.tapped.spec.kind in kinds), None)
+        return [site for site in found if site.tapped.spec.kind in kinds]
 
 
 class _Enter:
@@ -113,7 +113,7 @@ class _Enter:
         return silent
 
     def __reduce__(self) -> Any:
-        return _silent, ()
+        return make_silent, ()
 
 
 class _Leave(_Enter):
@@ -125,10 +125,6 @@ class _Leave(_Enter):
             _restore()
             if left.scope is self._scope:
                 return
-
-
-def _silent() -> Callable[..., None]:
-    return silent
 
 
 def _replace() -> None:
@@ -155,15 +151,17 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     found = _found(weight, ("linear", "experts"))
     if found is None:
         return output
-    site, entered = found
-    return _told(site, lambda: _linear_call(site.tapped, entered, input, weight), output)
+    sites, entered = found
+    return _told(sites, lambda: _linear_call(sites[0].tapped, entered, input, weight), output)
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     output = _ORIGINALS[F, "embedding"](input, weight, padding_idx, *args, **kwargs)
     found = _found(weight, ("embedding",))
     scaled = bool(args[2] if len(args) > 2 else kwargs.get("scale_grad_by_freq", False))
-    return output if found is None else _told(found[0], lambda: embedding_call(input, padding_idx, scaled), output)
+    if found is None:
+        return output
+    return _told(found[0], lambda: embedding_call(input, weight.dtype, padding_idx, scaled), output)
 
 
 def _grouped(name: str, owner: Any) -> Callable[..., Tensor]:
@@ -173,8 +171,8 @@ def _grouped(name: str, owner: Any) -> Callable[..., Tensor]:
         found = _found(weight, ("experts", "transposed_experts"))
         if found is None or offsets is None or input.dim() != 2:
             return output
-        site, entered = found
-        return _told(site, lambda: _grouped_call(site.tapped.spec, entered, input, offsets), output)
+        sites, entered = found
+        return _told(sites, lambda: _grouped_call(sites[0].tapped.spec, entered, input, offsets), output)
 
     return grouped_mm
 
@@ -187,19 +185,21 @@ _SEEING: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _found(weight: Tensor, kinds: Sequence[str]) -> tuple[Site, _Entered] | None:
+def _found(weight: Tensor, kinds: Sequence[str]) -> tuple[list[Site], _Entered] | None:
     for entered in reversed(_ACTIVE.scopes):
-        site = entered.of(weight, kinds)
-        if site is not None:
-            return site, entered
+        sites = entered.of(weight, kinds)
+        if sites:
+            return sites, entered
     return None
 
 
-def _told(site: Site, made: Callable[[], Call], output: Tensor) -> Tensor:
-    replaced = report(site.listener, made, output)
+def _told(sites: Sequence[Site], made: Callable[[], Call], output: Tensor) -> Tensor:
+    """Report a call once; the modules that share the weight are not to report it again."""
+    replaced = report(sites[0].listener, made, output)
     output = output if replaced is None else replaced
-    if site.tap is not None:
-        site.tap.saw(output)
+    for site in sites:
+        if site.tap is not None:
+            site.tap.saw(output)
     return output
 
 

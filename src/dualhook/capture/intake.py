@@ -32,6 +32,7 @@ class Sink(Protocol):
     batch: Batch | None  # what the training loop is working on
     batch_since: int  # autograd's number of nodes when it began to
     audit: Audit | None  # of the forward pass that is looked at
+    input_sizes: frozenset[int]  # those of the model's inputs that may be the batch's
 
     def take(self, layer: str, rows: Rows) -> None:
         """Keep rows as pending: accumulated, used by no step yet."""
@@ -190,12 +191,14 @@ class Intake:
         self._arrived.append(Arrival(task, self._in_order(call, output_grad, batch), output_grad, batch))
 
     def _in_order(self, call: Call, output_grad: Tensor, batch: Batch | None) -> Call:
-        """A call whose dimensions do not tell which is the batch: as in others of the layer."""
-        if batch is None or call.is_sequence_first is not None or call.places is not None:
+        """The call with what is known of the order of its rows, from other calls of the layer too."""
+        if batch is None:
             return call
-        told = is_sequence_first(output_grad.shape[:-1], batch.samples.numel())
+        size = batch.samples.numel()
+        told = is_sequence_first(output_grad.shape[:-1], size)
         self._is_sequence_first = self._is_sequence_first if told is None else told
-        return replace(call, is_sequence_first=self._is_sequence_first)
+        first = self._is_sequence_first if call.is_sequence_first is None else call.is_sequence_first
+        return replace(call, is_sequence_first=first, may_be_flat=size in self._sink.input_sizes)
 
     def _forget(self, task: int) -> None:
         self._arrived = [arrival for arrival in self._arrived if arrival.task != task]

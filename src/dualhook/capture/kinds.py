@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Tapped:
     is_default: bool = True
     is_sequence_first: bool | None = None
     reason: str = ""
+    is_provisional: bool = False
+    """Whether it is one only if the first forward pass shows it: a further use of an embedding's weight."""
 
     @property
     def weight(self) -> Tensor | None:
@@ -130,6 +132,20 @@ def _of_module(finder: _Finder, path: str, module: nn.Module) -> Iterator[Tapped
         yield finder.make(
             module, path, path, ("weight",), shape, "embedding", slots=slots, default=False, reason=reason
         )
+        if isinstance(module, nn.Embedding):  # F.linear(x, embedding.weight): a head without a module
+            name = f"{path}.linear".lstrip(".")
+            head = finder.make(
+                module,
+                path,
+                name,
+                ("weight",),
+                (shape[1], shape[0]),
+                "linear",
+                by="function",
+                default=False,
+                reason=reason,
+            )
+            yield replace(head, is_provisional=True)
     elif isinstance(module, nn.Bilinear):
         widths = [module.in1_features, module.in2_features]
         shape = module.out_features, widths[0] * widths[1]

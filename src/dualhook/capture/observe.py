@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dualhook.capture.calls import Call
+from dualhook.capture.calls import Call, call_input
 from dualhook.capture.installing import install
 from dualhook.capture.kinds import Tapped
 from dualhook.capture.recurrent_tap import written_out
@@ -63,12 +64,6 @@ class _Observer:
         return None
 
     def on_output(self, call: Call, output: Tensor) -> Tensor | None:
-        width = call.key.shape[-1]
-        if self.spec.kind in ("linear", "transposed") and width != self.spec.in_features:
-            raise LayerError(
-                f"layer {self.spec.name!r} got inputs of width {width}, expected {self.spec.in_features}: "
-                "shape the query like the training inputs"
-            )
         replaced = None
         if torch.is_grad_enabled() and not output.requires_grad:
             # a frozen model: start the graph here, and not with a leaf, which could not be changed in place
@@ -76,6 +71,18 @@ class _Observer:
         edge = get_gradient_edge(produced(output)) if output.requires_grad else None
         self.calls.append(Observed(call.owned(copy=False), output.shape, edge))
         return replaced
+
+
+def _width_check(spec: LayerSpec) -> Callable[..., None]:
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        width = call_input(args, kwargs).shape[-1]
+        if width != spec.in_features:
+            raise LayerError(
+                f"layer {spec.name!r} got inputs of width {width}, expected {spec.in_features}: "
+                "shape the query like the training inputs"
+            )
+
+    return check
 
 
 @contextmanager
@@ -92,6 +99,10 @@ def observe(model: nn.Module, layers: Iterable[Tapped]) -> Iterator[Mapping[str,
             torch.backends.mha.set_fastpath_enabled(False)
             block.callback(torch.backends.mha.set_fastpath_enabled, was)
         others = [tapped for tapped in layers if tapped.by != "recurrent"]
+        for tapped in others:
+            if tapped.by == "module" and tapped.spec.kind in ("linear", "transposed"):
+                check = _width_check(tapped.spec)
+                block.callback(tapped.module.register_forward_pre_hook(check, with_kwargs=True).remove)
         for handle in install(model, [(tapped, observers[tapped.spec.name]) for tapped in others]):
             block.callback(handle.remove)
         recurrent: dict[nn.Module, dict[str, _Observer]] = {}

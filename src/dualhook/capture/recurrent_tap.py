@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.calls import Call, Places
 from dualhook.capture.recurrent import Ambient, NotRecomputableError, fingerprint, gate_rows, on_output_grads
-from dualhook.capture.taps import Listener, silent
+from dualhook.capture.taps import Listener, make_silent, silent
 from dualhook.capture.unrolled import Hidden, Product, flat, recurrent_weights, unrolled
 
 __all__ = ["RecurrentTap", "written_out"]
@@ -88,7 +88,7 @@ class RecurrentTap:
         return silent
 
     def __reduce__(self) -> Any:
-        return _silent, ()
+        return make_silent, ()
 
 
 class _Before:
@@ -105,7 +105,7 @@ class _Before:
         return silent
 
     def __reduce__(self) -> Any:
-        return _silent, ()
+        return make_silent, ()
 
 
 def written_out(module: nn.Module, listeners: Mapping[str, Listener]) -> Callable[..., Any]:
@@ -143,7 +143,3 @@ def _samples(module: nn.Module, input: Any) -> int:
             return int(input.shape[0]) if input.dim() == 2 else 1
         return int(input.shape[0 if module.batch_first else 1]) if input.dim() == 3 else 1
     return int(input.batch_sizes[0])
-
-
-def _silent() -> Callable[..., None]:
-    return silent

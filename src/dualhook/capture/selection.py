@@ -55,6 +55,8 @@ def select_layers(model: nn.Module, layers: LayerChoice | None) -> Selection:
         LayerError: the model has no linear map, or a name or glob matches none.
     """
     every = linear_maps(model)
+    known = {(tapped.spec.weight, tapped.spec.kind) for tapped in every if not tapped.is_provisional}
+    every = [t for t in every if not t.is_provisional or (t.spec.weight, t.spec.kind) not in known]
     reasons = _reasons(every)
     usable = {tapped.spec.name: tapped for tapped in every if tapped.spec.name not in reasons}
     if not usable:
@@ -87,13 +89,16 @@ def _reasons(every: Sequence[Tapped]) -> dict[str, str]:
 
 
 def _chosen(usable: dict[str, Tapped], layers: LayerChoice | None, reasons: dict[str, str]) -> set[str]:
-    default = [name for name, tapped in usable.items() if tapped.is_default] or list(usable)
-    if layers is None:
-        return set(default)
     if layers == "all":
         return set(usable)
-    if layers == "head":
-        return {default[-1]}
+    if layers is None or layers == "head":
+        default = [name for name, tapped in usable.items() if tapped.is_default]
+        if not default:
+            raise LayerError(
+                "the model has no linear layer to record, of other kinds only "
+                f"{_listed(usable)}: record them with layers='all' or by name"
+            )
+        return set(default if layers is None else default[-1:])
     if callable(layers) and not isinstance(layers, type):
         chosen = {name for name, tapped in usable.items() if layers(name, tapped.module)}
         if not chosen:

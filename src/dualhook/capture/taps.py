@@ -19,7 +19,7 @@ from dualhook.capture.calls import Call, call_input, module_call
 from dualhook.capture.compiled import compiled_tap
 from dualhook.records import LayerSpec
 
-__all__ = ["Listener", "ModuleTap", "hook_gradient", "produced", "report", "silent", "tapped"]
+__all__ = ["Listener", "ModuleTap", "hook_gradient", "make_silent", "produced", "report", "silent", "tapped"]
 
 
 class Listener(Protocol):
@@ -85,7 +85,7 @@ class ModuleTap:
         return silent
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _make_silent, ()
+        return make_silent, ()
 
 
 def produced(output: Tensor) -> Tensor:
@@ -134,11 +134,12 @@ def hook_gradient(output: Tensor, on_grad: Callable[[Tensor], None]) -> None:
     node.register_prehook(on_node)
 
 
-def silent(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+def silent(*args: Any, **kwargs: Any) -> None:
     """What a tap becomes in a copy of the model: a hook that does nothing."""
 
 
-def _make_silent() -> Callable[..., None]:
+def make_silent() -> Callable[..., None]:
+    """What a tap is pickled as."""
     return silent
 
 

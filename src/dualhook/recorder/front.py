@@ -101,6 +101,7 @@ class Recorder:
             self._book.meet(innermost(optimizer))
         self._handles: list[RemovableHandle] = []
         self._handles += install(model, [(intake.tapped, intake) for intake in self._book.intakes])
+        self._is_audited = False
         self._root = RootHook(self._begin_audit, self._end_audit).attach(model)
         forget_compiled_code()
         self._watcher = StepWatcher(self._before_step, self._after_step)
@@ -362,8 +363,11 @@ class Recorder:
         numbers = (rows.key.numel() + rows.output_grad.numel()) * self._row_dtype(spec).itemsize
         return numbers + len(rows) * len(COORDINATES) * torch.int64.itemsize + rows.extent.numel() * 8
 
-    def _begin_audit(self) -> None:
-        if self._book.recording and not self._book.rows_seen:
+    def _begin_audit(self, sizes: frozenset[int]) -> None:
+        self._book.input_sizes = sizes
+        if self._is_audited:
+            return
+        if torch.is_grad_enabled() and self._book.recording and not self._book.rows_seen:
             self._book.audit = Audit()
 
     def _end_audit(self, outputs: Any) -> None:
@@ -371,23 +375,27 @@ class Recorder:
         audit, self._book.audit = self._book.audit, None
         if audit is None:
             return
-        for handle in self._root:
-            handle.remove()
+        self._is_audited = True
         unseen = audit.unseen(outputs, self._book.parameters())
-        if unseen:
-            self._leave_out(
-                {layer: f"used in {name}, which is no linear map that is seen" for layer, name in unseen.items()}
-            )
+        weights = {spec.weight: unseen[spec.name] for spec in self._selection.specs if spec.name in unseen}
+        idle = {tapped.spec.name for tapped in self._selection.layers if tapped.is_provisional}
+        idle = {layer for layer in idle if not audit.has_seen(layer)}
+        self._leave_out(
+            {
+                spec.name: f"used in {weights[spec.weight]}, which no tap sees" if spec.weight in weights else ""
+                for spec in self._selection.specs
+                if spec.weight in weights or spec.name in idle
+            }
+        )
 
     def _leave_out(self, reasons: Mapping[str, str]) -> None:
         """Go on without some layers, before anything of them has been recorded."""
-        weights = {spec.weight for spec in self._selection.specs if spec.name in reasons}
-        names = {spec.name for spec in self._selection.specs if spec.weight in weights}
-        self._selection = Selection(
-            [tapped for tapped in self._selection.layers if tapped.spec.name not in names],
-            self._selection.reasons
-            | {name: reasons.get(name, "another use of its weight is not seen") for name in names},
-        )
+        if not reasons:
+            return
+        names = set(reasons)
+        left = [tapped for tapped in self._selection.layers if tapped.spec.name not in names]
+        said = {name: reason for name, reason in reasons.items() if reason}
+        self._selection = Selection(left, self._selection.reasons | said)
         self._book.leave_out(names)
         manifest = Manifest.read(self._layout)
         Manifest(self._selection.specs, manifest.versions).write(self._layout)

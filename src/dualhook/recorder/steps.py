@@ -84,13 +84,9 @@ class StepBook:
         for tapped in selection.layers:
             self._intakes.setdefault(tapped.spec.name, []).append(Intake(tapped, self))
         self.audit: Audit | None = None
-        self._uses = Uses(selection.specs)
-        self._probes = {spec.name: LayerProbe(spec) for spec in self._uses.primary}
+        self.input_sizes: frozenset[int] = frozenset()
         self.watched: dict[str, Watched] = {}
-        for spec in self._uses.primary:
-            tapped = self._intakes[spec.name][0].tapped
-            for name, attribute in zip(spec.parameters, tapped.attributes, strict=False):
-                self.watched[name] = Watched(name, spec, tapped.module, attribute)
+        self._arrange()
         self.snapshots = Snapshots(writer)
         self._trackers: weakref.WeakKeyDictionary[Optimizer, dict[str, Tracker]] = weakref.WeakKeyDictionary()
         self._stepping: list[Optimizer] = []  # the optimisers that have stepped in the current step
@@ -113,9 +109,11 @@ class StepBook:
         return (intake for intakes in self._intakes.values() for intake in intakes)
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """The trainable parameters of every layer, as the model has them now."""
+        """The trainable parameters of every layer whose uses the graph shows, as the model has them now."""
         found: dict[str, list[nn.Parameter]] = {}
         for intake in self.intakes:
+            if intake.tapped.by == "recurrent":  # one fused operation, which is seen as a whole
+                continue
             own = [parameter for parameter in intake.parameters.values() if parameter.requires_grad]
             found.setdefault(intake.spec.name, []).extend(own)
         return found
@@ -126,9 +124,17 @@ class StepBook:
             for intake in self._intakes.pop(layer):
                 intake.detach()
                 intake.is_left_out = True
-            self._probes.pop(layer, None)
-        self.watched = {name: watched for name, watched in self.watched.items() if watched.spec.name not in layers}
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Sort the layers by their weights: one of those that share a weight is probed, and watched for all."""
         self._uses = Uses([intakes[0].spec for intakes in self._intakes.values()])
+        self._probes = {spec.name: LayerProbe(spec) for spec in self._uses.primary}
+        self.watched = {}
+        for spec in self._uses.primary:
+            tapped = self._intakes[spec.name][0].tapped
+            for name, attribute in zip(spec.parameters, tapped.attributes, strict=False):
+                self.watched[name] = Watched(name, spec, tapped.module, attribute)
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
