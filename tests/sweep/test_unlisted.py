@@ -51,12 +51,17 @@ TINY = {
 }  # fmt: skip
 
 
+@functools.cache
+def swept() -> set[str]:
+    """The model classes that the sweep names."""
+    return {type(case.build()).__name__ for members in FAMILIES.values() for case in members.values()}
+
+
 def unlisted(task: str) -> Iterator[str]:
     """Model classes in the order in which they are drawn."""
-    swept = {type(case.build()).__name__ for members in FAMILIES.values() for case in members.values()}
     entries = TASKS[task][0].values()  # a name, or a tuple of them
     names = {name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)}
-    order = sorted(names - swept)
+    order = sorted(names - swept())
     random.Random(transformers.__version__).shuffle(order)
     return iter(order)
 
