@@ -16,11 +16,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from turns import in_turns, spread
 
 import dualhook
 from dualhook.demo import network
@@ -141,23 +143,22 @@ def main() -> None:
         # as sparse as the data set's images
         batches = [(torch.rand(BATCH, 784) * (torch.rand(BATCH, 784) > 0.5), torch.randint(0, 10, (BATCH,)))
                    for _ in range(arguments.block)]  # fmt: skip
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(arguments.rounds + 1):
-            for name, way in ways.items():
-                spent = way.steps(batches)
-                way.between()
-                if number:  # the first round warms up
-                    seconds[name].append(spent)
+
+        def block(way: Way) -> float:
+            spent = way.steps(batches)
+            way.between()
+            return spent
+
+        seconds = in_turns({name: partial(block, way) for name, way in ways.items()}, arguments.rounds)
         threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
         print(f"784-800-800-10, batch {BATCH}, {arguments.rounds} rounds of {arguments.block} steps each, {threads}")
         print(f"{'way of recording':<26}{'ms/step':>9}{'ratio to bare':>26}{'MB/step':>10}")
         for name, way in ways.items():
-            ratios = sorted(a / b for a, b in zip(seconds[name], seconds["bare"], strict=True))
-            spread = f"{statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            ratio = spread(seconds[name], seconds["bare"])
             size = way.bytes_per_step() / 1e6
             written = "memory" if size != size else f"{size:.2f}"
             way.close()
-            print(f"{name:<26}{1e3 * statistics.median(seconds[name]):>9.2f}{spread:>26}{written:>10}")
+            print(f"{name:<26}{1e3 * statistics.median(seconds[name]):>9.2f}{ratio:>26}{written:>10}")
     finally:
         shutil.rmtree(folder)
 
