@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import dualhook
+from dualhook.maps import map_of
+from dualhook.query import slots
 from dualhook.table import Table
 
 STEPS = 3
@@ -157,14 +159,20 @@ def rebuilt_gradients(
 ) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
     """Per step and parameter: the gradient that the layer's rows add up to, and their absolute contributions' sum."""
     spec = memory._spec(layer)
+    own = map_of(spec)
+    shapes = {name: memory._store.origin(name).tensors["value"].shape for name in spec.parameters}
     for step in range(1, memory.steps + 1):
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for rows in memory._store.blocks(layer, first_step=step, last_step=step, block_rows=2**16):
             key, d = rows.key.double(), rows.output_grad.double()
-            parts = {spec.weight: (d.T @ key, d.abs().T @ key.abs())}
+            parts = {spec.weight: (matrix(d, key, rows, spec), matrix(d.abs(), key.abs(), rows, spec))}
             if spec.bias is not None:
-                parts[spec.bias] = d.sum(0), d.abs().sum(0)
-            for name, (value, size) in parts.items():
+                parts[spec.bias] = (
+                    slots.bias_gradient(d, rows, spec.slots),
+                    slots.bias_gradient(d.abs(), rows, spec.slots),
+                )
+            for name, pair in parts.items():
+                value, size = (own.natural(name, part, shapes[name]) for part in pair)
                 before = found.get(name, (0.0, 0.0))
                 found[name] = before[0] + value, before[1] + size
         yield step, found

@@ -131,7 +131,8 @@ FAMILIES: dict[str, dict[str, Case]] = {
         ),
         "albert": case("AlbertForMaskedLM", "AlbertConfig", masked_word, NORM, **TEXT, embedding_size=8),
         "deberta_v2": case(
-            "DebertaV2ForSequenceClassification", "DebertaV2Config", sentence, NORM, **TEXT, num_labels=CLASSES,
+            "DebertaV2ForSequenceClassification", "DebertaV2Config", sentence, (*NORM, "*.rel_embeddings.*"), **TEXT,
+            num_labels=CLASSES,
             relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=4,
         ),
     },
@@ -145,7 +146,8 @@ FAMILIES: dict[str, dict[str, Case]] = {
         "marian": case("MarianMTModel", "MarianConfig", translation, NORM, **SEQ2SEQ),
         "pegasus": case("PegasusForConditionalGeneration", "PegasusConfig", translation, NORM, **SEQ2SEQ),
         "whisper": case(
-            "WhisperForConditionalGeneration", "WhisperConfig", speech, NORM, **SEQ2SEQ, num_mel_bins=8,
+            "WhisperForConditionalGeneration", "WhisperConfig", speech, (*NORM, "*.decoder.embed_positions.*"),
+            **SEQ2SEQ, num_mel_bins=8,
             max_source_positions=8, max_target_positions=16,
         ),
     },

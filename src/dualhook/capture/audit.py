@@ -20,8 +20,11 @@ LAYOUT = (
 )  # fmt: skip
 """Nodes that hand a parameter on as it is; the next one makes use of it."""
 
-MADE_OF = ("View", "UnsafeView", "ReshapeAlias", "Add", "Transpose", "Squeeze", "Unsqueeze", "Addmm", "T")
-"""Nodes that one linear map may consist of, the product itself behind them."""
+AFTER = ("View", "UnsafeView", "ReshapeAlias", "Add", "Transpose", "Squeeze", "Unsqueeze", "T")
+"""Nodes that may lie between the output of a linear map and its product."""
+
+PRODUCTS = ("Mm", "Bmm", "Addmm", "Linear", "Embedding", "GroupedMm", "Convolution", "Trilinear")
+"""Nodes that may be the product."""
 
 OPAQUE = ("CheckpointFunction", "CompiledFunction", "CompiledAutograd", "GraphTask")
 """Nodes with a part of the model inside, which the graph does not show."""
@@ -43,23 +46,18 @@ class Audit:
         """Whether a tap has seen any call of a layer."""
         return layer in self._nodes
 
-    def unseen(self, outputs: Any, parameters: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, str]:
-        """The layers of whose ``parameters`` some use was not seen, with the operation that makes it.
+    def unseen(self, outputs: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+        """The ``parameters`` of which some use was not seen, with the operation that makes it.
 
-        A layer that the graph does not reach is not among them.
+        One that the graph does not reach is not among them.
         """
         roots = [leaf.grad_fn for leaf in _tensors(outputs) if leaf.grad_fn is not None]
         users = _users(roots)
         if any(_name(node) in OPAQUE or _name(node).startswith("Compiled") for node in users.every):
             return {}
-        found: dict[str, str] = {}
         seen = set().union(*self._nodes.values())
-        for layer, own in parameters.items():
-            for parameter in own:
-                unseen = [node for node in users.of(parameter) if node not in seen]
-                if unseen:
-                    found.setdefault(layer, _name(unseen[0]))
-        return found
+        uses = {name: [node for node in users.of(own) if node not in seen] for name, own in parameters.items()}
+        return {name: _name(nodes[0]) for name, nodes in uses.items() if nodes}
 
 
 class _Graph:
@@ -105,9 +103,9 @@ def _users(roots: Iterable[Any]) -> _Graph:
 def _inside(node: Any) -> Iterator[Any]:
     """The nodes of one linear map, from the one that made its output."""
     yield node
-    if _name(node) in MADE_OF:
+    if _name(node) in AFTER:
         for behind, _ in node.next_functions:
-            if behind is not None and getattr(behind, "variable", None) is None:
+            if behind is not None and _name(behind) in (*AFTER, *PRODUCTS):
                 yield from _inside(behind)
 
 

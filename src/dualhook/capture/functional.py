@@ -49,7 +49,10 @@ _ACTIVE = _Active()
 _LOCK = threading.Lock()
 _PLACES: tuple[tuple[Any, str], ...] = tuple(
     (owner, name)
-    for owner, name in ((F, "linear"), (F, "embedding"), (F, "grouped_mm"), (torch, "_grouped_mm"))
+    for owner, name in (
+        *((F, name) for name in ("linear", "embedding", "conv1d", "conv2d", "conv3d", "grouped_mm")),
+        (torch, "_grouped_mm"),
+    )
     if hasattr(owner, name)
 )
 _ORIGINALS: dict[tuple[Any, str], Callable[..., Tensor]] = {}
@@ -166,7 +169,11 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *a
 
 def _grouped(name: str, owner: Any) -> Callable[..., Tensor]:
     def grouped_mm(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = _ORIGINALS[owner, name](input, weight, *args, **kwargs)
+        scopes, _ACTIVE.scopes = _ACTIVE.scopes, []  # one of the two functions may call the other
+        try:
+            output = _ORIGINALS[owner, name](input, weight, *args, **kwargs)
+        finally:
+            _ACTIVE.scopes = scopes
         offsets = kwargs.get("offs", args[0] if args else None)
         found = _found(weight, ("experts", "transposed_experts"))
         if found is None or offsets is None or input.dim() != 2:
@@ -177,9 +184,39 @@ def _grouped(name: str, owner: Any) -> Callable[..., Tensor]:
     return grouped_mm
 
 
+def _convolution(name: str) -> Callable[..., Tensor]:
+    def convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        output = _ORIGINALS[F, name](input, weight, bias, *args, **kwargs)
+        found = _found(weight, ("conv",))
+        if found is None or not _is_as_told(found[0][0].tapped.module, args, kwargs):
+            return output
+        return _told(found[0], lambda: Call(input), output)
+
+    return convolution
+
+
+def _is_as_told(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function is given the settings of the module whose weight it uses."""
+    given = dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)) | dict(kwargs)
+    usual = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | given
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return False
+
+    def plain(value: Any) -> Any:
+        return value if isinstance(value, (int, str)) else tuple(value)
+
+    def fits(own: Any, value: Any) -> bool:
+        return own == value or (isinstance(own, tuple) and isinstance(value, int) and set(own) == {value})
+
+    return all(fits(plain(getattr(module, name)), plain(value)) for name, value in usual.items())
+
+
 _SEEING: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
     "embedding": _embedding,
+    "conv1d": _convolution("conv1d"),
+    "conv2d": _convolution("conv2d"),
+    "conv3d": _convolution("conv3d"),
     "grouped_mm": _grouped("grouped_mm", F),
     "_grouped_mm": _grouped("_grouped_mm", torch),
 }
@@ -241,16 +278,20 @@ def scopes_of(model: nn.Module, sites: Sequence[Site]) -> list[Scope]:
     """The modules in which parameters of the sites may be used in functions: whose code names them."""
     scopes = []
     for path, module in model.named_modules():
-        if isinstance(module, CONTAINERS) or type(module).__module__.startswith("torch.nn.modules.linear"):
+        if isinstance(module, CONTAINERS):
             continue
         prefix = f"{path}." if path else ""
         inside = [site for site in sites if f"{site.tapped.path}.".startswith(prefix)]
-        own = [site for site in inside if site.tapped.module is module and site.tapped.by == "function"]
+        own = [site for site in inside if site.tapped.module is module and _is_function(site.tapped)]
         names = _names_in(type(module))
         used = [site for site in inside if site in own or _uses(module, site.tapped, names)]
         if used:
             scopes.append(Scope(module, used))
     return scopes
+
+
+def _is_function(tapped: Tapped) -> bool:
+    return tapped.by == "function" or tapped.has_own_forward
 
 
 def _uses(module: nn.Module, tapped: Tapped, names: set[str]) -> bool:

@@ -23,8 +23,10 @@ def install(model: nn.Module, layers: Iterable[tuple[Tapped, Listener]]) -> list
         if tapped.by == "recurrent":
             recurrent.setdefault(tapped.module, {})[tapped.attributes[0]] = listener
             continue
-        tap = ModuleTap(tapped.module, listener) if tapped.by == "module" else None
-        if tap is not None:
+        tap = None
+        # what an embedding's own forward is given need not be token ids: only F.embedding inside tells
+        if tapped.by == "module" and not (tapped.has_own_forward and isinstance(tapped.module, nn.Embedding)):
+            tap = ModuleTap(tapped.module, listener, has_own_forward=tapped.has_own_forward)
             handles.append(tap.attach())
         sites.append(Site(tapped, listener, tap))
     for module, listeners in recurrent.items():

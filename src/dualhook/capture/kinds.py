@@ -19,6 +19,7 @@ __all__ = ["ROOT", "Tapped", "linear_maps"]
 
 ROOT = "(model)"  # the layer name of a model that is itself a linear map
 NO_MAPS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, ParametrizationList)
+STOCK = (nn.Linear, nn.Embedding)
 SEQUENCES = (nn.MultiheadAttention, nn.RNNBase)
 
 
@@ -41,6 +42,12 @@ class Tapped:
     reason: str = ""
     is_provisional: bool = False
     """Whether it is one only if the first forward pass shows it: a further use of an embedding's weight."""
+
+    @property
+    def has_own_forward(self) -> bool:
+        """Whether the module's class computes something else around its linear map: the function inside is it."""
+        stock = next((kind for kind in STOCK if isinstance(self.module, kind)), None)
+        return stock is not None and type(self.module).forward is not stock.forward
 
     @property
     def weight(self) -> Tensor | None:
@@ -214,6 +221,8 @@ def _own_parameters(finder: _Finder, path: str, module: nn.Module) -> Iterator[T
     """Parameters of a module of the user's own that may be linear maps: the first forward pass tells."""
     for attribute, weight in module._parameters.items():
         if weight is None or isinstance(weight, UninitializedParameter) or weight.dim() not in (2, 3):
+            continue
+        if attribute.endswith("_bias") and attribute.removesuffix("_bias") in module._parameters:
             continue
         place = f"{path}.{attribute}" if path else attribute
         name = place.removesuffix(".weight").removesuffix("_weight")

@@ -53,9 +53,10 @@ class ModuleTap:
 
     is_tap = True
 
-    def __init__(self, module: nn.Module, listener: Listener) -> None:
+    def __init__(self, module: nn.Module, listener: Listener, *, has_own_forward: bool = False) -> None:
         self._module = weakref.ref(module)
         self._listener = listener
+        self._has_own_forward = has_own_forward
         self._seen: weakref.ref[Tensor] | None = None  # an output that has been reported from inside the module
 
     def attach(self) -> RemovableHandle:
@@ -70,10 +71,12 @@ class ModuleTap:
         if module is not self._module():
             return None
         if torch.compiler.is_compiling():
+            if self._has_own_forward:
+                return None  # what it computes is not known; the probe says that rows are missing
             return compiled_tap(output, call_input(args, kwargs), self._listener.number)
         if self._seen is not None:
             seen, self._seen = self._seen(), None
-            if seen is output:
+            if seen is output or self._has_own_forward:
                 return None
         return report(self._listener, lambda: module_call(module, self._listener.spec, args, kwargs), output)
 

@@ -8,7 +8,8 @@ import shutil
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -377,25 +378,27 @@ class Recorder:
             return
         self._is_audited = True
         unseen = audit.unseen(outputs, self._book.parameters())
-        weights = {spec.weight: unseen[spec.name] for spec in self._selection.specs if spec.name in unseen}
+        specs = self._selection.specs
+        biases = {spec.name for spec in specs if spec.bias in unseen and spec.weight not in unseen}
         idle = {tapped.spec.name for tapped in self._selection.layers if tapped.is_provisional}
-        idle = {layer for layer in idle if not audit.has_seen(layer)}
-        self._leave_out(
-            {
-                spec.name: f"used in {weights[spec.weight]}, which no tap sees" if spec.weight in weights else ""
-                for spec in self._selection.specs
-                if spec.weight in weights or spec.name in idle
-            }
-        )
+        reasons = {layer: "" for layer in idle if not audit.has_seen(layer)}
+        for spec in specs:
+            if spec.weight in unseen:
+                reasons[spec.name] = f"used in {unseen[spec.weight]}, which no tap sees"
+        if biases or reasons:
+            self._leave_out(reasons, biases)
 
-    def _leave_out(self, reasons: Mapping[str, str]) -> None:
-        """Go on without some layers, before anything of them has been recorded."""
-        if not reasons:
-            return
+    def _leave_out(self, reasons: Mapping[str, str], biases: Container[str]) -> None:
+        """Go on without some layers, and some layers' biases, before anything of them has been recorded."""
         names = set(reasons)
         left = [tapped for tapped in self._selection.layers if tapped.spec.name not in names]
+        left = [
+            replace(t, spec=replace(t.spec, bias=None), attributes=t.attributes[:1]) if t.spec.name in biases else t
+            for t in left
+        ]
         said = {name: reason for name, reason in reasons.items() if reason}
         self._selection = Selection(left, self._selection.reasons | said)
+        self._book.without_bias(biases)
         self._book.leave_out(names)
         manifest = Manifest.read(self._layout)
         Manifest(self._selection.specs, manifest.versions).write(self._layout)

@@ -108,15 +108,24 @@ class StepBook:
         """Every intake; layers whose weight several modules share have several."""
         return (intake for intakes in self._intakes.values() for intake in intakes)
 
-    def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """The trainable parameters of every layer whose uses the graph shows, as the model has them now."""
-        found: dict[str, list[nn.Parameter]] = {}
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters whose uses the graph of a forward pass shows, as the model has them now."""
+        found: dict[str, nn.Parameter] = {}
         for intake in self.intakes:
             if intake.tapped.by == "recurrent":  # one fused operation, which is seen as a whole
                 continue
-            own = [parameter for parameter in intake.parameters.values() if parameter.requires_grad]
-            found.setdefault(intake.spec.name, []).extend(own)
+            for name, parameter in intake.parameters.items():
+                added = name == intake.spec.bias and intake.spec.kind.endswith("experts")  # by itself, row by row
+                if parameter.requires_grad and not added:
+                    found[name] = parameter
         return found
+
+    def without_bias(self, layers: Container[str]) -> None:
+        """Record the weights of some layers only; nothing of them has been recorded."""
+        for intake in self.intakes:
+            if intake.spec.name in layers:
+                intake.spec = replace(intake.spec, bias=None)
+        self._arrange()
 
     def leave_out(self, layers: Container[str]) -> None:
         """Forget some layers, with every use of their weights; nothing of them has been recorded."""
