@@ -165,12 +165,12 @@ def rebuilt_gradients(
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for rows in memory._store.blocks(layer, first_step=step, last_step=step, block_rows=2**16):
             key, d = rows.key.double(), rows.output_grad.double()
-            parts = {spec.weight: (matrix(d, key, rows, spec), matrix(d.abs(), key.abs(), rows, spec))}
+            signed, absolute = (
+                slots.gradient(*both, rows.slot, spec.in_features) for both in ((d, key), (d.abs(), key.abs()))
+            )
+            parts = {spec.weight: [signed, absolute]}
             if spec.bias is not None:
-                parts[spec.bias] = (
-                    slots.bias_gradient(d, rows, spec.slots),
-                    slots.bias_gradient(d.abs(), rows, spec.slots),
-                )
+                parts[spec.bias] = [slots.bias_gradient(values, rows, spec.slots) for values in (d, d.abs())]
             for name, pair in parts.items():
                 value, size = (own.natural(name, part, shapes[name]) for part in pair)
                 before = found.get(name, (0.0, 0.0))
