@@ -33,7 +33,8 @@ def coverage_table(
         known = [selection.reasons[place] for place in candidates if place in selection.reasons]
         note = known[0] if known else f"a parameter of {kind}: no linear map"
         if spec is not None:
-            note = "" if parameter.requires_grad else "frozen: recorded from the moment it trains"
+            note = "stored as whole maps: estimate() tells the bytes" if row_bytes[spec.name] is None else ""
+            note = note if parameter.requires_grad else "frozen: recorded from the moment it trains"
         lines.append(
             (
                 name,
