@@ -8,13 +8,13 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+from dualhook.integrations.torchvision import add_columns, estimate, layers
 from torch.utils.data import DataLoader
 from torchvision.datasets import VisionDataset
 from torchvision.models import get_model
 
 import dualhook
 from dualhook.data import CLASSES, load_fashion_mnist_subset
-from dualhook.integrations.torchvision import add_columns, estimate, layers
 
 
 class Clothes(VisionDataset):

@@ -134,3 +134,15 @@ def test_autocast():
     rows = rows_of(memory, "first")
     assert rows.key.dtype == torch.bfloat16
     assert torch.equal(rows.sample.double(), rows.key[:, -1].double() * 16)
+
+def test_a_twin_of_the_same_class_is_compiled_apart():
+    bare, model = net(), net()
+    recorder = dualhook.instrument(model, verbose=False)
+    for each in (bare, model):
+        optimizer, compiled = sgd(each), torch.compile(each, backend="aot_eager")
+        for x, y in loader():
+            optimizer.zero_grad()
+            loss_of(compiled(x), y).backward()
+            optimizer.step()
+    memory = recorder.close()
+    assert memory.verify()["exact"].all()

@@ -53,8 +53,12 @@ def compiled_tap(output: Tensor, key: Tensor, number: int) -> Tensor:
 
 
 def forget_compiled_code() -> None:
-    """Make torch trace again what it has compiled: it does not notice hooks that modules get afterwards."""
+    """Make torch trace again what it has compiled: it does not notice hooks that modules get afterwards.
+
+    From here on it looks at hooks before it uses code again, also that of another model of the same class.
+    """
     if "torch._dynamo.convert_frame" in sys.modules:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch._dynamo.reset()
 
 
