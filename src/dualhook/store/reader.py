@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,13 @@ import torch
 from torch import Tensor
 
 from dualhook.records import INEXACT, VALUE, FactorVectors, History, LayerSpec, OriginPart, Rows
+from dualhook.store.lanes import Lanes, Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
 from dualhook.store.ledger import fit_vectors, unpack
 
 __all__ = ["Store"]
 
 LEDGER = ("ledger/entry", "ledger/measured", "ledger/hyper")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One committed file: its steps, and per layer its first pattern number and how many it holds."""
-
-    path: Path
-    header: Mapping[str, Any]
-
-    @property
-    def last_step(self) -> int:
-        """The newest step in the segment."""
-        return int(self.header["steps"][1])
-
-    def count(self, layer: str) -> int:
-        """How many of the layer's patterns the segment holds."""
-        return int(self.header["rows"].get(layer, {"count": 0})["count"])
 
 
 class Store:
@@ -50,6 +33,7 @@ class Store:
         headers = ((path, read_header(path, open_tensors(path))) for path in self.layout.segments())
         self.segments = [segment for segment in (Segment(*found) for found in headers) if segment.last_step > folded]
         self.first_step = folded
+        self._lanes = Lanes(self.segments, self.manifest.ranks, folded)
         self.on_rows: Callable[[int], None] | None = None
         """Called with the length of every block of rows that has been worked on."""
 
@@ -62,7 +46,11 @@ class Store:
             parts.append(({name: file.get_tensor(name) for name in LEDGER}, segment.header))
         begins = self.origin_steps
         found = unpack(parts)
-        return {name: history.where(history.step > begins[name]) for name, history in found.items()}
+        last = self.last_step  # beyond it some process may have the rows, but not all
+        return {
+            name: history.where((history.step > begins[name]) & (history.step <= last))
+            for name, history in found.items()
+        }
 
     @cached_property
     def origin_steps(self) -> dict[str, int]:
@@ -116,8 +104,8 @@ class Store:
 
     @property
     def last_step(self) -> int:
-        """The newest recorded step."""
-        return max((segment.last_step for segment in self.segments), default=self.first_step)
+        """The newest recorded step; where several processes have recorded, the newest that all have on disk."""
+        return self._lanes.last_step
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +126,7 @@ class Store:
 
     def count(self, layer: str) -> int:
         """How many patterns the layer has."""
-        return sum(segment.count(layer) for segment in self.segments)
+        return sum(segment.count(layer, self.last_step) for segment in self.segments)
 
     def origin(self, parameter: str) -> OriginPart:
         """Where the recording of a parameter begins."""
@@ -162,43 +150,22 @@ class Store:
 
     def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
         """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""
-        for segment in self.segments:
-            count = segment.count(layer)
-            if not count or segment.header["steps"][0] > last_step or segment.last_step < first_step:
-                continue
-            file = open_tensors(segment.path)
-            prefix = f"rows/{layer}/"
-            tensors = {n.removeprefix(prefix): file.get_tensor(n) for n in tensor_names(file) if n.startswith(prefix)}
-            if segment.last_step > last_step:  # steps only rise within a segment
-                count = int(torch.searchsorted(tensors["step"], last_step, right=True))
-            begin = 0
-            if segment.header["steps"][0] < first_step:
-                begin = int(torch.searchsorted(tensors["step"], first_step))
-            first = int(segment.header["rows"][layer]["first"])
-            for start in range(begin, count, block_rows):
-                part = {name: values[start : min(count, start + block_rows)] for name, values in tensors.items()}
-                columns = {n.removeprefix("column/"): values for n, values in part.items() if n.startswith("column/")}
-                yield Rows(
-                    part["key"],
-                    part["output_grad"],
-                    part["step"],
-                    part["sample"],
-                    part["position"],
-                    columns,
-                    first + start,
-                )
+        for rows in self._lanes.blocks(layer, first_step, last_step):
+            for start in range(0, len(rows), block_rows):
+                block = rows.part(start, min(len(rows), start + block_rows))
+                yield block
                 if self.on_rows is not None:
-                    self.on_rows(min(block_rows, count - start))
+                    self.on_rows(len(block))
 
     def coordinates(self, layer: str, name: str) -> Iterator[Tensor]:
         """One coordinate or recorded column of all the layer's patterns, a segment at a time."""
         for segment in self.segments:
-            if segment.count(layer):
+            if count := segment.count(layer, self.last_step):
                 file = open_tensors(segment.path)
                 if f"rows/{layer}/{name}" in tensor_names(file):
-                    yield file.get_tensor(f"rows/{layer}/{name}")
+                    yield file.get_tensor(f"rows/{layer}/{name}")[:count]
                 else:
-                    yield torch.full((segment.count(layer),), float("nan"), dtype=torch.float64)
+                    yield torch.full((count,), float("nan"), dtype=torch.float64)
 
     def row_columns(self) -> list[str]:
         """The columns that were recorded with the rows."""

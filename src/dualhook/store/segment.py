@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dualhook.records import FIELDS, LedgerEntry, Rows
+from dualhook.store.lanes import absent
 from dualhook.store.ledger import pack
 
 __all__ = ["SegmentBuilder"]
@@ -40,7 +41,7 @@ class LayerBuffer:
         for name, values in _fields(rows).items():
             self._room(name, values, start)[start : self.filled].copy_(values)
         for name in self.tensors.keys() - _fields(rows).keys():  # a column that this batch does not have
-            self._room(name, self.tensors[name], start)[start : self.filled].fill_(_absent(self.tensors[name]))
+            self._room(name, self.tensors[name], start)[start : self.filled].fill_(absent(self.tensors[name]))
 
     def view(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` without a copy."""
@@ -56,7 +57,7 @@ class LayerBuffer:
         if held is None:
             held = torch.empty((0, *like.shape[1:]), dtype=like.dtype)
             if start:  # a column that appears later: the rows before had none
-                held = torch.full((start, *like.shape[1:]), _absent(like), dtype=like.dtype)
+                held = torch.full((start, *like.shape[1:]), absent(like), dtype=like.dtype)
         dtype = torch.promote_types(held.dtype, like.dtype)
         if held.shape[0] < self.filled or held.dtype != dtype:
             rows = max(self.filled, int(1.5 * held.shape[0]))
@@ -150,8 +151,3 @@ class SegmentBuilder:
 def _fields(rows: Rows) -> dict[str, Tensor]:
     fields = {name: getattr(rows, name) for name in FIELDS}
     return fields | {f"column/{name}": values for name, values in rows.columns.items()}
-
-
-def _absent(like: Tensor) -> float:
-    """What stands for "no value" in a column: NaN, or -1 among whole numbers."""
-    return float("nan") if like.is_floating_point() else -1
