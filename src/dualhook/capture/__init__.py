@@ -9,6 +9,7 @@ from dualhook.capture.loader import TrackedLoader, as_batch
 from dualhook.capture.observe import Observed, directions, observe
 from dualhook.capture.probe import LayerProbe, Measurement, fit_scales
 from dualhook.capture.selection import Selection, select_layers, unwrapped
+from dualhook.capture.sharded import Place, is_sharded, local, whole
 from dualhook.capture.steps import StepWatcher, innermost
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LinearTap",
     "Measurement",
     "Observed",
+    "Place",
     "Selection",
     "StepWatcher",
     "TrackedLoader",
@@ -25,8 +27,11 @@ __all__ = [
     "directions",
     "fit_scales",
     "innermost",
+    "is_sharded",
+    "local",
     "observe",
     "select_layers",
     "tapped",
     "unwrapped",
+    "whole",
 ]

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.autograd import at_task_end, current_task
 from dualhook.capture.linear import as_rows
+from dualhook.capture.sharded import Place, is_sharded, local
 from dualhook.records import Batch, LayerSpec, Rows
 
 __all__ = ["Intake", "Sink"]
@@ -60,13 +62,15 @@ class Intake:
         self._arrived: list[Arrival] = []
         self._left: tuple[int, int] | None = None  # the first gradient after the last accumulation: which, and version
         self._watched: dict[str, tuple[nn.Parameter, RemovableHandle, bool]] = {}
+        names = zip(spec.parameters, ("weight", "bias"), strict=False)
+        self._places = {name: Place(module, attribute) for name, attribute in names}
+        self._any: Tensor | None = None  # whether anything of the gradient's shard was not zero then
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The layer's parameters by their names in the model, as the module has them now."""
-        names = zip(self.spec.parameters, ("weight", "bias"), strict=False)
-        found = {name: getattr(self.module, attribute) for name, attribute in names}
-        return {name: value for name, value in found.items() if isinstance(value, nn.Parameter)}
+        found = {name: place.used for name, place in self._places.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def on_call(self, key: Tensor) -> Callable[[Tensor], None] | None:
         """A differentiable call of the layer; returns what its output gradient is to do."""
@@ -112,6 +116,13 @@ class Intake:
             for arrival in ready:
                 self._sink.take(self.spec.name, as_rows(arrival.key, arrival.output_grad, arrival.batch))
         self._left = _state(self._gradient())
+        if ready and any(is_sharded(parameter) for parameter in self._trained()):
+            at_task_end(self._reduced)  # a shard's gradient is there once those of all processes have been summed
+
+    def _reduced(self) -> None:
+        self._left = _state(self._gradient())
+        held = [local(gradient).any() for gradient in self._gradients()]
+        self._any = torch.stack(held).any() if held else None
 
     def discard_if_zeroed(self) -> None:
         """Drop pending rows whose gradient has been zeroed since they were accumulated."""
@@ -121,15 +132,24 @@ class Intake:
         if _state(gradient) == self._left:
             return  # untouched since
         # all-zero gradients without rows are as exact as with them, so a zero that came by chance costs nothing
-        every = [p.grad for p in self.parameters.values() if p.requires_grad and p.grad is not None]
-        if gradient is None or not any(bool(one.any()) for one in every):
+        zero = not any(bool(local(one).any()) for one in self._gradients())
+        # a shard may well be zero all along: then what wrote to it has zeroed between passes, or scaled before a step
+        told = self._any is None or current_task() >= 0 or bool(self._any)
+        if gradient is None or (zero and told):
             self._sink.drop(self.spec.name)
 
     def _gradient(self) -> Tensor | None:
         """The gradient that tells whether a loop has zeroed: of the weight, or of the bias where only that trains."""
-        training = (parameter for parameter in self.parameters.values() if parameter.requires_grad)
-        lead = next(training, None)
+        lead = next(iter(self._trained()), None)
         return None if lead is None else lead.grad
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+
+    def _trained(self) -> list[nn.Parameter]:
+        """The parameters that train, as an optimiser has them."""
+        found = (place.trained for place in self._places.values())
+        return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
 
     def _watch(self) -> None:
         """Hook the parameters that train: their gradients' accumulation is what makes rows count."""
