@@ -135,6 +135,7 @@ def test_autocast():
     assert rows.key.dtype == torch.bfloat16
     assert torch.equal(rows.sample.double(), rows.key[:, -1].double() * 16)
 
+
 def test_a_twin_of_the_same_class_is_compiled_apart():
     bare, model = net(), net()
     recorder = dualhook.instrument(model, verbose=False)

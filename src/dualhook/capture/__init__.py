@@ -14,6 +14,7 @@ from dualhook.capture.observe import Observed, directions, observe
 from dualhook.capture.probe import LayerProbe, Measurement, fit_scales
 from dualhook.capture.recompute import sequence_number
 from dualhook.capture.selection import Selection, select_layers, unwrapped
+from dualhook.capture.sharded import Place, is_sharded, local, whole
 from dualhook.capture.steps import StepWatcher, innermost
 from dualhook.capture.taps import tapped
 
@@ -24,6 +25,7 @@ __all__ = [
     "LayerProbe",
     "Measurement",
     "Observed",
+    "Place",
     "RootHook",
     "Selection",
     "StepWatcher",
@@ -37,11 +39,14 @@ __all__ = [
     "forget_compiled_code",
     "innermost",
     "install",
+    "is_sharded",
     "linear_maps",
+    "local",
     "nonzero_rows",
     "observe",
     "select_layers",
     "sequence_number",
     "tapped",
     "unwrapped",
+    "whole",
 ]

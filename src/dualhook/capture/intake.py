@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +21,7 @@ from dualhook.capture.calls import Call, as_rows, is_sequence_first, module_call
 from dualhook.capture.compiled import register
 from dualhook.capture.kinds import Tapped
 from dualhook.capture.recompute import note_batch, noted_batch
+from dualhook.capture.sharded import Place, is_sharded, local
 from dualhook.records import Batch, Rows
 
 __all__ = ["Intake", "Sink"]
@@ -72,12 +74,14 @@ class Intake:
         self._arrived: list[Arrival] = []
         self._left: tuple[int, int] | None = None  # the first gradient after the last accumulation: which, and version
         self._watched: dict[str, tuple[nn.Parameter, RemovableHandle, bool]] = {}
+        names = zip(self.spec.parameters, tapped.attributes, strict=False)
+        self._places = {name: Place(self.module, attribute) for name, attribute in names}
+        self._any: Tensor | None = None  # whether anything of the gradient's shard was not zero then
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The layer's parameters by their names in the model, as the module has them now."""
-        names = zip(self.spec.parameters, self.tapped.attributes, strict=False)
-        found = {name: self.module._parameters.get(attribute) for name, attribute in names}  # reading may compute it
+        found = {name: place.used for name, place in self._places.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     def on_call(self, call: Call) -> Callable[[Tensor], None] | None:
@@ -150,6 +154,13 @@ class Intake:
             for arrival in ready:
                 self._sink.take(self.spec.name, as_rows(self.spec, arrival.call, arrival.output_grad, arrival.batch))
         self._left = _state(self._gradient())
+        if ready and any(is_sharded(parameter) for parameter in self._trained()):
+            at_task_end(self._reduced)  # a shard's gradient is there once those of all processes have been summed
+
+    def _reduced(self) -> None:
+        self._left = _state(self._gradient())
+        held = [local(gradient).any() for gradient in self._gradients()]
+        self._any = torch.stack(held).any() if held else None
 
     def discard_if_zeroed(self) -> None:
         """Drop pending rows whose gradient has been zeroed since they were accumulated."""
@@ -159,20 +170,29 @@ class Intake:
         if _state(gradient) == self._left:
             return  # untouched since
         # all-zero gradients without rows are as exact as with them, so a zero that came by chance costs nothing
-        every = [p.grad for p in self.parameters.values() if p.requires_grad and p.grad is not None]
-        if gradient is None or not any(bool(one.any()) for one in every):
+        zero = not any(bool(local(one).any()) for one in self._gradients())
+        # a shard may well be zero all along: then what wrote to it has zeroed between passes, or scaled before a step
+        told = self._any is None or current_task() >= 0 or bool(self._any)
+        if gradient is None or (zero and told):
             self._sink.drop(self.spec.name)
 
     def _gradient(self) -> Tensor | None:
         """The gradient that tells whether a loop has zeroed: of the weight, or of the bias where only that trains."""
-        training = (parameter for parameter in self.parameters.values() if parameter.requires_grad)
-        lead = next(training, None)
+        lead = next(iter(self._trained()), None)
         return None if lead is None else lead.grad
 
     def _batch_of_call(self) -> Batch | None:
         """The batch of a call that is made now, or of one whose output gradient is there now."""
         sink = self._sink
         return sink.batch if current_task() < 0 else noted_batch(sink, sink.batch, sink.batch_since)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+
+    def _trained(self) -> list[nn.Parameter]:
+        """The parameters that train, as an optimiser has them."""
+        found = (place.trained for place in self._places.values())
+        return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
 
     def _watch(self) -> None:
         """Hook the parameters that train: their gradients' accumulation is what makes rows count."""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dualhook.capture.sharded import local, rows_at, spread
 from dualhook.maps import map_of
 from dualhook.records import LayerSpec, Rows
 
@@ -103,7 +104,7 @@ class LayerProbe:
         ``whole`` looks at every entry of the gradients, if only in sums.
         """
         if rows is None or not len(rows):
-            return {name: self._without_rows(gradient) for name, gradient in gradients.items()}
+            return self.without_rows(gradients)
         slot = self._map.busiest_slot(rows)
         outputs, inputs = self._outputs, self._inputs
         d, x = map(_numpy, self._map.some(rows, slot, outputs, inputs))
@@ -172,9 +173,71 @@ class LayerProbe:
             found[name] = Measurement(_numpy(sums), _numpy(pair[0]), _numpy(pair[1]), own)
         return found
 
-    def _without_rows(self, gradient: Tensor) -> Measurement:
-        largest = _numpy(gradient.detach().abs().max().reshape(1))
-        return Measurement(largest, np.zeros(1), np.zeros(1), gradient.dtype)
+    def at(
+        self,
+        places: tuple[Tensor, Tensor] | None,
+        gradients: Mapping[str, Tensor],
+        rows: Rows,
+        *,
+        whole: bool,
+    ) -> dict[str, Measurement]:
+        """The same at these outputs and inputs, or at the usual ones; of sharded gradients what is in this process."""
+        outputs, inputs = places or (self._outputs, self._inputs)
+        d, x = _gather(rows.output_grad, outputs), _gather(rows.key, inputs)
+        found = {}
+        for name, gradient in gradients.items():
+            is_weight = name == self.spec.weight
+            seen = rows_at(gradient, outputs)
+            found[name] = Measurement(
+                _numpy(seen.index_select(1, inputs.to(seen.device)) if is_weight else seen),
+                d.T @ x if is_weight else d.sum(axis=0),
+                abs(d).T @ abs(x) if is_weight else abs(d).sum(axis=0),
+                _coarser(rows.output_grad.dtype, gradient.dtype),
+                self._plain_sums(gradient, rows, is_weight) if whole else None,
+            )
+        return found
+
+    @staticmethod
+    def is_dead(found: Mapping[str, Measurement]) -> bool:
+        """Whether the probed corner is one that the rows leave untouched."""
+        return not all(one.absolute.any() for one in found.values())
+
+    def sizes(self, rows: Rows) -> tuple[Array, Array]:
+        """How large the rows are in every output [o] and input [i]."""
+        return _numpy(rows.output_grad.abs().sum(0)), _numpy(rows.key.abs().sum(0))
+
+    def largest(self, outputs: Array, inputs: Array) -> tuple[Tensor, Tensor] | None:
+        """Where rows of these sizes are largest; None where there are none."""
+        if not outputs.any():
+            return None
+        of_outputs, of_inputs = torch.from_numpy(outputs), torch.from_numpy(inputs)
+        return of_outputs.topk(len(self._outputs)).indices, of_inputs.topk(len(self._inputs)).indices
+
+    def no_rows(self, gradients: Mapping[str, Tensor]) -> Rows:
+        """What a process without rows adds to a measurement: nothing."""
+        no, dtype = torch.zeros(0, dtype=torch.int64), next(iter(gradients.values())).dtype
+        key, output_grad = (torch.zeros(0, n, dtype=dtype) for n in (self.spec.in_features, self.spec.out_features))
+        return Rows(key, output_grad, no, no, no)
+
+    def without_rows(self, gradients: Mapping[str, Tensor]) -> dict[str, Measurement]:
+        """Gradients that no rows stand against: is there anything to explain?"""
+        found = {}
+        for name, gradient in gradients.items():
+            held = local(gradient).abs()
+            largest = _numpy(held.max().reshape(1)) if held.numel() else np.zeros(1)
+            found[name] = Measurement(largest, np.zeros(1), np.zeros(1), gradient.dtype)
+        return found
+
+    def _plain_sums(self, gradient: Tensor, rows: Rows, is_weight: bool) -> Measurement:
+        """The sums of plain rows, of what this process holds of a gradient."""
+        d, x, held = rows.output_grad, rows.key, local(gradient)
+        signs = self._signs.to(x)
+        # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
+        seen = spread(held @ self._signs.to(held) if is_weight else held.clone(), gradient)
+        signed = x @ signs if is_weight else torch.ones_like(d[:, 0])
+        size = x.abs().sum(1) if is_weight else signed
+        dtype = _coarser(d.dtype, gradient.dtype)
+        return Measurement(_numpy(seen), _numpy(d.T @ signed), _numpy(d.abs().T @ size), dtype)
 
 
 def fit_scales(measurements: Sequence[Measurement]) -> list[Fit]:
@@ -225,6 +288,10 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return max(a, b, key=lambda dtype: TOLERANCE.get(dtype, 1e-2))
+
+
+def _gather(values: Tensor, index: Tensor) -> Array:
+    return _numpy(values.index_select(1, index.to(values.device)))
 
 
 def _numpy(values: Tensor) -> Array:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 
 from dualhook.capture import innermost, select_layers, tapped, unwrapped
 from dualhook.capture.selection import LayerChoice
-from dualhook.errors import DualHookError, LayerError
+from dualhook.errors import DualHookError, LayerError, StoreError
 from dualhook.recorder.front import OPEN, OnFull, Recorder
+from dualhook.recorder.ranks import Ranks, ranks_of
 from dualhook.recorder.scope import TemporaryRoot
 from dualhook.recorder.settings import refuse
+from dualhook.records import LayerSpec
 from dualhook.store import Layout, Manifest
 
 __all__ = ["instrument"]
@@ -33,7 +35,8 @@ def instrument(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     dtype: torch.dtype | None = None,
     max_bytes: int | None = None,
-    on_full: OnFull = "fold",
+    on_full: OnFull | None = None,
+    group: Any = None,
     overwrite: bool = False,
     verbose: bool = True,
 ) -> Recorder:
@@ -51,12 +54,17 @@ def instrument(
         dtype: dtype of the stored rows; default the one they were computed in (lossless).
         max_bytes: budget for patterns on disk; default half of what is free there.
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
-            exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop.
+            exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop. Default
+            ``"fold"``, but ``"stop"`` where several processes train the model: their patterns cannot be folded.
+        group: the ``torch.distributed`` process group that trains the model together, where the model is not wrapped
+            in ``DistributedDataParallel`` yet; otherwise found by itself, of ``fully_shard`` too. Every process calls
+            ``instrument`` with the same path, on one file system, and gets one memory of all.
         overwrite: replace a memory that is already at ``path``.
         verbose: say in one line on standard error, after the first step, what is recorded and what it costs.
 
     Raises:
-        LayerError: the model has no linear map, ``layers`` matches none, or the model is already instrumented.
+        LayerError: the model has no linear map, ``layers`` matches none, the model is already instrumented, or
+            distributed in a way that cannot be recorded.
         StoreError: ``path`` holds a memory (without ``overwrite``) or something else.
         RuleError: ``optimizer`` is LBFGS, here or at its first step: several backward passes make one step.
         DualHookError: an argument of a wrong kind.
@@ -68,7 +76,7 @@ def instrument(
         raise LayerError(f"this {type(inner).__name__} is already instrumented: close() its recorder first")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype for the stored rows, or None")
-    if on_full not in ("fold", "stop", "error"):
+    if on_full not in (None, "fold", "stop", "error"):
         raise DualHookError(f"on_full={on_full!r}: expected 'fold', 'stop' or 'error'")
     if max_bytes is not None and not (isinstance(max_bytes, int) and max_bytes > 0):
         raise DualHookError(f"max_bytes={max_bytes}: expected a number of bytes above 0, or None")
@@ -79,17 +87,57 @@ def instrument(
     selection = select_layers(inner, layers)
     for one in given:
         refuse(innermost(one), (p for tapped in selection.layers for p in tapped.module.parameters(recurse=False)))
-    temporary = TemporaryRoot() if path is None else None
-    layout = Layout((temporary.path if temporary else Path(cast(str, path))).absolute())
+    ranks = ranks_of(model, [tapped.module for tapped in selection.layers], group)
+    if ranks.several:
+        _check_kinds(selection.specs, ranks.size)
+    if ranks.several and on_full == "fold":
+        raise DualHookError(
+            f"on_full='fold' with {ranks.size} processes: what another one has not written yet cannot be folded; leave "
+            "it out (recording stops at max_bytes), or pass 'stop' or 'error' and a larger max_bytes="
+        )
+    layout, temporary = _directory(path, ranks)
     if overwrite and (before := OPEN.get(layout.root)) is not None:
         before.discard()  # a notebook's cell run again: the recorder of the first time must not write any more
-    layout.create(overwrite=overwrite)
-    Manifest(selection.specs, _versions()).write(layout)
+
+    def create() -> str:
+        layout.create(overwrite=overwrite)
+        Manifest(selection.specs, _versions(), ranks.size).write(layout)
+        return ""
+
+    ranks.wait()  # until no process writes to what is there
+    ranks.share(create)
+    if any(ranks.any([not layout.manifest.exists()])):
+        raise StoreError(f"{layout.root} is not the same directory for all processes: expected a shared file system")
     budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
     return Recorder(
-        inner, selection, layout, optimizers=given, dtype=dtype, budget=budget, on_full=on_full, verbose=verbose,
-        temporary=temporary,
+        inner, selection, layout, optimizers=given, dtype=dtype, budget=budget,
+        on_full=on_full or ("stop" if ranks.several else "fold"), ranks=ranks, verbose=verbose, temporary=temporary,
     )  # fmt: skip
+
+
+def _directory(path: str | os.PathLike[str] | None, ranks: Ranks) -> tuple[Layout, TemporaryRoot | None]:
+    """Where the memory lies; without a path in a temporary directory of process 0."""
+    if path is not None:
+        return Layout(Path(path).absolute()), None
+    own = TemporaryRoot() if ranks.rank == 0 else None
+    root = Path(ranks.share(lambda: str(own.path if own else "")))
+    return Layout(root), own or TemporaryRoot(root)
+
+
+def _check_kinds(specs: Sequence[LayerSpec], processes: int) -> None:
+    """Several processes can record plain linear layers only.
+
+    Raises:
+        LayerError: one of the layers is something else.
+    """
+    weights = [spec.weight for spec in specs]
+    for spec in specs:
+        if spec.kind != "linear" or weights.count(spec.weight) > 1:
+            what = f"of kind {spec.kind}" if spec.kind != "linear" else "one of several uses of its weight"
+            raise LayerError(
+                f"layer {spec.name!r} is {what}: with {processes} processes only linear layers with a weight of their "
+                "own are recorded so far; leave it out with layers="
+            )
 
 
 def _versions() -> dict[str, str]:

@@ -39,6 +39,7 @@ from dualhook.memory import DualMemory
 from dualhook.model import run_model
 from dualhook.optimizers import LOOKAHEAD, rule_for
 from dualhook.recorder.folding import folding_to
+from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.scope import BatchScope, TemporaryRoot
 from dualhook.recorder.steps import StepBook
 from dualhook.records import COORDINATES, Batch, LayerSpec, Rows
@@ -76,6 +77,7 @@ class Recorder:
         dtype: torch.dtype | None,
         budget: int,
         on_full: OnFull,
+        ranks: Ranks,
         verbose: bool,
         temporary: TemporaryRoot | None,
     ) -> None:
@@ -85,7 +87,8 @@ class Recorder:
         self._dtype = dtype
         self._budget = budget
         self._on_full = on_full
-        self._verbose = verbose
+        self._ranks = ranks
+        self._verbose = verbose and ranks.rank == 0
         self._temporary = temporary
         self._memory: DualMemory | None = None
         self._closed = False
@@ -95,32 +98,36 @@ class Recorder:
             layout,
             segment_bytes=max(1, min(SEGMENT_BYTES, budget // 8)),  # folding goes by segments
             after_write=folding_to(budget) if on_full == "fold" else None,
+            rank=ranks.rank,
         )
         # the model's hooks hold the book, the book the recorder: it lives as long as the model, whoever holds it
-        self._book = StepBook(selection, self._writer, dtype=dtype, on_step=self._on_step)
+        self._book = StepBook(selection, self._writer, ranks=ranks, dtype=dtype, on_step=self._on_step)
         for optimizer in optimizers:
             self._book.meet(innermost(optimizer))
         self._handles: list[RemovableHandle] = []
         self._handles += install(model, [(intake.tapped, intake) for intake in self._book.intakes])
-        self._is_audited = False
+        self._is_audited = ranks.several  # what one process sees of a model, another one may not
         self._root = RootHook(self._begin_audit, self._end_audit).attach(model)
         forget_compiled_code()
         self._watcher = StepWatcher(self._before_step, self._after_step)
-        self._at_exit = _weakly(self.close)  # a script that forgets to close loses nothing
+        self._at_exit = _weakly(self._close_alone)  # a script that forgets to close loses nothing
         atexit.register(self._at_exit)
         OPEN[layout.root] = self
 
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # the other processes may still be training
+            self._close_alone()
 
     def __del__(self) -> None:
         if getattr(self, "_closed", True):
             return
         if self._temporary is None:
-            self.close()
+            self._close_alone()
         else:  # its directory goes with it
             self.discard()
 
@@ -212,34 +219,52 @@ class Recorder:
     def flush(self) -> None:
         """Put everything recorded so far on disk, so that ``dualhook.load`` sees it; for between two steps.
 
+        Of several processes that train together each has to call it.
+
         Raises:
             StoreError: the disk refused.
         """
         self._check_open("flush")
         self._book.notice()
-        self._writer.flush()
-        if not self._stopped:
-            self._write_latest()
+        try:
+            self._writer.flush()
+            if not self._stopped:
+                self._write_latest()
+        finally:
+            self._ranks.wait()
 
     def close(self) -> DualMemory:
         """Take every hook off the model, write what is left, and return the memory.
+
+        Of several processes that train together each has to call it; they wait for each other.
 
         Raises:
             StoreError: the disk refused.
         """
         if not self._closed:
-            self._closed = True
-            self._detach()
-            if os.getpid() == self._pid:  # not in a forked worker: the files are the parent's
-                if not self._stopped:
-                    self._book.notice()
-                self._writer.close()
-                if not self._stopped:
-                    self._write_latest()
-                    self._book.snapshots.after(self.steps, final=True)
+            try:
+                self._finish(whole=not self._stopped and (self._ranks.connected or not self._ranks.sharded))
+            finally:
+                self._ranks.wait()
         if self._memory is None:
             self._memory = DualMemory(self._layout.root, keep=self._temporary)
         return self._memory
+
+    def _close_alone(self) -> None:
+        """Close without asking other processes: what only all of them together have is left out."""
+        if not self._closed:
+            self._finish(whole=not (self._stopped or self._ranks.sharded))
+
+    def _finish(self, *, whole: bool) -> None:
+        self._closed = True
+        self._detach()
+        if os.getpid() == self._pid:  # not in a forked worker: the files are the parent's
+            if whole:
+                self._book.notice()
+            self._writer.close()
+            if whole:
+                self._write_latest()
+                self._book.snapshots.after(self.steps, final=True)
 
     def discard(self) -> None:
         """Let go of the model and write nothing more; what is on disk stays as it is."""
@@ -259,7 +284,9 @@ class Recorder:
         target = Path(path)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise StoreError(f"{target} exists and is not empty: choose another path for the copy of the memory")
-        shutil.copytree(self._layout.root, target, dirs_exist_ok=True)
+        if self._ranks.rank == 0:
+            shutil.copytree(self._layout.root, target, dirs_exist_ok=True)
+        self._ranks.wait()
         return DualMemory(target)
 
     # ---- inside ----------------------------------------------------------------------------------------------
@@ -275,12 +302,14 @@ class Recorder:
         if self._stopped:
             return
         self._book.after(optimizer)
-        if self._writer.error is not None:
-            self._stop(f"{self._writer.error} while writing to {self.path}: free the disk and record again")
-        elif self._on_full != "fold" and self._writer.recorded_bytes > self._budget:
+        measuring = self._book.measuring
+        if measuring.error is not None:
+            self._stop(f"{measuring.error} while writing to {self.path}: free the disk and record again")
+        elif self._on_full != "fold" and measuring.recorded_bytes > self._budget:
             message = (
                 f"the memory at {self.path} has used its budget of {_human(self._budget)}: "
-                "raise max_bytes=, choose fewer layers=, or let on_full='fold' keep the newest patterns"
+                "raise max_bytes=, choose fewer layers="
+                + ("" if self._ranks.several else ", or let on_full='fold' keep the newest patterns")
             )
             self._stop(message, warn=self._on_full == "stop")
             if self._on_full == "error":
@@ -289,7 +318,7 @@ class Recorder:
     def _on_step(self, step: int) -> None:
         if step != 1 or not self._verbose:
             return
-        size = max(1, self._writer.builder.nbytes)
+        size = max(1, self._writer.builder.nbytes * self._ranks.size)
         then = {"fold": "the oldest patterns fold into the origin", "stop": "recording stops", "error": "it raises"}
         print(
             f"dualhook: recording {len(self._selection.specs)} layers, {_human(size)} a step; the budget of "
@@ -401,7 +430,7 @@ class Recorder:
         self._book.without_bias(biases)
         self._book.leave_out(names)
         manifest = Manifest.read(self._layout)
-        Manifest(self._selection.specs, manifest.versions).write(self._layout)
+        Manifest(self._selection.specs, manifest.versions, manifest.ranks).write(self._layout)
 
     def _check_open(self, what: str) -> None:
         if self._closed:

@@ -13,14 +13,15 @@ FROM_HERE = "from this step on its memory is inexact, verify() shows by how much
 
 
 class Notices:
-    """Warnings, one of each cause."""
+    """Warnings, one of each cause; of several processes one speaks."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
         self._given: set[str] = set()
+        self._silent = silent
 
     def once(self, cause: str, message: str, category: type[Warning] = InexactWarning) -> None:
         """Warn, unless something of the same cause has been told."""
-        if cause not in self._given:
+        if cause not in self._given and not self._silent:
             self._given.add(cause)
             warnings.warn(message, category, stacklevel=2)
 
@@ -55,8 +56,8 @@ class Notices:
             self.once(
                 "unexplained",
                 f"step {step}: the recorded rows leave {100 * residual:.2g} % of the gradient of {parameter!r} open (a "
-                "penalty on the weights in the loss, clip_grad_value_, a double backward, a use outside its module?); "
-                f"{FROM_HERE}",
+                "penalty on the weights in the loss, clip_grad_value_, a double backward, a use outside its module, "
+                f"other processes that instrument(group=) does not know of?); {FROM_HERE}",
             )
         if mark & Mark.CHANGED:
             self.once(

@@ -29,11 +29,12 @@ class BatchScope:
 
 
 class TemporaryRoot:
-    """A directory that is removed when nothing refers to this object any more."""
+    """A directory that is removed when nothing refers to this object any more; one of another process stays its own."""
 
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="dualhook-"))
-        weakref.finalize(self, _remove, self.path, os.getpid())
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or Path(tempfile.mkdtemp(prefix="dualhook-"))
+        if path is None:
+            weakref.finalize(self, _remove, self.path, os.getpid())
 
 
 def _remove(path: Path, owner: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dualhook.capture import local, whole
 from dualhook.optimizers import Entry, ParameterState, ReplayedScalar, ReplayRule, Rule, ScalarRule, advance
 from dualhook.recorder.watched import Watched, state_of
 
@@ -41,14 +42,15 @@ def predict(
         return None
     index = None
     if runs.separable:
-        index = torch.arange(0, parameter.numel(), max(1, parameter.numel() // ENTRIES), device=parameter.device)
+        held_here = local(parameter).numel()  # entry by entry a shard says enough
+        index = torch.arange(0, held_here, max(1, held_here // ENTRIES), device=parameter.device)
     held = {name: value for name, value in state_of(optimizer, parameter).items() if isinstance(value, Tensor)}
     if index is not None and any(value.ndim and value.shape != parameter.shape for value in held.values()):
         return None
     dtype = torch.promote_types(parameter.dtype, torch.float32)
 
     def some(values: Tensor) -> Tensor:
-        return (values.detach() if index is None else torch.take(values.detach(), index)).to("cpu", dtype, copy=True)
+        return _some(values, index).to("cpu", dtype, copy=True)
 
     before = some(parameter)
     place = ParameterState(before.clone(), {name: some(value) for name, value in held.items() if value.ndim})
@@ -70,10 +72,14 @@ class Prediction:
         parameter = self._watched.parameter
         if parameter is None:
             return None
-        found = parameter.detach() if self._index is None else torch.take(parameter.detach(), self._index)
-        found = found.to("cpu", self._before.dtype)
+        found = _some(parameter, self._index).to("cpu", self._before.dtype)
         left, moved = float((found - self._after).norm()), float((found - self._before).norm())
         rounding = 8 * torch.finfo(parameter.dtype).eps * float(self._before.norm())
         if left <= TOLERANCE * moved + rounding or left != left:  # NaN is told by the gradient
             return None
         return left / moved if moved else float("inf")
+
+
+def _some(values: Tensor, index: Tensor | None) -> Tensor:
+    """The entries of a tensor at ``index`` of its local part, or all of it."""
+    return whole(values) if index is None else torch.take(local(values), index)

@@ -19,17 +19,23 @@ def refuse(optimizer: Optimizer, parameters: Iterable[nn.Parameter | None]) -> N
     """Turn away an optimiser that would step on recorded parameters in a way that cannot be recorded.
 
     Raises:
-        RuleError: LBFGS on one of ``parameters``.
+        RuleError: LBFGS or ZeroRedundancyOptimizer on one of ``parameters``.
     """
-    if not isinstance(optimizer, torch.optim.LBFGS):
+    redundant = type(optimizer).__name__ == "ZeroRedundancyOptimizer"
+    if not (redundant or isinstance(optimizer, torch.optim.LBFGS)):
         return
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if any(id(parameter) in own for parameter in parameters):
+    if not any(id(parameter) in own for parameter in parameters):
+        return
+    if redundant:
         raise RuleError(
-            "torch.optim.LBFGS runs several backward passes within one step and mixes their gradients: its steps "
-            "cannot be recorded; leave its layers out with layers=, train them with another optimiser, or close() the "
-            "recorder"
+            "ZeroRedundancyOptimizer steps on other parameters in every process: its steps cannot be recorded; shard "
+            "the model with torch.distributed.fsdp.fully_shard, or train with the plain optimiser"
         )
+    raise RuleError(
+        "torch.optim.LBFGS runs several backward passes within one step and mixes their gradients: its steps cannot be "
+        "recorded; leave its layers out with layers=, train them with another optimiser, or close() the recorder"
+    )
 
 
 def loss_scale_of(optimizer: Optimizer) -> float | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dualhook.capture import whole
 from dualhook.optimizers import ReplayRule, rule_for
 from dualhook.recorder.watched import Watched, state_of
 from dualhook.store import Writer
@@ -46,7 +47,7 @@ class Snapshots:
             held = state_of(optimizer, watched.parameter) if optimizer is not None else {}
             found = {part: held[part] for part in wanted if isinstance(held.get(part), Tensor)}
             if found:
-                parts[name] = found
+                parts[name] = {part: whole(value) for part, value in found.items()}
         if parts:
             try:
                 self._writer.write_snapshot(step, parts)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dualhook.capture import Audit, Intake, LayerProbe, Measurement, Selection, fit_scales
+from dualhook.capture import Audit, Intake, Measurement, Place, Selection, fit_scales, whole
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
+from dualhook.recorder.measuring import Measuring
 from dualhook.recorder.notices import Notices
+from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.selfcheck import Prediction, is_due, predict
 from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
@@ -68,10 +71,12 @@ class StepBook:
         selection: Selection,
         writer: Writer,
         *,
+        ranks: Ranks,
         dtype: torch.dtype | None,
         on_step: Callable[[int], None],
     ) -> None:
         self.writer = writer
+        self.ranks = ranks
         self.step = 0
         self.recording = True
         self.batch: Batch | None = None
@@ -94,7 +99,7 @@ class StepBook:
         self._current: Step | None = None
         self._skipping: list[Watched] = []  # the parameters of a step that is called and will skip itself
         self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
-        self._notices = Notices()
+        self._notices = Notices(silent=ranks.rank > 0)
         self._staging = Staging(self._keep)
         self.rows_seen = False
 
@@ -138,12 +143,12 @@ class StepBook:
     def _arrange(self) -> None:
         """Sort the layers by their weights: one of those that share a weight is probed, and watched for all."""
         self._uses = Uses([intakes[0].spec for intakes in self._intakes.values()])
-        self._probes = {spec.name: LayerProbe(spec) for spec in self._uses.primary}
+        self.measuring = Measuring(self.ranks, self.writer, self._uses.primary)
         self.watched = {}
         for spec in self._uses.primary:
             tapped = self._intakes[spec.name][0].tapped
             for name, attribute in zip(spec.parameters, tapped.attributes, strict=False):
-                self.watched[name] = Watched(name, spec, tapped.module, attribute)
+                self.watched[name] = Watched(name, spec, Place(tapped.module, attribute))
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
@@ -153,6 +158,7 @@ class StepBook:
         if self.writer.builder.pending_bytes > PENDING_BYTES:
             self._give_up(list(self._intakes), f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
         dtype = self._dtype or rows.key.dtype
+        rows = replace(rows, columns=self.ranks.columns(rows))
         self.rows_seen = True
         if self._staging.takes(rows):
             self._staging.put(layer, rows, dtype)
@@ -208,6 +214,7 @@ class StepBook:
             self._broken |= {watched.name for watched, _, _ in self._current.stepped}
             self._current = None
         members = list(self.members(optimizer))
+        self.ranks.check(watched.parameter for watched, _ in members)
         loss_scale = loss_scale_of(optimizer)
         if loss_scale is None:  # nothing will happen, but to the versions of the state's tensors
             self._skipping = [watched for watched, _ in members if not watched.state_changed_since(optimizer)]
@@ -219,6 +226,8 @@ class StepBook:
             self._notices.fitted(name)
         if any(known is optimizer for known in self._stepping):
             self._end_step()
+        if self.ranks.sharded and not self._stepping:  # the same place in all processes, unlike in a backward pass
+            self.snapshots.after(self.step)
         changed = self.notice([watched for watched, _ in members] if self._stepping else None)
         for watched, _ in members:
             for layer in self._uses.of(watched.spec):
@@ -235,7 +244,7 @@ class StepBook:
         state = {name: rule.state_numbers(*known) for name, known in states.items()}
         step = Step(optimizer, name, has_closure, stepped, hyper, state, loss_scale)
         if isinstance(rule, FittedRule):
-            step.fitting = {w.name: w.parameter.detach().clone() for w, _, _ in stepped if w.parameter is not None}
+            step.fitting = {w.name: whole(w.parameter).clone() for w, _, _ in stepped if w.parameter is not None}
         if not has_closure:
             self._measure(step)
             self._show_trackers(step)
@@ -255,7 +264,8 @@ class StepBook:
         if not self._stepping:
             self.step += 1
         self._stepping.append(optimizer)
-        self.writer.builder.add(self.step, self._entries(step))
+        entries = list(self._entries(step))
+        self.writer.builder.add(self.step, [] if self.ranks.rank else entries)
         for spec in dict.fromkeys(watched.spec for watched, _, _ in step.stepped):
             for layer in self._uses.of(spec):
                 self.writer.builder.commit(layer, self.step)
@@ -271,9 +281,11 @@ class StepBook:
         Called before anything of the next step is: then what is new belongs to the step before.
         """
         entries, changed = [], set()
-        for watched in self.watched.values() if among is None else among:
-            if not watched.changed_since():
-                continue
+        seen = list(self.watched.values() if among is None else among)
+        differs = [watched.changed_since() for watched in seen]
+        if self.ranks.sharded:  # each process has looked at its own part
+            differs = self.ranks.any(differs)
+        for watched in itertools.compress(seen, differs):
             found = watched.synchronization()
             if found is None or not self._reaches(watched, found[1]):
                 changed.add(watched.name)
@@ -284,7 +296,7 @@ class StepBook:
                 hyper = {"alpha": found[0], "slow_step": float(found[1])}
                 entries.append(LedgerEntry(self.step, watched.name, LOOKAHEAD, hyper, {}, 1.0, 0.0, Mark(0)))
         if entries:
-            self.writer.builder.add(self.step, entries)
+            self.writer.builder.add(self.step, [] if self.ranks.rank else entries)
         return changed
 
     def latest(self) -> tuple[dict[str, Tensor], list[str]]:
@@ -293,12 +305,12 @@ class StepBook:
         changed = sorted(self.notice(recorded))
         layers = {watched.spec.name for watched in recorded}
         values = {
-            watched.name: parameter.detach().to("cpu", copy=True).contiguous()
+            watched.name: whole(parameter).to("cpu", copy=True).contiguous()
             for watched in self.watched.values()
-            if watched.spec.name in layers and watched.name not in changed
+            if watched.spec.name in layers and (watched.name not in changed or self.ranks.sharded)
             if (parameter := watched.parameter) is not None
         }
-        return values, changed
+        return {name: value for name, value in values.items() if name not in changed}, changed
 
     def _end_step(self) -> None:
         if not self._stepping:
@@ -309,7 +321,8 @@ class StepBook:
         if late and self.writer.builder.pending_bytes > WAITING_BYTES:
             self._give_up(late, f"rows that {PATIENCE} steps have not used")
         self._on_step(self.step)
-        self.snapshots.after(self.step)
+        if not self.ranks.sharded:
+            self.snapshots.after(self.step)
         if self.writer.full:
             self.writer.seal()
 
@@ -331,10 +344,8 @@ class StepBook:
             gradient = gradient_of(watched)
             if gradient is not None:
                 layers.setdefault(watched.spec.name, {})[watched.name] = gradient
-        for layer, gradients in layers.items():
-            rows = self._rows_of(self._probes[layer].spec)
-            whole = self.step < 4 or self.step % WHOLE_EVERY == 0
-            step.measured |= self._probes[layer].measure(gradients, rows, whole=whole)
+        rows = {layer: self._rows_of(self._intakes[layer][0].spec) for layer in layers}
+        step.measured = self.measuring.measure(layers, rows, whole=self.step < 4 or self.step % WHOLE_EVERY == 0)
 
     def _rows_of(self, spec: LayerSpec) -> Rows | None:
         """The rows that a step on a layer uses, of all uses of its weight."""
@@ -353,17 +364,16 @@ class StepBook:
         """Let those who fit the step see its gradients; a foreach step may write to them."""
         trackers = self._trackers.setdefault(step.optimizer, {}) if step.fitting else {}
         for watched, group, _ in step.stepped:
-            gradient = step.gradient_of(watched)
-            if watched.name in step.fitting and gradient is not None:
-                hyper = step.hyper[group]
-                trackers.setdefault(watched.name, Tracker(hyper)).see(gradient, step.fitting[watched.name], hyper)
+            gradient, before, hyper = step.gradient_of(watched), step.fitting.get(watched.name), step.hyper[group]
+            if before is not None and gradient is not None:
+                trackers.setdefault(watched.name, Tracker(hyper)).see(whole(gradient), before, hyper)
 
     def _fit(self, step: Step, watched: Watched) -> StepFit | None:
         """What a step without a rule has done to a parameter."""
         before, parameter = step.fitting.get(watched.name), watched.parameter
         if before is None or parameter is None:
             return None
-        return self._trackers[step.optimizer][watched.name].fit(before, parameter)
+        return self._trackers[step.optimizer][watched.name].fit(before, whole(parameter))
 
     def _predict(self, step: Step, rule: Rule) -> None:
         """The self-check, where it is due: what the rule says that the step will do."""
@@ -437,10 +447,10 @@ class StepBook:
         for name in dict.fromkeys(name for watched in new for name in watched.spec.parameters):
             parameter = self.watched[name].parameter
             if parameter is not None and not self.watched[name].stepped:
-                parts[name] = {VALUE: parameter}
+                parts[name] = {VALUE: whole(parameter)}
         for watched in new:
             state = state_of(optimizer, watched.parameter)
-            parts[watched.name] |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            parts[watched.name] |= {name: whole(value) for name, value in state.items() if isinstance(value, Tensor)}
         dtypes = {name: own[VALUE].dtype for name, own in parts.items()}
         before = self.step - 1 if self._stepping else self.step  # a later optimiser of the current step
         for watched in new:

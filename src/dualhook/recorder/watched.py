@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dualhook.capture import Place, local
 from dualhook.optimizers import fit_synchronization
 from dualhook.records import LayerSpec
 
@@ -20,12 +21,11 @@ FINGERPRINT = 256  # entries of a parameter that are compared between its steps
 
 @dataclass
 class Watched:
-    """One recorded parameter, and what it was like after its last step."""
+    """One recorded parameter, and what it was like after its last step; of a sharded one what this process holds."""
 
     name: str
     spec: LayerSpec
-    module: nn.Module
-    attribute: str  # of the module; looked up every time, since loading weights may put another parameter there
+    place: Place
     entries: Tensor | None = None  # None: not stepped yet
     state: tuple[tuple[str, int, int], ...] = ()
     anchors: dict[int, Tensor] = field(default_factory=dict)
@@ -34,8 +34,8 @@ class Watched:
 
     @property
     def parameter(self) -> nn.Parameter | None:
-        """The parameter as the module has it now; None if it has been taken away or is computed from others."""
-        return self.module._parameters.get(self.attribute)  # reading a parametrised attribute would compute it
+        """The parameter as an optimiser has it now; None if it has been taken away or is computed from others."""
+        return self.place.trained
 
     @property
     def stepped(self) -> bool:
@@ -104,9 +104,9 @@ class Watched:
         parameter = self.parameter
         if parameter is None:
             return None
-        count = parameter.numel()
-        index = torch.arange(0, count, max(1, count // FINGERPRINT), device=parameter.device)
-        return torch.take(parameter.detach(), index).double()
+        held = local(parameter)
+        index = torch.arange(0, held.numel(), max(1, held.numel() // FINGERPRINT), device=held.device)
+        return torch.take(held, index).double()
 
 
 def state_of(optimizer: Optimizer, parameter: nn.Parameter | None) -> Mapping[str, Any]:

@@ -20,7 +20,8 @@ from dualhook.store.direct import DirectFile
 
 __all__ = ["FORMAT_VERSION", "Layout", "Manifest", "open_tensors", "read_header", "tensor_names", "write_tensors"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+RANKS_SINCE = 2  # a reader of version 1 would miss the rows of other processes without a word
 FOLDERS = ("segments", "origin", "snapshots", "columns")
 HEADER = "dualhook"  # the one key of every file's safetensors metadata; its value is a JSON object
 
@@ -41,13 +42,13 @@ class Layout:
         """The weights after the last recorded step."""
         return self.root / "latest.safetensors"
 
-    def segment(self, number: int) -> Path:
-        """The file of a segment, counted from 0."""
-        return self.root / "segments" / f"{number:08d}.safetensors"
+    def segment(self, number: int, rank: int = 0) -> Path:
+        """The file of a segment, counted from 0 in every process that records."""
+        return self.root / "segments" / f"{f'r{rank:04d}-' if rank else ''}{number:08d}.safetensors"
 
     def segments(self) -> list[Path]:
-        """Every committed segment, oldest first."""
-        return sorted(self.root.glob("segments/[0-9]*.safetensors"))
+        """Every committed segment, process by process, oldest first."""
+        return sorted(self.root.glob("segments/[0-9r]*.safetensors"))
 
     def origin(self, number: int) -> Path:
         """An origin file, counted from 0; a later one takes the place of earlier ones for the parameters it holds."""
@@ -115,22 +116,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a memory holds: versions and the linear maps of the model."""
+    """What a memory holds: versions, the linear maps of the model, and how many processes have written it."""
 
     layers: tuple[LayerSpec, ...]
     versions: Mapping[str, str]
+    ranks: int = 1
 
     def write(self, layout: Layout) -> None:
         """Put the manifest in place, whole or not at all."""
-        text = json.dumps(
-            {
-                "format": "dualhook",
-                "version": FORMAT_VERSION,
-                "written_by": dict(self.versions),
-                "layers": [asdict(layer) for layer in self.layers],
-            },
-            indent=2,
-        )
+        manifest: dict[str, Any] = {
+            "format": "dualhook",
+            "version": RANKS_SINCE if self.ranks > 1 else 1,
+            "written_by": dict(self.versions),
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+        if self.ranks > 1:
+            manifest["ranks"] = self.ranks
+        text = json.dumps(manifest, indent=2)
         partial = layout.manifest.with_suffix(".json.partial")
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, layout.manifest)
@@ -152,7 +154,8 @@ class Manifest:
             if found["format"] != "dualhook":
                 raise ValueError(f"format {found['format']!r}")
             if isinstance(version, int) and version <= FORMAT_VERSION:
-                return cls(tuple(LayerSpec(**layer) for layer in found["layers"]), found["written_by"])
+                layers = tuple(LayerSpec(**layer) for layer in found["layers"])
+                return cls(layers, found["written_by"], int(found.get("ranks", 1)))
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{layout.manifest} is no manifest of a memory: {error}") from error
         raise StoreError(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dualhook.records import INEXACT, VALUE, FactorVectors, History, LayerSpec, OriginPart, Rows
+from dualhook.store.lanes import Lanes, Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
 from dualhook.store.ledger import fit_vectors, unpack
 from dualhook.store.streams import Stored, patterns_of
@@ -21,23 +21,6 @@ __all__ = ["Store"]
 
 MAPS = ("conv", "conv_transpose")  # kinds whose stored rows make several patterns
 LEDGER = ("ledger/entry", "ledger/measured", "ledger/hyper")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One committed file: its steps, and per layer its first pattern number and how many it holds."""
-
-    path: Path
-    header: Mapping[str, Any]
-
-    @property
-    def last_step(self) -> int:
-        """The newest step in the segment."""
-        return int(self.header["steps"][1])
-
-    def count(self, layer: str) -> int:
-        """How many of the layer's patterns the segment holds."""
-        return int(self.header["rows"].get(layer, {"count": 0})["count"])
 
 
 class Store:
@@ -53,6 +36,7 @@ class Store:
         self.segments = [segment for segment in (Segment(*found) for found in headers) if segment.last_step > folded]
         self.first_step = folded
         self._counted: dict[str, list[int]] = {}
+        self._lanes = Lanes(self.segments, self.manifest.ranks, folded)
         self.on_rows: Callable[[int], None] | None = None
         """Called with the length of every block of rows that has been worked on."""
 
@@ -65,7 +49,11 @@ class Store:
             parts.append(({name: file.get_tensor(name) for name in LEDGER}, segment.header))
         begins = self.origin_steps
         found = unpack(parts)
-        return {name: history.where(history.step > begins[name]) for name, history in found.items()}
+        last = self.last_step  # beyond it some process may have the rows, but not all
+        return {
+            name: history.where((history.step > begins[name]) & (history.step <= last))
+            for name, history in found.items()
+        }
 
     @cached_property
     def origin_steps(self) -> dict[str, int]:
@@ -126,8 +114,8 @@ class Store:
 
     @property
     def last_step(self) -> int:
-        """The newest recorded step."""
-        return max((segment.last_step for segment in self.segments), default=self.first_step)
+        """The newest recorded step; where several processes have recorded, the newest that all have on disk."""
+        return self._lanes.last_step
 
     @property
     def nbytes(self) -> int:
@@ -164,7 +152,7 @@ class Store:
         if layer not in self._counted:
             uses = self.uses(layer)
             if len(uses) == 1 and uses[0].kind not in MAPS:
-                self._counted[layer] = [segment.count(layer) for segment in self.segments]
+                self._counted[layer] = [segment.count(layer, self.last_step) for segment in self.segments]
             else:
                 stored = (self._stored(segment, uses) for segment in self.segments)
                 self._counted[layer] = [sum(own.patterns(len(own.step)) for own in found) for found in stored]
@@ -208,6 +196,9 @@ class Store:
 
     def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
         """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""
+        if self.manifest.ranks > 1:
+            yield from self._of_all_processes(layer, first_step, last_step, block_rows)
+            return
         uses, asked = self.uses(layer), self._by_name[layer]
         number = self._first_number(layer, uses)
         for segment, count in zip(self.segments, self._segment_counts(layer), strict=True):
@@ -219,15 +210,25 @@ class Store:
                     self.on_rows(len(rows))
             number += count
 
+    def _of_all_processes(self, layer: str, first_step: int, last_step: int, block_rows: int) -> Iterator[Rows]:
+        """The patterns of a linear layer that several processes have trained together."""
+        for rows in self._lanes.blocks(layer, first_step, last_step):
+            for start in range(0, len(rows), block_rows):
+                block = rows.part(start, min(len(rows), start + block_rows))
+                yield block
+                if self.on_rows is not None:
+                    self.on_rows(len(block))
+
     def coordinates(self, layer: str, name: str) -> Iterator[Tensor]:
         """Values of one coordinate or recorded column over the layer's patterns, each value at least once."""
         for segment in self.segments:
             for stored in self._stored(segment, self.uses(layer)):
                 if name == "position" and stored.counts is not None:
                     yield torch.arange(int(stored.counts.max()) // stored.spec.slots)
-                else:
-                    absent = torch.full((len(stored.step),), float("nan"), dtype=torch.float64)
-                    yield stored.tensors.get(name, absent)
+                    continue
+                _, stop = stored.between(0, self.last_step)
+                absent = torch.full((stop,), float("nan"), dtype=torch.float64)
+                yield stored.tensors.get(name, absent)[:stop]
 
     def row_columns(self) -> list[str]:
         """The columns that were recorded with the rows."""

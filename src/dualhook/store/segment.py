@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dualhook.records import FIELDS, OPTIONAL, LedgerEntry, Rows
+from dualhook.store.lanes import absent
 from dualhook.store.ledger import pack
 from dualhook.store.streams import rows_of
 
@@ -46,7 +47,7 @@ class LayerBuffer:
                 room[:, values.shape[1] :].zero_()
                 room[:, : values.shape[1]].copy_(values)
         for name in self.tensors.keys() - _fields(rows).keys():  # a column that this batch does not have
-            self._room(name, self.tensors[name], start)[start : self.filled].fill_(_absent(self.tensors[name]))
+            self._room(name, self.tensors[name], start)[start : self.filled].fill_(absent(self.tensors[name]))
 
     def view(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` without a copy."""
@@ -59,7 +60,7 @@ class LayerBuffer:
         if held is None:
             held = torch.empty((0, *like.shape[1:]), dtype=like.dtype)
             if start:  # a column that appears later: the rows before had none
-                held = torch.full((start, *like.shape[1:]), _absent(like), dtype=like.dtype)
+                held = torch.full((start, *like.shape[1:]), absent(like), dtype=like.dtype)
         dtype = torch.promote_types(held.dtype, like.dtype)
         wider = like.dim() == 2 and like.shape[1] > held.shape[1]
         if held.shape[0] < self.filled or held.dtype != dtype or wider:
@@ -157,8 +158,3 @@ def _fields(rows: Rows) -> dict[str, Tensor]:
     fields = {name: getattr(rows, name) for name in FIELDS}
     fields |= {name: values for name in OPTIONAL if (values := getattr(rows, name)) is not None}
     return fields | {f"column/{name}": values for name, values in rows.columns.items()}
-
-
-def _absent(like: Tensor) -> float:
-    """What stands for "no value" in a column: NaN, or -1 among whole numbers."""
-    return float("nan") if like.is_floating_point() else -1

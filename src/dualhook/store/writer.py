@@ -23,7 +23,8 @@ BUILDERS = 3  # one filling, one being written, one waiting: training waits rath
 class Writer:
     """Takes rows and ledger entries in :attr:`builder`; :meth:`seal` sends them to disk as one segment.
 
-    ``after_write(writer)`` runs in the writing thread after every segment and may lower :attr:`bytes`.
+    ``after_write(writer)`` runs in the writing thread after every segment and may lower :attr:`bytes`. Where several
+    processes record one memory, each has a writer; but for segments, only that of ``rank`` 0 writes anything.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class Writer:
         *,
         segment_bytes: int = SEGMENT_BYTES,
         after_write: Callable[[Writer], None] | None = None,
+        rank: int = 0,
     ) -> None:
         self.layout = layout
+        self.rank = rank
         self.builder = SegmentBuilder()
         self.segment_bytes = segment_bytes
         self.bytes = 0
@@ -113,6 +116,8 @@ class Writer:
         ``parts`` holds the tensors of every parameter, ``dtypes`` what the model has it in. Up to step ``folded``
         they have swallowed all patterns, ``inexact`` of whose steps were marked so.
         """
+        if self.rank:
+            return
         header = {
             "kind": "origin",
             "step": step,
@@ -128,12 +133,15 @@ class Writer:
 
     def write_snapshot(self, step: int, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write tensors of the optimiser's state of some parameters as they are after ``step``."""
+        if self.rank:
+            return
         header = {"kind": "snapshot", "step": step, "parameters": {name: list(own) for name, own in parts.items()}}
         write_tensors(self.layout.snapshot(step), _named(parts), header)
 
     def write_latest(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the weights after the last step."""
-        write_tensors(self.layout.latest, tensors, {"kind": "latest", "step": step})
+        if not self.rank:
+            write_tensors(self.layout.latest, tensors, {"kind": "latest", "step": step})
 
     def close(self, *, discard: bool = False) -> None:
         """Write what is left (unless it is to be discarded) and end the thread.
@@ -173,7 +181,9 @@ class Writer:
 
     def _write(self, builder: SegmentBuilder) -> None:
         tensors, header = builder.contents()
-        path = self.layout.segment(self._number)
+        path = self.layout.segment(self._number, self.rank)
+        if self.rank:
+            header["rank"] = self.rank
         write_tensors(path, tensors, {"kind": "segment", "number": self._number, **header}, self._file)
         self._number += 1
         self.bytes += path.stat().st_size

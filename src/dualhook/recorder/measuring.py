@@ -1,0 +1,92 @@
+"""A step's gradients against the rows that rebuild them, in whichever process those lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dualhook.capture import LayerProbe, Measurement
+from dualhook.recorder.ranks import Ranks
+from dualhook.records import LayerSpec, Rows
+from dualhook.store import Writer
+
+__all__ = ["Measuring"]
+
+Array = npt.NDArray[np.float64]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the coarsest last
+
+
+class Measuring:
+    """The probes of all layers; what they find is the same in every process."""
+
+    def __init__(self, ranks: Ranks, writer: Writer, specs: Iterable[LayerSpec]) -> None:
+        self._ranks = ranks
+        self._writer = writer
+        self._probes = {spec.name: LayerProbe(spec) for spec in specs}
+        self._told = np.zeros(2)  # by all processes, at the last step: bytes recorded, writers in trouble
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Bytes of all rows so far; of several processes, what they had before the last step."""
+        return int(self._told[0]) if self._ranks.several else self._writer.recorded_bytes
+
+    @property
+    def error(self) -> str | None:
+        """What keeps rows from being written, in this process or, by the last step, in another one."""
+        if not self._ranks.several:
+            return None if self._writer.error is None else str(self._writer.error)
+        return str(self._writer.error or "another process failed") if self._told[1] else None
+
+    def measure(
+        self, gradients: Mapping[str, Mapping[str, Tensor]], rows: Mapping[str, Rows | None], *, whole: bool
+    ) -> dict[str, Measurement]:
+        """Measurements by parameter, from the ``gradients`` by layer and parameter; of all processes in one exchange.
+
+        In rare cases it takes three: where the probed corner of a layer is dead.
+        """
+        if not self._ranks.several:
+            found = [self._probes[layer].measure(own, rows[layer], whole=whole) for layer, own in gradients.items()]
+            return {name: one for own in found for name, one in own.items()}
+        local = {layer: rows[layer] or self._probes[layer].no_rows(own) for layer, own in gradients.items()}
+        told = np.array([self._writer.recorded_bytes, self._writer.error is not None], dtype=np.float64)
+        own = {layer: self._probes[layer].at(None, gradients[layer], local[layer], whole=whole) for layer in gradients}
+        everywhere, self._told = _summed(self._ranks, own, told)
+        dead = [layer for layer, found in everywhere.items() if LayerProbe.is_dead(found)]
+        if dead:  # look where this step's rows are largest, all of them
+            sizes = iter(self._ranks.sum([size for layer in dead for size in self._probes[layer].sizes(local[layer])]))
+            moved = {}
+            for layer in dead:
+                probe, places = self._probes[layer], self._probes[layer].largest(next(sizes), next(sizes))
+                moved[layer] = (
+                    probe.without_rows(gradients[layer])
+                    if places is None
+                    else probe.at(places, gradients[layer], local[layer], whole=whole)
+                )
+            everywhere |= _summed(self._ranks, moved, told)[0]
+        return {name: one for found in everywhere.values() for name, one in found.items()}
+
+
+def _summed(
+    ranks: Ranks, found: Mapping[str, Mapping[str, Measurement]], told: Array
+) -> tuple[dict[str, dict[str, Measurement]], Array]:
+    """Measurements of every process as those of all."""
+    arrays = [told]
+    for one in (one for own in found.values() for one in own.values()):
+        arrays += [np.array([one.dtype == dtype for dtype in DTYPES], dtype=np.float64)]
+        for part in (one, one.whole):
+            if part is not None:
+                arrays += [part.gradient if ranks.counts else np.zeros_like(part.gradient), part.rebuilt, part.absolute]
+    told, *rest = ranks.sum(arrays)
+    sums = iter(rest)
+
+    def total(one: Measurement) -> Measurement:
+        dtype = DTYPES[int(np.flatnonzero(next(sums))[-1])]  # the coarsest of any process
+        gradient, rebuilt, absolute = next(sums), next(sums), next(sums)
+        parts = None if one.whole is None else Measurement(next(sums), next(sums), next(sums), dtype)
+        return Measurement(gradient, rebuilt, absolute, dtype, parts)
+
+    return {layer: {name: total(one) for name, one in own.items()} for layer, own in found.items()}, told
