@@ -170,7 +170,8 @@ class LayerProbe:
             else:
                 # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
                 sums, pair = matrix.clone().reshape(len(matrix), -1), (bias, ones)
-            found[name] = Measurement(_numpy(sums), _numpy(pair[0]), _numpy(pair[1]), own)
+            seen, rebuilt, absolute = (_numpy(part.squeeze(1)) for part in (sums, *pair))
+            found[name] = Measurement(seen, rebuilt, absolute, own)
         return found
 
     def at(

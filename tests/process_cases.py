@@ -1,0 +1,192 @@
+"""Small things that two processes do together, with what came of them as JSON; see tests/training/test_together.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import SCENARIOS, loader_of, loss_of, network, whole, wrapped
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+import dualhook
+
+DDP, FSDP = SCENARIOS["ddp"], SCENARIOS["fsdp"]
+
+
+class Unknown(torch.optim.Optimizer):
+    """Plain gradient descent by a class that no rule knows."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"])
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, count: int = 3) -> None:
+    for _, (inputs, labels) in zip(range(count), loader_of(rank, torch.float64), strict=False):
+        optimizer.zero_grad()
+        loss_of(model, inputs, labels).backward()
+        optimizer.step()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+
+
+def refusal(make) -> str:
+    with pytest.raises(dualhook.DualHookError) as caught:
+        make()
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def refusals(rank: int, folder: Path) -> dict:
+    found = {}
+    model = wrapped(DDP, network(torch.float64))
+    found["fold"] = refusal(lambda: dualhook.instrument(model, folder / "fold", on_full="fold"))
+    (folder / "taken").mkdir(exist_ok=True)
+    (folder / "taken" / "thesis.txt").write_text("not yours")
+    found["taken"] = refusal(lambda: dualhook.instrument(model, folder / "taken"))
+    found["elsewhere"] = refusal(lambda: dualhook.instrument(model, folder / f"own-{rank}", verbose=False))
+
+    recorder = dualhook.instrument(model, folder / "joined", verbose=False)
+    with model.join():
+        found["join"] = refusal(lambda: steps(model, sgd(model), rank, 1))
+    recorder.discard()
+    model = wrapped(DDP, network(torch.float64))
+    recorder = dualhook.instrument(model, folder / "zero", verbose=False)
+    redundant = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    found["zero"] = refusal(lambda: steps(model, redundant, rank, 1))
+    recorder.discard()
+    model = network(torch.float64)
+    recorder = dualhook.instrument(model, folder / "late", group=dist.group.WORLD, verbose=False)
+    wrapped(FSDP, model)
+    found["late"] = refusal(lambda: steps(model, sgd(model), rank, 1))
+    recorder.discard()
+    return found
+
+
+def by_itself(rank: int, folder: Path) -> dict:
+    """A process group alone changes nothing: each process trains a model of its own."""
+    model = network(torch.float64)
+    recorder = dualhook.instrument(model, folder / f"single-{rank}", verbose=False)
+    steps(model, sgd(model), rank, 3 + rank)  # not even equally often
+    memory = recorder.close()
+    manifest = json.loads((memory.path / "dualhook.json").read_text())
+    return {"error": memory.verify().max_error, "columns": memory.columns, "ranks": manifest.get("ranks")}
+
+
+def temporary(rank: int, folder: Path) -> dict:
+    model = wrapped(DDP, network(torch.float64))
+    with dualhook.instrument(model, verbose=False) as recorder:
+        steps(model, sgd(model), rank)
+    memory = recorder.close()
+    kept = recorder.save(folder / "kept")
+    found = {"path": str(memory.path), "error": memory.verify().max_error, "kept": kept.patterns("0")}
+    dist.barrier()
+    return found
+
+
+def stopped(rank: int, folder: Path) -> dict:
+    """The budget counts the rows of all, and ends the recording of all at one step."""
+    model = wrapped(DDP, network(torch.float64))
+    recorder = dualhook.instrument(model, folder / "stopped", max_bytes=12_000, verbose=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps(model, sgd(model), rank, 4)
+        steps(model, sgd(model), rank, 4)
+    memory = recorder.close()
+    texts = [str(w.message) for w in caught if "recording stopped" in str(w.message)]
+    return {"steps": memory.steps, "patterns": memory.patterns("0"), "texts": texts, "error": memory.verify().max_error}
+
+
+def crashed(rank: int, folder: Path, name: str) -> dict:
+    """Each process leaves by an exception, one long before the other: nobody waits."""
+    model = wrapped(SCENARIOS[name], network(torch.float64))
+    begin = time.monotonic()
+    with contextlib.suppress(KeyboardInterrupt), dualhook.instrument(model, folder / f"crashed-{name}", verbose=False):
+        steps(model, sgd(model), rank, 2)
+        if rank == 1:
+            time.sleep(2)
+        begin = time.monotonic()
+        raise KeyboardInterrupt
+    seconds = time.monotonic() - begin
+    dist.barrier()
+    memory, trained = dualhook.load(folder / f"crashed-{name}"), {n: whole(v) for n, v in model.state_dict().items()}
+    plain = network(torch.float64)
+    plain.load_state_dict({name.removeprefix("module."): value for name, value in trained.items()})
+    return {"seconds": seconds, "steps": memory.steps, "error": memory.verify(plain).max_error}
+
+
+def flushed(rank: int, folder: Path, name: str) -> dict:
+    model = wrapped(SCENARIOS[name], network(torch.float64))
+    optimizer = sgd(model)
+    recorder = dualhook.instrument(model, folder / f"flushed-{name}", verbose=False)
+    steps(model, optimizer, rank, 2)
+    recorder.flush()
+    early = dualhook.load(recorder.path)
+    found = {"steps": early.steps, "early": early.verify().max_error}
+    dist.barrier()
+    steps(model, optimizer, rank, 2)
+    memory = recorder.close()
+    return found | {"later": memory.steps, "error": memory.verify().max_error}
+
+
+def changed(rank: int, folder: Path) -> dict:
+    """Something writes to the part of a weight that only the second process holds."""
+    model = wrapped(FSDP, network(torch.float64))
+    optimizer = sgd(model)
+    recorder = dualhook.instrument(model, folder / "changed", verbose=False)
+    warnings.simplefilter("ignore")
+    steps(model, optimizer, rank, 1)
+    if rank == 1:
+        with torch.no_grad():
+            model[0].weight.to_local().add_(0.1)
+    steps(model, optimizer, rank, 1)
+    marks = recorder.close()._store.histories["0.weight"].mark.tolist()
+    warnings.simplefilter("error", dualhook.InexactWarning)
+    return {"marks": marks}
+
+
+def fitted(rank: int, folder: Path) -> dict:
+    model = wrapped(FSDP, network(torch.float64))
+    recorder = dualhook.instrument(model, folder / "fitted", verbose=False)
+    warnings.simplefilter("ignore")
+    steps(model, Unknown(model.parameters()), rank, 3)
+    warnings.simplefilter("error", dualhook.InexactWarning)
+    return {"error": recorder.close().verify().max_error}
+
+
+def every_case(rank: int, folder: Path) -> None:
+    cases = {
+        "refusals": lambda: refusals(rank, folder),
+        "by_itself": lambda: by_itself(rank, folder),
+        "temporary": lambda: temporary(rank, folder),
+        "stopped": lambda: stopped(rank, folder),
+        "crashed-ddp": lambda: crashed(rank, folder, "ddp"),
+        "crashed-fsdp": lambda: crashed(rank, folder, "fsdp"),
+        "flushed-ddp": lambda: flushed(rank, folder, "ddp"),
+        "flushed-fsdp": lambda: flushed(rank, folder, "fsdp"),
+        "changed": lambda: changed(rank, folder),
+        "fitted": lambda: fitted(rank, folder),
+    }
+    found = {}
+    for name, case in cases.items():
+        try:
+            found[name] = case()
+        except BaseException as error:
+            error.add_note(f"in the case {name!r}")
+            raise
+        dist.barrier()
+    (folder / f"found-{rank}.json").write_text(json.dumps(found))

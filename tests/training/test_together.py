@@ -1,0 +1,87 @@
+"""What several processes agree on, what they refuse, and that one of them alone never waits for the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from process_cases import every_case
+from processes import WORLD, together
+
+from dualhook.records import Mark
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    found = tmp_path_factory.mktemp("cases")
+    together(found, every_case)
+    return found
+
+
+@pytest.fixture(params=range(WORLD))
+def found(folder, request) -> dict:
+    return json.loads((folder / f"found-{request.param}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("fold", "on_full='fold' with 2 processes"),
+        ("taken", "exists and is not empty, but holds no memory"),
+        ("elsewhere", "is not the same directory for all processes"),
+        ("join", "model.join(): processes that run out of data take no steps"),
+        ("zero", "ZeroRedundancyOptimizer steps on other parameters in every process"),
+        ("late", "sharded after instrument(): call fully_shard first"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_by_every_process(found, case, expected):
+    assert expected in found["refusals"][case]
+
+
+def test_an_initialised_process_group_alone_changes_nothing(found):
+    assert found["by_itself"]["error"] < 1e-9
+    assert found["by_itself"]["columns"] == ["step", "sample", "position"]
+    assert found["by_itself"]["ranks"] is None
+
+
+def test_a_memory_without_a_path_is_one_and_goes_with_process_0(folder, found):
+    paths = {json.loads((folder / f"found-{rank}.json").read_text())["temporary"]["path"] for rank in range(WORLD)}
+    assert len(paths) == 1
+    assert not Path(paths.pop()).exists()
+    assert found["temporary"]["error"] < 1e-9
+    assert found["temporary"]["kept"] == 3 * 3 * WORLD
+
+
+def test_the_budget_is_that_of_all_and_ends_at_one_step(folder, found):
+    other = json.loads((folder / "found-0.json").read_text())["stopped"]
+    assert found["stopped"] == other
+    assert 1 <= other["steps"] < 8
+    assert other["patterns"] == other["steps"] * 3 * WORLD
+    assert other["error"] < 1e-9
+    assert len(other["texts"]) == 1
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_process_that_leaves_by_an_exception_waits_for_nobody(found, name):
+    assert found[f"crashed-{name}"]["seconds"] < 1.5
+    assert found[f"crashed-{name}"]["steps"] == 2
+    assert found[f"crashed-{name}"]["error"] < 1e-9
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_flush_in_between_shows_every_process_the_same_steps(found, name):
+    case = found[f"flushed-{name}"]
+    assert (case["steps"], case["later"]) == (2, 4)
+    assert case["early"] < 1e-9
+    assert case["error"] < 1e-9
+
+
+def test_a_change_in_one_shard_is_marked(found):
+    first, second = found["changed"]["marks"]
+    assert not first & Mark.CHANGED
+    assert second & Mark.CHANGED
+
+
+def test_an_optimiser_without_a_rule_is_fitted_on_shards_too(found):
+    assert found["fitted"]["error"] < 1e-6
