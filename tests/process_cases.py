@@ -20,20 +20,6 @@ import dualhook
 DDP, FSDP = SCENARIOS["ddp"], SCENARIOS["fsdp"]
 
 
-class Unknown(torch.optim.Optimizer):
-    """Plain gradient descent by a class that no rule knows."""
-
-    def __init__(self, params):
-        super().__init__(params, {"lr": 0.1})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(p.grad, alpha=group["lr"])
-
-
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, count: int = 3) -> None:
     for _, (inputs, labels) in zip(range(count), loader_of(rank, torch.float64), strict=False):
         optimizer.zero_grad()
@@ -159,15 +145,6 @@ def changed(rank: int, folder: Path) -> dict:
     return {"marks": marks}
 
 
-def fitted(rank: int, folder: Path) -> dict:
-    model = wrapped(FSDP, network(torch.float64))
-    recorder = dualhook.instrument(model, folder / "fitted", verbose=False)
-    warnings.simplefilter("ignore")
-    steps(model, Unknown(model.parameters()), rank, 3)
-    warnings.simplefilter("error", dualhook.InexactWarning)
-    return {"error": recorder.close().verify().max_error}
-
-
 def every_case(rank: int, folder: Path) -> None:
     cases = {
         "refusals": lambda: refusals(rank, folder),
@@ -179,7 +156,6 @@ def every_case(rank: int, folder: Path) -> None:
         "flushed-ddp": lambda: flushed(rank, folder, "ddp"),
         "flushed-fsdp": lambda: flushed(rank, folder, "fsdp"),
         "changed": lambda: changed(rank, folder),
-        "fitted": lambda: fitted(rank, folder),
     }
     found = {}
     for name, case in cases.items():

@@ -81,7 +81,3 @@ def test_a_change_in_one_shard_is_marked(found):
     first, second = found["changed"]["marks"]
     assert not first & Mark.CHANGED
     assert second & Mark.CHANGED
-
-
-def test_an_optimiser_without_a_rule_is_fitted_on_shards_too(found):
-    assert found["fitted"]["error"] < 1e-6

@@ -282,11 +282,14 @@ class Recorder:
         if not self._closed:
             self.flush()
         target = Path(path)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise StoreError(f"{target} exists and is not empty: choose another path for the copy of the memory")
-        if self._ranks.rank == 0:
+
+        def copy() -> str:
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise StoreError(f"{target} exists and is not empty: choose another path for the copy of the memory")
             shutil.copytree(self._layout.root, target, dirs_exist_ok=True)
-        self._ranks.wait()
+            return ""
+
+        self._ranks.share(copy)
         return DualMemory(target)
 
     # ---- inside ----------------------------------------------------------------------------------------------

@@ -286,7 +286,8 @@ class StepBook:
         if self.ranks.sharded:  # each process has looked at its own part
             differs = self.ranks.any(differs)
         for watched in itertools.compress(seen, differs):
-            found = watched.synchronization()
+            # of shards each process would find its own: what changes them is not told apart
+            found = None if self.ranks.sharded else watched.synchronization()
             if found is None or not self._reaches(watched, found[1]):
                 changed.add(watched.name)
                 continue
