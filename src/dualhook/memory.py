@@ -284,7 +284,8 @@ class DualMemory:
             for name, other in list(inner.named_modules(remove_duplicate=False)):
                 if other is tapped.module:
                     made_of = self._composition(tapped.spec, self.steps)
-                    twin = with_module(twin, name, DualLinear(self._store, made_of, keep=self._keep))
+                    dtype = self._store.dtype(tapped.spec.weight)
+                    twin = with_module(twin, name, DualLinear(self._store, made_of, dtype=dtype, keep=self._keep))
         others = {tapped.spec for tapped in layers if tapped.by != "module" or tapped.spec.kind not in DUAL}
         rebuilt = self._parameters(others, self.steps)
         twin.load_state_dict(

@@ -271,3 +271,17 @@ class TestEveryKind:
         for layer in memory.layers:
             for rows in memory._store.blocks(layer, last_step=4, block_rows=10**6):
                 assert torch.equal(rows.sample // 10 + 1, rows.step), layer
+
+    def test_a_memory_in_a_small_budget_stays_exact(self, case, optimizer):
+        """The oldest patterns fold into the origin; all questions still add up, and the dual model answers alike."""
+        inputs, model = CASES[case][1], network(case)
+        recorder = dualhook.instrument(model, layers="all", verbose=False, max_bytes=6000)
+        train(model, inputs, OPTIMIZERS[optimizer](model.parameters()), recorder, steps=8)
+        memory = recorder.close()
+        assert memory.info().footer.startswith("steps")  # folded
+        assert memory.verify().max_error < 1e-9
+        x = inputs()[:2]
+        target = (lambda y: y[:, -1, 1]) if case.startswith("tied") else None
+        assert memory.attend(model, x, target=target).receipt["explained"].min() > 1 - 1e-6
+        with torch.no_grad():
+            assert torch.allclose(memory.dual(model)(x), model.eval()(x), rtol=1e-9, atol=1e-12)
