@@ -84,7 +84,8 @@ class DualMemory:
 
     def uses(self, layer: str) -> list[str]:
         """The layer and those that share its weight: each has the patterns of all, told apart by the column ``use``."""
-        return [spec.name for spec in self._store.uses(self._spec(layer).name)]
+        weight = self._spec(layer).weight
+        return [spec.name for spec in self._specs.values() if spec.weight == weight]
 
     @property
     def steps(self) -> int:

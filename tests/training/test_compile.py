@@ -147,3 +147,25 @@ def test_a_twin_of_the_same_class_is_compiled_apart():
             optimizer.step()
     memory = recorder.close()
     assert memory.verify()["exact"].all()
+
+
+class Mixed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv, self.head = torch.nn.Embedding(7, 4), torch.nn.Conv1d(4, 4, 3), torch.nn.Linear(4, 2)
+
+    def forward(self, ids):
+        return self.head(self.conv(self.embed(ids).transpose(1, 2)).mean(2))
+
+
+def test_other_kinds_of_modules_are_recorded_in_whole_graphs_too():
+    model = Mixed()
+    recorder = dualhook.instrument(model, layers="all", verbose=False)
+    optimizer = sgd(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        compiled(model)(torch.randint(0, 7, (5, 6))).square().sum().backward()
+        optimizer.step()
+    memory = recorder.close()
+    assert memory.layers == ["embed", "conv", "head"]
+    assert memory.verify()["exact"].all()

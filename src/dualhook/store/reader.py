@@ -100,17 +100,20 @@ class Store:
             path for path, header in self._origin_headers.items() if all(n in parameters for n in header["parameters"])
         ]
 
-    @property
+    @cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
         """The layers that have been trained, in the model's order; each weight once."""
         trained = {spec.weight: spec for spec in reversed(self.trained_uses)}
         trained |= {spec.weight: spec for spec in reversed(self.trained_uses) if spec.slots == 1}
         return tuple(spec for spec in self.trained_uses if trained[spec.weight] is spec)
 
-    @property
+    @cached_property
     def trained_uses(self) -> tuple[LayerSpec, ...]:
-        """The same with every use of a weight that several layers share."""
-        return tuple(spec for spec in self.manifest.layers if any(p in self.origin_steps for p in spec.parameters))
+        """The same with every use of a weight that several layers share, if it was seen."""
+        trained = [spec for spec in self.manifest.layers if any(p in self.origin_steps for p in spec.parameters)]
+        seen = {spec.name for spec in trained if any(segment.count(spec.name) for segment in self.segments)}
+        told = {spec.weight for spec in trained if spec.name in seen}
+        return tuple(spec for spec in trained if spec.name in seen or spec.weight not in told)
 
     @property
     def last_step(self) -> int:
