@@ -27,8 +27,8 @@ __all__ = ["LinearMap", "map_of"]
 class LinearMap:
     """How one layer's parameters are matrices, and its stored rows patterns; a weight [o, i], rows as they are.
 
-    Kinds: ``linear`` [o, i], ``transposed`` [i, o], ``embedding`` [slots, o], ``experts`` [slots, o, c] or
-    ``transposed_experts`` [slots, c, o], ``bilinear`` [o, i1, i2]; :class:`Convolution` has two more.
+    Kinds: ``linear`` [o, i], ``bias`` [o] with the key 1, ``transposed`` [i, o], ``embedding`` [slots, o], ``experts``
+    [slots, o, c] or ``transposed_experts`` [slots, c, o], ``bilinear`` [o, i1, i2]; :class:`Convolution` has two more.
     """
 
     def __init__(self, spec: LayerSpec) -> None:

@@ -155,7 +155,12 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if found is None:
         return output
     sites, entered = found
-    return _told(sites, lambda: _linear_call(sites[0].tapped, entered, input, weight), output)
+    output = _told(sites, lambda: _linear_call(sites[0].tapped, entered, input, weight), output)
+    own = None if bias is None else _found(bias, ("bias",))
+    if own is None or bias is None:
+        return output
+    one = input.new_ones(*input.shape[:-1], 1)
+    return _told(own[0], lambda: _linear_call(own[0][0].tapped, own[1], one, bias), output)
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:

@@ -215,6 +215,9 @@ def _attention(finder: _Finder, path: str, module: nn.MultiheadAttention) -> Ite
             shape = weight.shape[0], weight.shape[1]
             name = f"{prefix}{which}_proj"
             yield finder.make(module, path, name, (f"{which}_proj_weight",), shape, "linear", by="function")
+    bias = module._parameters.get("in_proj_bias")
+    if module.in_proj_weight is None and bias is not None:  # of all three, each of which uses a part of it
+        yield finder.make(module, path, f"{prefix}in_proj", ("in_proj_bias",), (len(bias), 1), "bias", by="function")
 
 
 def _own_parameters(finder: _Finder, path: str, module: nn.Module) -> Iterator[Tapped]:
