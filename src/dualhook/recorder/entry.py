@@ -88,7 +88,7 @@ def instrument(
     for one in given:
         refuse(innermost(one), (p for tapped in selection.layers for p in tapped.module.parameters(recurse=False)))
     ranks = ranks_of(model, [tapped.module for tapped in selection.layers], group)
-    if ranks.several:
+    if ranks.several or ranks.sharded:
         _check_kinds(selection.specs, ranks.size)
     if ranks.several and on_full == "fold":
         raise DualHookError(

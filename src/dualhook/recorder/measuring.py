@@ -48,7 +48,7 @@ class Measuring:
 
         In rare cases it takes three: where the probed corner of a layer is dead.
         """
-        if not self._ranks.several:
+        if not (self._ranks.several or self._ranks.sharded):
             found = [self._probes[layer].measure(own, rows[layer], whole=whole) for layer, own in gradients.items()]
             return {name: one for own in found for name, one in own.items()}
         local = {layer: rows[layer] or self._probes[layer].no_rows(own) for layer, own in gradients.items()}
