@@ -35,7 +35,7 @@ __all__ = ["Choice", "add_columns", "class_names", "estimate", "head", "layers",
 
 Choice = Literal["head", "head+block", "all"]
 
-COORDINATE_BYTES = 24  # step, sample and position of a stored row
+INDEX_BYTES = 8  # each of step, sample and position of a stored row, and of the sides of a convolution's maps
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -76,7 +76,7 @@ def estimate(
     """What recording writes per image and epoch, before training: for every choice, or for each of some ``layers``.
 
     A linear map stores a row per position: key, output gradient (both in the weight's dtype) and coordinates; a
-    convolution its input and output maps. Nothing is computed, on no device: shapes pass through a copy of the model
+    convolution its input and output maps and their sides. Nothing is computed: shapes pass through a copy of the model
     without memory. Columns choice, layers (how many), patterns, bytes; with ``layers`` layer, patterns, bytes.
 
     Args:
@@ -152,10 +152,12 @@ class _Trace(TorchFunctionMode):
         if name is None:
             return
         if maps is None:
-            patterns, numbers = rows, rows * sum(weight.shape)
-        else:  # one stored row, whose positions are the places on the output's map
-            patterns, numbers = output[0, 0].numel(), maps.numel() + output.numel()
-        self.uses.setdefault(name, []).append(_Use(patterns, numbers * weight.dtype.itemsize + rows * COORDINATE_BYTES))
+            patterns, numbers, sides = rows, rows * sum(weight.shape), 0
+        else:  # one stored row; every group has a pattern at each place of the output's map
+            patterns = output[0, 0].numel() * (maps.shape[1] // weight.shape[1])
+            numbers, sides = maps.numel() + output.numel(), 2 * (weight.dim() - 2)
+        size = numbers * weight.dtype.itemsize + rows * (3 + sides) * INDEX_BYTES
+        self.uses.setdefault(name, []).append(_Use(patterns, size))
         made = output if output._base is None else output._base  # a view's node goes when it is changed in place
         self._made[made.grad_fn] = name
 
