@@ -6,6 +6,7 @@ from dualhook.capture.audit import Audit, RootHook
 from dualhook.capture.calls import as_rows, nonzero_rows
 from dualhook.capture.compiled import forget_compiled_code
 from dualhook.capture.coverage import coverage_table
+from dualhook.capture.hooks import tapped
 from dualhook.capture.installing import install
 from dualhook.capture.intake import Intake
 from dualhook.capture.kinds import ROOT, Tapped, linear_maps
@@ -16,7 +17,6 @@ from dualhook.capture.recompute import sequence_number
 from dualhook.capture.selection import Selection, select_layers, unwrapped
 from dualhook.capture.sharded import Place, is_sharded, local, whole
 from dualhook.capture.steps import StepWatcher, innermost
-from dualhook.capture.taps import tapped
 
 __all__ = [
     "ROOT",

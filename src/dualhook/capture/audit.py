@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from dualhook.capture.taps import make_silent, produced, silent
+from dualhook.capture.hooks import Hook, is_plain_call
+from dualhook.capture.taps import produced
 
 __all__ = ["Audit", "RootHook"]
 
@@ -144,7 +145,11 @@ class RootHook:
         """The model is called."""
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
         # the second dimension may be the batch too, of anything but a table of features
-        second = {int(leaf.shape[1]) for leaf in leaves if leaf.dim() > 2 or (leaf.dim() == 2 and _counts(leaf))}
+        second = {
+            int(leaf.shape[1])
+            for leaf in leaves
+            if leaf.dim() > 2 or (leaf.dim() == 2 and not leaf.is_floating_point())
+        }
         self._begin(frozenset({int(leaf.shape[0]) for leaf in leaves} | second))
 
     def after(self, outputs: Any) -> None:
@@ -153,33 +158,16 @@ class RootHook:
             self._end(outputs)
 
 
-def _counts(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point()
-
-
-class _Before:
-    is_tap = True
-
+class _Before(Hook):
     def __init__(self, hook: RootHook) -> None:
         self._hook = hook
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if _is_plain():
+        if is_plain_call():
             self._hook.before(args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return silent
-
-    def __reduce__(self) -> Any:
-        return make_silent, ()
 
 
 class _After(_Before):
     def __call__(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        if _is_plain():
+        if is_plain_call():
             self._hook.after(outputs)
-
-
-def _is_plain() -> bool:
-    """Whether a call is neither traced nor transformed."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.calls import Call, Places, embedding_call
+from dualhook.capture.hooks import Hook
 from dualhook.capture.kinds import Tapped
-from dualhook.capture.taps import Listener, ModuleTap, make_silent, report, silent
+from dualhook.capture.taps import Listener, ModuleTap, report
 from dualhook.records import LayerSpec
 
 __all__ = ["Scope", "Site", "scopes_of"]
@@ -62,8 +63,6 @@ _DEPTH = 0
 class Scope:
     """Hooks on one module: while it runs, functions on the parameters of its ``sites`` are seen."""
 
-    is_tap = True
-
     def __init__(self, module: nn.Module, sites: Sequence[Site]) -> None:
         self._module = module
         self._sites = sites
@@ -100,9 +99,7 @@ class _Entered:
         return [site for site in found if site.tapped.spec.kind in kinds]
 
 
-class _Enter:
-    is_tap = True
-
+class _Enter(Hook):
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
@@ -112,22 +109,17 @@ class _Enter:
         _ACTIVE.scopes.append(self._scope.entered())
         _replace()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return silent
-
-    def __reduce__(self) -> Any:
-        return make_silent, ()
-
 
 class _Leave(_Enter):
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         if torch.compiler.is_compiling():
             return
-        while _ACTIVE.scopes:
-            left = _ACTIVE.scopes.pop()
+        if all(entered.scope is not self._scope for entered in _ACTIVE.scopes):
+            return  # left already, with one that was entered before it
+        left = None
+        while left is not self._scope:
+            left = _ACTIVE.scopes.pop().scope
             _restore()
-            if left.scope is self._scope:
-                return
 
 
 def _replace() -> None:
@@ -193,15 +185,15 @@ def _convolution(name: str) -> Callable[..., Tensor]:
     def convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         output = _ORIGINALS[F, name](input, weight, bias, *args, **kwargs)
         found = _found(weight, ("conv",))
-        if found is None or not _is_as_told(found[0][0].tapped.module, args, kwargs):
+        if found is None or not _has_settings_of(found[0][0].tapped.module, args, kwargs):
             return output
         return _told(found[0], lambda: Call(input), output)
 
     return convolution
 
 
-def _is_as_told(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function is given the settings of the module whose weight it uses."""
+def _has_settings_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a convolution's further arguments are the settings of the module whose weight it uses."""
     given = dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)) | dict(kwargs)
     usual = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | given
     if getattr(module, "padding_mode", "zeros") != "zeros":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dualhook.capture.calls import Call, call_input
+from dualhook.capture.hooks import observing
 from dualhook.capture.installing import install
 from dualhook.capture.kinds import Tapped
 from dualhook.capture.recurrent_tap import written_out
@@ -94,6 +95,7 @@ def observe(model: nn.Module, layers: Iterable[Tapped]) -> Iterator[Mapping[str,
     layers = list(layers)
     observers = {tapped.spec.name: _Observer(tapped.spec) for tapped in layers}
     with ExitStack() as block:
+        block.enter_context(observing())
         if hasattr(torch.backends, "mha"):  # the fast path of frozen transformers computes all in one
             was = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)

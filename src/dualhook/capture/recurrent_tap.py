@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.calls import Call, Places
+from dualhook.capture.hooks import Hook
 from dualhook.capture.recurrent import Ambient, NotRecomputableError, fingerprint, gate_rows, on_output_grads
-from dualhook.capture.taps import Listener, make_silent, silent
+from dualhook.capture.taps import Listener
 from dualhook.capture.unrolled import Hidden, Product, flat, recurrent_weights, unrolled
 
 __all__ = ["RecurrentTap", "written_out"]
 
 
-class RecurrentTap:
+class RecurrentTap(Hook):
     """Reports the products of one recurrent module, each weight's to its own of the ``listeners``."""
-
-    is_tap = True
 
     def __init__(self, module: nn.Module, listeners: Mapping[str, Listener]) -> None:
         self._module = weakref.ref(module)
@@ -84,28 +83,14 @@ class RecurrentTap:
 
         return on_grads
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return silent
 
-    def __reduce__(self) -> Any:
-        return make_silent, ()
-
-
-class _Before:
-    is_tap = True
-
+class _Before(Hook):
     def __init__(self, tap: RecurrentTap) -> None:
         self._tap = tap
 
     def __call__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             self._tap.before(args, kwargs, module)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return silent
-
-    def __reduce__(self) -> Any:
-        return make_silent, ()
 
 
 def written_out(module: nn.Module, listeners: Mapping[str, Listener]) -> Callable[..., Any]:

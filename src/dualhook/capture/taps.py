@@ -17,9 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.calls import Call, call_input, module_call
 from dualhook.capture.compiled import compiled_tap
+from dualhook.capture.hooks import Hook
 from dualhook.records import LayerSpec
 
-__all__ = ["Listener", "ModuleTap", "hook_gradient", "make_silent", "produced", "report", "silent", "tapped"]
+__all__ = ["Listener", "ModuleTap", "hook_gradient", "produced", "report"]
 
 
 class Listener(Protocol):
@@ -45,13 +46,8 @@ class Listener(Protocol):
         ...
 
 
-class ModuleTap:
-    """Reports every call of one linear map that a gradient may come back to.
-
-    A copy of the tap (in a deep-copied or pickled model) reports nothing.
-    """
-
-    is_tap = True
+class ModuleTap(Hook):
+    """Reports every call of one linear map that a gradient may come back to."""
 
     def __init__(self, module: nn.Module, listener: Listener, *, has_own_forward: bool = False) -> None:
         self._module = weakref.ref(module)
@@ -83,12 +79,6 @@ class ModuleTap:
     def saw(self, output: Tensor) -> None:
         """The output of a functional call has been reported: not to be again, if it is the module's own."""
         self._seen = weakref.ref(output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return silent
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return make_silent, ()
 
 
 def produced(output: Tensor) -> Tensor:
@@ -135,18 +125,3 @@ def hook_gradient(output: Tensor, on_grad: Callable[[Tensor], None]) -> None:
             on_grad(gradient.reshape(shape))
 
     node.register_prehook(on_node)
-
-
-def silent(*args: Any, **kwargs: Any) -> None:
-    """What a tap becomes in a copy of the model: a hook that does nothing."""
-
-
-def make_silent() -> Callable[..., None]:
-    """What a tap is pickled as."""
-    return silent
-
-
-def tapped(model: nn.Module) -> bool:
-    """Whether a recorder is attached to any part of the model."""
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return any(getattr(hook, "is_tap", False) for hook in hooks)
