@@ -11,6 +11,7 @@ Letters: ``o`` output, ``i`` input, ``s`` slot, ``c`` column of a slot, ``n`` pa
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from dualhook.records import LayerSpec, Rows
 
-__all__ = ["LinearMap", "map_of"]
+__all__ = ["LinearMap", "map_of", "spread"]
 
 
 class LinearMap:
@@ -40,6 +41,16 @@ class LinearMap:
     def is_transposed(self) -> bool:
         """Whether the parameter's own rows are inputs, and its columns outputs."""
         return self.spec.kind in ("transposed", "embedding")
+
+    @property
+    def stores_maps(self) -> bool:
+        """Whether a stored row is a whole map, which makes several patterns."""
+        return False
+
+    @property
+    def row_width(self) -> int | None:
+        """How many numbers a stored row holds in key and output gradient; None: it depends on the size of a map."""
+        return (sum(self._widths) if self.spec.kind == "bilinear" else self.columns) + self.spec.out_features
 
     @property
     def keeps_shape(self) -> bool:
@@ -103,9 +114,7 @@ class LinearMap:
         """Keys [n, i] over all slots."""
         if rows.slot is None:
             return rows.key
-        wide = rows.key.new_zeros(len(rows), self.slots, self.columns)
-        wide[torch.arange(len(rows)), rows.slot.long()] = rows.key
-        return wide.flatten(1)
+        return spread(rows.key, rows.slot.long(), torch.arange(self.slots))
 
     @property
     def _widths(self) -> tuple[int, int]:
@@ -148,54 +157,71 @@ class Convolution(LinearMap):
         )
         self.mode = str(options["padding_mode"])
         self.dimensions = len(self.kernel)
+        self.channels = int(options["channels"])
         self.is_transpose = spec.kind == "conv_transpose"
 
+    @property
+    def stores_maps(self) -> bool:
+        return True
+
+    @property
+    def row_width(self) -> int | None:
+        return None
+
     def patterns(self, rows: Rows, most: int) -> Iterator[Rows]:
-        extent, begin, first = rows.extent, 0, rows.first
-        assert extent is not None
-        for size, count in zip(*torch.unique_consecutive(extent, dim=0, return_counts=True), strict=True):
-            places = int(size[self.dimensions :].prod()) * self.slots
-            step = max(1, most // places)
-            for start in range(begin, begin + int(count), step):
-                stop = min(begin + int(count), start + step)
-                yield replace(self._unfolded(rows.part(start, stop), size.tolist()), first=first)
-                first += (stop - start) * places
-            begin += int(count)
+        first = rows.first
+        for part, x, grad, places in self._maps(rows, most):
+            count, each = len(part), math.prod(places) * self.slots
+            yield Rows(
+                self.unfold(x, places).reshape(count * each, -1),
+                grad.permute(0, 3, 1, 2).reshape(count * each, -1),
+                part.step.repeat_interleave(each),
+                part.sample.repeat_interleave(each),
+                torch.arange(each // self.slots).repeat_interleave(self.slots).repeat(count),
+                {name: values.repeat_interleave(each) for name, values in part.columns.items()},
+                first,
+                slot=torch.arange(self.slots).repeat(count * each // self.slots) if self.slots > 1 else None,
+            )
+            first += count * each
 
     def counts(self, rows: Rows) -> Tensor | None:
         assert rows.extent is not None
         return rows.extent[:, self.dimensions :].prod(1) * self.slots
 
     def some(self, rows: Rows, slot: int, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        d, k = self.dimensions, math.prod(self.kernel)
-        channels, entry = torch.unique(inputs // k), inputs % k
-        place = torch.searchsorted(channels, inputs // k) * k + entry
-        first = slot * int(self.spec.options["channels"]) // self.slots
-        found = []
-        assert rows.extent is not None
-        for x, grad, size in self._images(rows):
-            x = x.index_select(1, first + channels)
-            seen = self.unfold(x, size[d:], slots=1).flatten(0, 2)
-            grad = grad.reshape(len(x), self.slots, self.spec.out_features, -1)[:, slot].index_select(1, outputs)
-            found.append((grad.permute(0, 2, 1).flatten(0, 1), seen.index_select(1, place)))
-        return torch.cat([grad for grad, _ in found]), torch.cat([key for _, key in found])
+        k = math.prod(self.kernel)
+        channels = torch.unique(inputs // k)
+        place = torch.searchsorted(channels, inputs // k) * k + inputs % k
+        first = slot * self.channels // self.slots
+        grads, keys = [rows.output_grad.new_zeros(0, len(outputs))], [rows.key.new_zeros(0, len(inputs))]
+        for _, x, grad, places in self._maps(rows):
+            seen = self.unfold(x.index_select(1, first + channels), places, slots=1).flatten(0, 2)
+            keys.append(seen.index_select(1, place))
+            grads.append(grad[:, slot].index_select(1, outputs).permute(0, 2, 1).flatten(0, 1))
+        return torch.cat(grads), torch.cat(keys)
 
     def grid_inputs(self, count: int, generator: torch.Generator) -> Tensor:
         k = math.prod(self.kernel)  # few channels, of which many entries: maps are taken apart by channel
         channels = torch.randperm(self.columns // k, generator=generator)[: max(1, count // k)].sort().values
         return (channels[:, None] * k + torch.arange(k)).reshape(-1)[:count]
 
-    def _images(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-        """Stored rows as input maps [n, channels, …] and output gradients [n, o · s, …], by their extents."""
-        d, begin = self.dimensions, 0
+    def _maps(self, rows: Rows, most: int = sys.maxsize) -> Iterator[tuple[Rows, Tensor, Tensor, list[int]]]:
+        """Stored rows of one extent, of up to about ``most`` patterns, as maps.
+
+        Input maps [n, channels, …], output gradients [n, s, o, p] and the sizes of the output map.
+        """
         assert rows.extent is not None
-        for size, count in zip(*torch.unique_consecutive(rows.extent, dim=0, return_counts=True), strict=True):
-            extent, part = size.tolist(), rows.part(begin, begin + int(count))
-            channels, outputs = int(self.spec.options["channels"]), self.spec.out_features * self.slots
-            x = part.key[:, : channels * math.prod(extent[:d])].reshape(len(part), channels, *extent[:d])
-            grad = part.output_grad[:, : outputs * math.prod(extent[d:])].reshape(len(part), outputs, *extent[d:])
-            yield x, grad, extent
-            begin += int(count)
+        d, begin = self.dimensions, 0
+        for extent, count in zip(*torch.unique_consecutive(rows.extent, dim=0, return_counts=True), strict=True):
+            size, places = extent[:d].tolist(), extent[d:].tolist()
+            inputs, outputs = self.channels * math.prod(size), self.spec.out_features * self.slots * math.prod(places)
+            step, end = max(1, most // (math.prod(places) * self.slots)), begin + int(count)
+            for start in range(begin, end, step):
+                part = rows.part(start, min(end, start + step))
+                x = part.key[:, :inputs].reshape(len(part), self.channels, *size)
+                grad = part.output_grad[:, :outputs].reshape(len(part), self.slots, self.spec.out_features, -1)
+                yield part, x, grad, places
+            begin = end
 
     def unfold(self, x: Tensor, places: Sequence[int], slots: int | None = None) -> Tensor:
         """Input maps [n, channels, …] as what the kernel sees at every one of the output's places [n, p, s, c]."""
@@ -209,26 +235,6 @@ class Convolution(LinearMap):
             x = x.unfold(2 + k, self.dilation[k] * (self.kernel[k] - 1) + 1, stride[k])[..., :: self.dilation[k]]
         x = x.reshape(x.shape[0], slots or self.slots, -1, math.prod(places), math.prod(self.kernel))
         return x.permute(0, 3, 1, 2, 4).flatten(3)
-
-    def _unfolded(self, rows: Rows, extent: Sequence[int]) -> Rows:
-        d = self.dimensions
-        size, places = extent[:d], math.prod(extent[d:])
-        count, channels = len(rows), int(self.spec.options["channels"])
-        x = rows.key[:, : channels * math.prod(size)].reshape(count, channels, *size)
-        x = self.unfold(x, extent[d:])
-        wide = self.spec.out_features * self.slots * places
-        grad = rows.output_grad[:, :wide].reshape(count, self.slots, self.spec.out_features, places)
-        grad = grad.permute(0, 3, 1, 2)  # [n, p, s, o]
-        each = places * self.slots
-        return Rows(
-            x.reshape(count * each, -1),
-            grad.reshape(count * each, -1),
-            rows.step.repeat_interleave(each),
-            rows.sample.repeat_interleave(each),
-            torch.arange(places).repeat_interleave(self.slots).repeat(count),
-            {name: values.repeat_interleave(each) for name, values in rows.columns.items()},
-            slot=torch.arange(self.slots).repeat(count * places) if self.slots > 1 else None,
-        )
 
     def _with_zeros_between(self, x: Tensor, places: Sequence[int]) -> Tensor:
         """The input as an ordinary convolution with the mirrored kernel sees it; output padding adds to its end."""
@@ -256,6 +262,15 @@ class Convolution(LinearMap):
             return blocks.reshape(tuple(shape))
         split = blocks.reshape(self.slots, self.spec.out_features, -1, math.prod(self.kernel)).transpose(1, 2)
         return split.reshape(tuple(shape)).flip(tuple(range(2, len(shape))))
+
+
+def spread(key: Tensor, slot: Tensor, chosen: Tensor) -> Tensor:
+    """Keys [n, c] of which only ``chosen`` slots (ascending) count, as [n, chosen · c]."""
+    place = torch.searchsorted(chosen, slot.clamp(min=0)).clamp(max=len(chosen) - 1)
+    wide = key.new_zeros(len(key), len(chosen), key.shape[1])
+    there = (chosen[place] == slot).nonzero().squeeze(1)
+    wide[there, place[there]] = key[there]
+    return wide.flatten(1)
 
 
 def _outer(key: Tensor, widths: tuple[int, int]) -> Tensor:

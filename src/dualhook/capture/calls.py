@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualhook.maps import map_of
 from dualhook.records import NO_SAMPLE, Batch, LayerSpec, Rows
 
 __all__ = ["Call", "Places", "as_rows", "call_input", "is_sequence_first", "module_call", "nonzero_rows"]
@@ -109,7 +110,7 @@ def as_rows(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | Non
 
     Rows that add nothing to any weight, because their output gradient is exactly zero, are left out unless ``every``.
     """
-    if "kernel" in spec.options:
+    if map_of(spec).stores_maps:
         rows = _maps(spec, call, output_grad, batch)
     else:
         rows = _vectors(spec, call, output_grad, batch)

@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dualhook.maps import spread
 from dualhook.optimizers import Side
 from dualhook.query.parts import ReplayShare
-from dualhook.query.slots import spread
 from dualhook.records import Rows
 
 __all__ = ["BlockScores", "ReplayQuestion", "ReplayScores", "RowScores"]

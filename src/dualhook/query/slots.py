@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dualhook.records import Rows
 
-__all__ = ["answered", "bias_gradient", "constants", "gradient", "met", "products", "spread"]
+__all__ = ["answered", "bias_gradient", "constants", "gradient", "met", "products"]
 
 
 def products(query: Tensor, slot: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -74,15 +74,6 @@ def answered(query: Tensor, slot: Tensor | None, matrix: Tensor) -> Tensor:
     columns = _columns(slot.flatten(), query.shape[-1])
     flat = [matrix[:, own] @ q for own, q in zip(columns, query.flatten(0, 1), strict=True)]
     return torch.stack(flat).reshape(*query.shape[:2], -1)
-
-
-def spread(key: Tensor, slot: Tensor, chosen: Tensor) -> Tensor:
-    """Keys [n, c] of which only ``chosen`` slots (ascending) count, as [n, chosen · c]."""
-    place = torch.searchsorted(chosen, slot.clamp(min=0)).clamp(max=len(chosen) - 1)
-    wide = key.new_zeros(len(key), len(chosen), key.shape[1])
-    there = (chosen[place] == slot).nonzero().squeeze(1)
-    wide[there, place[there]] = key[there]
-    return wide.flatten(1)
 
 
 def _columns(slots: Tensor, width: int) -> Iterator[slice]:

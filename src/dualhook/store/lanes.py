@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualhook.records import FIELDS, Rows
+from dualhook.records import FIELDS, LayerSpec, Rows
 from dualhook.store.layout import open_tensors, tensor_names
+from dualhook.store.streams import Stored
 
 __all__ = ["Lanes", "Segment", "absent"]
 
@@ -55,22 +56,13 @@ class Segment:
         steps = open_tensors(self.path).get_tensor(f"rows/{layer}/step")
         return int(torch.searchsorted(steps, last_step, right=True))
 
-    def rows(self, layer: str, first_step: int, last_step: int) -> Rows | None:
-        """The layer's patterns of these steps, memory-mapped and numbered within the process; None if there are none.
-
-        The steps of a segment's rows only rise.
-        """
-        if not self.count(layer) or self.first_step > last_step or self.last_step < first_step:
+    def stored(self, spec: LayerSpec) -> Stored | None:
+        """The layer's rows, memory-mapped; None if there are none."""
+        if not self.count(spec.name):
             return None
-        file = open_tensors(self.path)
-        prefix = f"rows/{layer}/"
-        tensors = {n.removeprefix(prefix): file.get_tensor(n) for n in tensor_names(file) if n.startswith(prefix)}
-        columns = {n.removeprefix("column/"): values for n, values in tensors.items() if n.startswith("column/")}
-        key, output_grad, step, sample, position = (tensors[name] for name in FIELDS)
-        found = Rows(key, output_grad, step, sample, position, columns, int(self.header["rows"][layer]["first"]))
-        begin = int(torch.searchsorted(step, first_step)) if self.first_step < first_step else 0
-        end = int(torch.searchsorted(step, last_step, right=True)) if self.last_step > last_step else len(found)
-        return found.part(begin, end) if begin < end else None
+        file, prefix = open_tensors(self.path), f"rows/{spec.name}/"
+        names = [name for name in tensor_names(file) if name.startswith(prefix)]
+        return Stored(spec, {name.removeprefix(prefix): file.get_tensor(name) for name in names})
 
 
 class Lanes:
@@ -81,19 +73,16 @@ class Lanes:
         self.last_step = min(max((segment.last_step for segment in lane), default=first_step) for lane in self._lanes)
         """The newest step that every process has on disk."""
 
-    def blocks(self, layer: str, first_step: int, last_step: int) -> Iterator[Rows]:
-        """The layer's patterns of these steps, a few segments at a time."""
-        if len(self._lanes) == 1:
-            mapped = (segment.rows(layer, first_step, last_step) for segment in self._lanes[0])
-            yield from (part for part in mapped if part is not None)
-            return
+    def blocks(self, spec: LayerSpec, first_step: int, last_step: int) -> Iterator[Rows]:
+        """The patterns of a linear layer in these steps, a few segments at a time."""
         last_step = min(last_step, self.last_step)
         ends = {segment.last_step for lane in self._lanes for segment in lane}
         edges = [first_step - 1, *sorted(end for end in ends if first_step <= end < last_step), last_step]
-        first = sum(segment.count(layer, first_step - 1) for lane in self._lanes for segment in lane)
+        first = sum(segment.count(spec.name, first_step - 1) for lane in self._lanes for segment in lane)
         for before, end in pairwise(edges):
-            found = (segment.rows(layer, before + 1, end) for lane in self._lanes for segment in lane)
-            parts = [part for part in found if part is not None]
+            found = (segment.stored(spec) for lane in self._lanes for segment in lane)
+            cut = (stored.rows(*stored.between(before + 1, end)) for stored in found if stored is not None)
+            parts = [part for part in cut if len(part)]
             if parts:
                 merged = _merged(parts, first)
                 first += len(merged)

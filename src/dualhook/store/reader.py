@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualhook.maps import map_of
 from dualhook.records import INEXACT, VALUE, FactorVectors, History, LayerSpec, OriginPart, Rows
 from dualhook.store.lanes import Lanes, Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
@@ -19,7 +20,6 @@ from dualhook.store.streams import Stored, patterns_of
 
 __all__ = ["Store"]
 
-MAPS = ("conv", "conv_transpose")  # kinds whose stored rows make several patterns
 LEDGER = ("ledger/entry", "ledger/measured", "ledger/hyper")
 
 
@@ -154,7 +154,7 @@ class Store:
         """The patterns of every segment."""
         if layer not in self._counted:
             uses = self.uses(layer)
-            if len(uses) == 1 and uses[0].kind not in MAPS:
+            if len(uses) == 1 and not map_of(uses[0]).stores_maps:
                 self._counted[layer] = [segment.count(layer, self.last_step) for segment in self.segments]
             else:
                 stored = (self._stored(segment, uses) for segment in self.segments)
@@ -163,19 +163,14 @@ class Store:
 
     def _first_number(self, layer: str, uses: Sequence[LayerSpec]) -> int:
         """The number of the first pattern that is left; folded ones keep theirs, where a stored row is a pattern."""
-        if len(uses) > 1 or uses[0].kind in MAPS:
+        if len(uses) > 1 or map_of(uses[0]).stores_maps:
             return 0
         return next((int(s.header["rows"][layer]["first"]) for s in self.segments if s.count(layer)), 0)
 
     def _stored(self, segment: Segment, uses: Sequence[LayerSpec]) -> list[Stored]:
         """The rows of some uses in a segment."""
-        file, found = open_tensors(segment.path), []
-        for spec in uses:
-            if segment.count(spec.name):
-                prefix = f"rows/{spec.name}/"
-                names = [name for name in tensor_names(file) if name.startswith(prefix)]
-                found.append(Stored(spec, {name.removeprefix(prefix): file.get_tensor(name) for name in names}))
-        return found
+        found = (segment.stored(spec) for spec in uses)
+        return [stored for stored in found if stored is not None]
 
     def origin(self, parameter: str) -> OriginPart:
         """Where the recording of a parameter begins."""
@@ -200,7 +195,7 @@ class Store:
     def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
         """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""
         if self.manifest.ranks > 1:
-            yield from self._of_all_processes(layer, first_step, last_step, block_rows)
+            yield from self._of_all_processes(self._by_name[layer], first_step, last_step, block_rows)
             return
         uses, asked = self.uses(layer), self._by_name[layer]
         number = self._first_number(layer, uses)
@@ -213,9 +208,9 @@ class Store:
                     self.on_rows(len(rows))
             number += count
 
-    def _of_all_processes(self, layer: str, first_step: int, last_step: int, block_rows: int) -> Iterator[Rows]:
+    def _of_all_processes(self, spec: LayerSpec, first_step: int, last_step: int, block_rows: int) -> Iterator[Rows]:
         """The patterns of a linear layer that several processes have trained together."""
-        for rows in self._lanes.blocks(layer, first_step, last_step):
+        for rows in self._lanes.blocks(spec, first_step, last_step):
             for start in range(0, len(rows), block_rows):
                 block = rows.part(start, min(len(rows), start + block_rows))
                 yield block
