@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dualhook.records import LayerSpec, Rows
 
-__all__ = ["LinearMap", "map_of", "spread"]
+__all__ = ["LinearMap", "gradient", "map_of", "spread"]
 
 
 class LinearMap:
@@ -61,6 +61,8 @@ class LinearMap:
         """A tensor of the shape of the parameter ``name`` as a matrix [o, i]; a bias as [o], or [o, slots]."""
         if name != self.spec.weight:
             return values if self.slots == 1 else values.reshape(self.slots, -1).T
+        if self.keeps_shape:
+            return values
         blocks = self._blocks(values)
         return blocks[0] if self.slots == 1 else blocks.permute(1, 0, 2).reshape(blocks.shape[1], -1)
 
@@ -271,6 +273,21 @@ def spread(key: Tensor, slot: Tensor, chosen: Tensor) -> Tensor:
     there = (chosen[place] == slot).nonzero().squeeze(1)
     wide[there, place[there]] = key[there]
     return wide.flatten(1)
+
+
+def gradient(values: Tensor, key: Tensor, slot: Tensor | None, columns: int) -> Tensor:
+    """``valuesᵀ key`` [o, columns] for values [n, o] and keys in their slots."""
+    if slot is None:
+        return values.T @ key
+    width = key.shape[1]
+    found = values.new_zeros(columns // width, values.shape[1], width)
+    if width == 1:
+        found.squeeze(2).index_add_(0, slot.long(), values * key)
+    else:
+        for one in torch.unique(slot).tolist():
+            own = (slot == one).nonzero().squeeze(1)
+            found[one] = values[own].T @ key[own]
+    return found.permute(1, 0, 2).reshape(values.shape[1], columns)
 
 
 def _outer(key: Tensor, widths: tuple[int, int]) -> Tensor:

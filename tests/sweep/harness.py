@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import dualhook
-from dualhook.maps import map_of
+from dualhook.maps import gradient, map_of
 from dualhook.query import slots
 from dualhook.table import Table
 
@@ -118,8 +118,8 @@ def assert_truthful(model: nn.Module, run: Trained, coverage: Table, memory: dua
     rebuilt: set[str] = set()
     for layer in memory.layers:
         for step, found in rebuilt_gradients(memory, layer):
-            for name, (gradient, size) in found.items():
-                assert_gradient(name, step, gradient, size, run.gradients[step - 1][name])
+            for name, (rebuilt_one, size) in found.items():
+                assert_gradient(name, step, rebuilt_one, size, run.gradients[step - 1][name])
                 rebuilt.add(name)
     for row in coverage:
         name = row["parameter"]
@@ -166,7 +166,7 @@ def rebuilt_gradients(
         for rows in memory._store.blocks(layer, first_step=step, last_step=step, block_rows=2**16):
             key, d = rows.key.double(), rows.output_grad.double()
             signed, absolute = (
-                slots.gradient(*both, rows.slot, spec.in_features) for both in ((d, key), (d.abs(), key.abs()))
+                gradient(*both, rows.slot, spec.in_features) for both in ((d, key), (d.abs(), key.abs()))
             )
             parts = {spec.weight: [signed, absolute]}
             if spec.bias is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dualhook.capture.sharded import local, rows_at, spread
-from dualhook.maps import map_of
+from dualhook.maps import gradient, map_of
 from dualhook.records import LayerSpec, Rows
 
 __all__ = ["LayerProbe", "Measurement", "fit_scales"]
@@ -105,74 +105,9 @@ class LayerProbe:
         """
         if rows is None or not len(rows):
             return self.without_rows(gradients)
-        slot = self._map.busiest_slot(rows)
-        outputs, inputs = self._outputs, self._inputs
-        d, x = map(_numpy, self._map.some(rows, slot, outputs, inputs))
-        absolute = abs(d).T @ abs(x)
-        if not absolute.any() and rows.extent is None:  # a dead corner: look where this step's rows are largest
-            every = self._map.some(rows, slot, *(torch.arange(n) for n in (self.spec.out_features, self._map.columns)))
-            outputs = every[0].abs().sum(0).topk(len(outputs)).indices
-            inputs = every[1].abs().sum(0).topk(len(inputs)).indices
-            d, x = map(_numpy, self._map.some(rows, slot, outputs, inputs))
-            absolute = abs(d).T @ abs(x)
-        one = self._constants(rows, slot, len(d))
-        sums = self._sums({name: gradients[name] for name in gradients}, rows) if whole else {}
-        found = {}
-        for name, gradient in gradients.items():
-            is_weight = name == self.spec.weight
-            seen = self._map.matrix(name, gradient.detach()).index_select(0, outputs.to(gradient.device))
-            if is_weight:
-                seen = seen.index_select(1, (slot * self._map.columns + inputs).to(gradient.device))
-            elif seen.dim() == 2:
-                seen = seen[:, slot]
-            found[name] = Measurement(
-                _numpy(seen),
-                d.T @ x if is_weight else d.T @ one,
-                absolute if is_weight else abs(d).T @ one,
-                _coarser(rows.output_grad.dtype, gradient.dtype),
-                sums.get(name),
-            )
-        return found
-
-    def _constants(self, rows: Rows, slot: int, count: int) -> Array:
-        """The bias's component of the keys that fill a slot [n]."""
-        return np.ones(count) if rows.constant is None else _numpy(rows.constant)
-
-    def _sums(self, gradients: Mapping[str, Tensor], rows: Rows) -> dict[str, Measurement]:
-        """Every output's sum over all inputs, with random signs."""
-        slots, dtype = self.spec.slots, torch.promote_types(rows.output_grad.dtype, torch.float32)
-        weight, size, ones, bias = (torch.zeros(self.spec.out_features, slots, dtype=torch.float64) for _ in range(4))
-        signs = self._signs.reshape(slots, -1).to(dtype)
-        for part in self._map.patterns(rows, BLOCK_ROWS):
-            d, x = part.output_grad.to(dtype), part.key.to(dtype)
-            slot = torch.zeros(len(part), dtype=torch.int64) if part.slot is None else part.slot.long()
-            flat = signs.reshape(-1) if part.slot is None else signs[slot]
-            constant = torch.ones(len(part), dtype=dtype) if part.constant is None else part.constant.to(dtype)
-            for total, values in (
-                (weight, d * (x * flat).sum(1, keepdim=True)),
-                (size, d.abs() * x.abs().sum(1, keepdim=True)),
-                (bias, d * constant[:, None]),
-                (ones, d.abs() * constant[:, None]),
-            ):
-                if slots == 1 or part.slot is None:
-                    total[:, 0] += values.sum(0)
-                else:
-                    total.index_add_(1, slot, values.T.double())
-        found = {}
-        for name, gradient in gradients.items():
-            matrix, own = self._map.matrix(name, gradient.detach()), _coarser(rows.output_grad.dtype, gradient.dtype)
-            if name == self.spec.weight:
-                whole = rows.slot is None and rows.extent is None  # keys of tied uses are whole
-                sums = matrix.to(dtype) * signs.reshape(-1).to(matrix.device)
-                sums = sums.reshape(len(matrix), slots, -1).sum(2)
-                sums = sums.sum(1, keepdim=True) if whole else sums
-                pair = (weight[:, :1], size[:, :1]) if whole else (weight, size)
-            else:
-                # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
-                sums, pair = matrix.clone().reshape(len(matrix), -1), (bias, ones)
-            seen, rebuilt, absolute = (_numpy(part.squeeze(1)) for part in (sums, *pair))
-            found[name] = Measurement(seen, rebuilt, absolute, own)
-        return found
+        found = self.at(None, gradients, rows, whole=whole)
+        places = self.largest(*self.sizes(rows)) if self.is_dead(found) else None
+        return found if places is None else self.at(places, gradients, rows, whole=whole)
 
     def at(
         self,
@@ -183,19 +118,20 @@ class LayerProbe:
         whole: bool,
     ) -> dict[str, Measurement]:
         """The same at these outputs and inputs, or at the usual ones; of sharded gradients what is in this process."""
-        outputs, inputs = places or (self._outputs, self._inputs)
-        d, x = _gather(rows.output_grad, outputs), _gather(rows.key, inputs)
+        slot, (outputs, inputs) = self._map.busiest_slot(rows), places or (self._outputs, self._inputs)
+        d, x = map(_numpy, self._map.some(rows, slot, outputs, inputs))
+        one = np.ones(len(d)) if rows.constant is None else _numpy(rows.constant)
+        sums = self._sums(gradients, rows) if whole else {}
         found = {}
-        for name, gradient in gradients.items():
-            is_weight = name == self.spec.weight
-            seen = rows_at(gradient, outputs)
-            found[name] = Measurement(
-                _numpy(seen.index_select(1, inputs.to(seen.device)) if is_weight else seen),
-                d.T @ x if is_weight else d.sum(axis=0),
-                abs(d).T @ abs(x) if is_weight else abs(d).sum(axis=0),
-                _coarser(rows.output_grad.dtype, gradient.dtype),
-                self._plain_sums(gradient, rows, is_weight) if whole else None,
-            )
+        for name, own in gradients.items():
+            is_weight, seen = name == self.spec.weight, rows_at(self._map.matrix(name, own), outputs)
+            if is_weight:
+                seen = seen.index_select(1, (slot * self._map.columns + inputs).to(seen.device))
+            elif seen.dim() == 2:
+                seen = seen[:, slot]
+            keys = x if is_weight else one
+            dtype = _coarser(rows.output_grad.dtype, own.dtype)
+            found[name] = Measurement(_numpy(seen), d.T @ keys, abs(d).T @ abs(keys), dtype, sums.get(name))
         return found
 
     @staticmethod
@@ -204,8 +140,10 @@ class LayerProbe:
         return not all(one.absolute.any() for one in found.values())
 
     def sizes(self, rows: Rows) -> tuple[Array, Array]:
-        """How large the rows are in every output [o] and input [i]."""
-        return _numpy(rows.output_grad.abs().sum(0)), _numpy(rows.key.abs().sum(0))
+        """How large the rows are in every output [o], and in every column of the busiest slot [c]."""
+        every = torch.arange(self.spec.out_features), torch.arange(self._map.columns)
+        d, x = self._map.some(rows, self._map.busiest_slot(rows), *every)
+        return _numpy(d.abs().sum(0)), _numpy(x.abs().sum(0))
 
     def largest(self, outputs: Array, inputs: Array) -> tuple[Tensor, Tensor] | None:
         """Where rows of these sizes are largest; None where there are none."""
@@ -223,22 +161,45 @@ class LayerProbe:
     def without_rows(self, gradients: Mapping[str, Tensor]) -> dict[str, Measurement]:
         """Gradients that no rows stand against: is there anything to explain?"""
         found = {}
-        for name, gradient in gradients.items():
-            held = local(gradient).abs()
+        for name, own in gradients.items():
+            held = local(own).abs()
             largest = _numpy(held.max().reshape(1)) if held.numel() else np.zeros(1)
-            found[name] = Measurement(largest, np.zeros(1), np.zeros(1), gradient.dtype)
+            found[name] = Measurement(largest, np.zeros(1), np.zeros(1), own.dtype)
         return found
 
-    def _plain_sums(self, gradient: Tensor, rows: Rows, is_weight: bool) -> Measurement:
-        """The sums of plain rows, of what this process holds of a gradient."""
-        d, x, held = rows.output_grad, rows.key, local(gradient)
-        signs = self._signs.to(x)
-        # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
-        seen = spread(held @ self._signs.to(held) if is_weight else held.clone(), gradient)
-        signed = x @ signs if is_weight else torch.ones_like(d[:, 0])
-        size = x.abs().sum(1) if is_weight else signed
-        dtype = _coarser(d.dtype, gradient.dtype)
-        return Measurement(_numpy(seen), _numpy(d.T @ signed), _numpy(d.abs().T @ size), dtype)
+    def _sums(self, gradients: Mapping[str, Tensor], rows: Rows) -> dict[str, Measurement]:
+        """Every output's sum over all inputs of every slot, with random signs."""
+        slots, dtype = self.spec.slots, torch.promote_types(rows.output_grad.dtype, torch.float32)
+        whole = rows.slot is None and rows.extent is None  # keys over all slots at once: one sum
+        weight, size, bias, ones = (
+            torch.zeros(self.spec.out_features, 1 if whole else slots, dtype=torch.float64) for _ in range(4)
+        )
+        signs = self._signs.reshape(1 if whole else slots, -1).to(dtype)
+        for part in self._map.patterns(rows, BLOCK_ROWS):
+            d, x = part.output_grad.to(dtype), part.key.to(dtype)
+            slot = torch.zeros(len(part), dtype=torch.int64) if part.slot is None else part.slot.long()
+            constant = torch.ones(len(part), dtype=dtype) if part.constant is None else part.constant.to(dtype)
+            signed = x @ signs[0] if len(signs) == 1 else (x * signs[slot]).sum(1)
+            for total, values, factor in (
+                (weight, d, signed),
+                (size, d.abs(), x.abs().sum(1)),
+                (bias, d, constant),
+                (ones, d.abs(), constant),
+            ):
+                total += gradient(values, factor[:, None], slot, total.shape[1])
+        found = {}
+        for name, own in gradients.items():
+            matrix, is_weight = local(self._map.matrix(name, own)), name == self.spec.weight
+            if is_weight:
+                sums = (
+                    (matrix.to(dtype) * signs.reshape(-1).to(matrix.device)).reshape(len(matrix), *signs.shape).sum(2)
+                )
+            else:  # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
+                sums = matrix.clone() if matrix.dim() == 2 else matrix.clone()[:, None]
+            pair = (weight, size) if is_weight else (bias, ones)
+            seen, rebuilt, absolute = (_numpy(part.squeeze(1)) for part in (spread(sums, own), *pair))
+            found[name] = Measurement(seen, rebuilt, absolute, _coarser(rows.output_grad.dtype, own.dtype))
+        return found
 
 
 def fit_scales(measurements: Sequence[Measurement]) -> list[Fit]:
@@ -289,10 +250,6 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return max(a, b, key=lambda dtype: TOLERANCE.get(dtype, 1e-2))
-
-
-def _gather(values: Tensor, index: Tensor) -> Array:
-    return _numpy(values.index_select(1, index.to(values.device)))
 
 
 def _numpy(values: Tensor) -> Array:

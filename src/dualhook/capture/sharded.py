@@ -66,11 +66,11 @@ def rows_at(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
-    """One value [m] per row that this process holds of ``like`` [n, …], as [n]; zero for the others."""
+    """Values [m, …], one per row that this process holds of ``like`` [n, …], as [n, …]; zero for the others."""
     if not is_sharded(like):
         return values
     first = _first_row(like)
-    found = values.new_zeros(like.shape[0])
+    found = values.new_zeros(like.shape[0], *values.shape[1:])
     found[first : first + len(values)] = values
     return found
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dualhook.maps import gradient
 from dualhook.optimizers import Adjoint, LinearStep, ParameterState, Side, advance, apply, pass_by
 from dualhook.query.parts import ReplayShare, StepTaken, Synchronization, Totals
 from dualhook.query.scoring import RowScores
-from dualhook.query.slots import bias_gradient, gradient
+from dualhook.query.slots import bias_gradient
 from dualhook.records import SLOW, Rows
 
 __all__ = ["Block", "Place", "Shelf", "StepRows", "joined"]

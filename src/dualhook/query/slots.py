@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dualhook.maps import gradient
 from dualhook.records import Rows
 
-__all__ = ["answered", "bias_gradient", "constants", "gradient", "met", "products"]
+__all__ = ["answered", "bias_gradient", "constants", "met", "products"]
 
 
 def products(query: Tensor, slot: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -40,21 +41,6 @@ def met(rows: Rows, vectors: Tensor) -> Tensor:
         return vectors
     blocks = vectors.reshape(len(rows), -1, rows.key.shape[1])
     return blocks[torch.arange(len(rows)), rows.slot]
-
-
-def gradient(values: Tensor, key: Tensor, slot: Tensor | None, columns: int) -> Tensor:
-    """``valuesᵀ key`` [o, columns] for values [n, o] and keys in their slots."""
-    if slot is None:
-        return values.T @ key
-    width = key.shape[1]
-    found = values.new_zeros(columns // width, values.shape[1], width)
-    if width == 1:
-        found.squeeze(2).index_add_(0, slot.long(), values * key)
-    else:
-        for one in torch.unique(slot).tolist():
-            own = (slot == one).nonzero().squeeze(1)
-            found[one] = values[own].T @ key[own]
-    return found.permute(1, 0, 2).reshape(values.shape[1], columns)
 
 
 def bias_gradient(values: Tensor, rows: Rows, slots: int) -> Tensor:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from dualhook.maps import gradient
 from dualhook.query.parts import Composition
 from dualhook.query.replay import Replay
-from dualhook.query.slots import bias_gradient, gradient, met
+from dualhook.query.slots import bias_gradient, met
 from dualhook.query.streaming import BLOCK_ROWS
 from dualhook.records import Rows, RowSource
 
