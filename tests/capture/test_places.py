@@ -172,3 +172,21 @@ def test_uses_that_no_tap_sees_are_left_out_by_name():
     memory = recorder.close()
     assert memory.layers == ["used"]
     assert memory.verify()["exact"].all()
+
+
+def test_uses_that_no_tap_sees_are_left_out_where_a_closure_makes_the_first_pass():
+    model = WeightNorm()
+    recorder = dualhook.instrument(model, layers="all", verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.randn(B, T, WIDTH)).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    memory = recorder.close()
+    assert memory.layers == ["used"]
+    assert memory.verify()["exact"].all()

@@ -266,7 +266,7 @@ def test_only_biases_train(model):
 
 
 def test_backbone_with_gradients_that_no_optimiser_steps(model, monkeypatch):
-    monkeypatch.setattr("dualhook.recorder.steps.WAITING_BYTES", 0)
+    monkeypatch.setattr("dualhook.recorder.pending.WAITING_BYTES", 0)
     recorder, optimizer = recorded(model), torch.optim.SGD(model[2].parameters(), lr=0.1)
     for _ in range(40):
         step(model, optimizer)  # nobody zeroes the first layer's gradients
@@ -276,7 +276,7 @@ def test_backbone_with_gradients_that_no_optimiser_steps(model, monkeypatch):
 
 
 def test_backward_passes_that_no_optimiser_ever_uses(model, monkeypatch):
-    monkeypatch.setattr("dualhook.recorder.steps.PENDING_BYTES", 10_000)
+    monkeypatch.setattr("dualhook.recorder.pending.PENDING_BYTES", 10_000)
     recorder, optimizer = recorded(model), sgd(model)
     step(model, optimizer)
     with pytest.warns(UserWarning, match="dropped .* rows without an optimiser step"):

@@ -8,7 +8,7 @@ from dualhook.capture.compiled import forget_compiled_code
 from dualhook.capture.coverage import coverage_table
 from dualhook.capture.hooks import tapped
 from dualhook.capture.installing import install
-from dualhook.capture.intake import Intake
+from dualhook.capture.intake import Intake, Sink
 from dualhook.capture.kinds import ROOT, Tapped, linear_maps
 from dualhook.capture.loader import TrackedLoader, as_batch
 from dualhook.capture.observe import Observed, directions, observe
@@ -28,6 +28,7 @@ __all__ = [
     "Place",
     "RootHook",
     "Selection",
+    "Sink",
     "StepWatcher",
     "Tapped",
     "TrackedLoader",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from dualhook.capture.audit import Audit
 from dualhook.capture.kinds import Tapped, linear_maps
 from dualhook.errors import LayerError
 from dualhook.records import LayerSpec
@@ -31,6 +32,25 @@ class Selection:
     def specs(self) -> tuple[LayerSpec, ...]:
         """The recorded layers, each once, in the model's order."""
         return tuple({tapped.spec.name: tapped.spec for tapped in self.layers}.values())
+
+    def audited(self, audit: Audit, unseen: Mapping[str, str]) -> Selection:
+        """What is left to record once an audit knows the uses of parameters that no tap sees.
+
+        Layers of which the weight has such a use go, biases with one go alone, and so does what was thought to be a
+        further use of a weight and is none.
+        """
+        left, reasons = [], dict(self.reasons)
+        for tapped in self.layers:
+            spec = tapped.spec
+            if spec.weight in unseen:
+                reasons[spec.name] = f"used in {unseen[spec.weight]}, which no tap sees"
+            elif tapped.is_provisional and not audit.has_seen(spec.name):
+                continue
+            elif spec.bias in unseen:
+                left.append(replace(tapped, spec=replace(spec, bias=None), attributes=tapped.attributes[:1]))
+            else:
+                left.append(tapped)
+        return Selection(left, reasons)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -68,13 +88,8 @@ def select_layers(model: nn.Module, layers: LayerChoice | None) -> Selection:
     chosen = _chosen(usable, layers, reasons)
     weights = {usable[name].spec.weight for name in chosen}
     chosen = {name for name, tapped in usable.items() if tapped.spec.weight in weights}
-    reasons |= {
-        name: "not chosen by layers="
-        if layers is not None or tapped.is_default
-        else "recorded when asked for by layers="
-        for name, tapped in usable.items()
-        if name not in chosen
-    }
+    why = "recorded when asked for by layers=" if layers is None else "not chosen by layers="
+    reasons |= {name: why for name in usable if name not in chosen}
     return Selection(_shared([usable[name] for name in usable if name in chosen], reasons), reasons)
 
 

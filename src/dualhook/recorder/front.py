@@ -8,8 +8,7 @@ import shutil
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,24 +24,22 @@ from dualhook.capture import (
     StepWatcher,
     TrackedLoader,
     as_batch,
-    as_rows,
     coverage_table,
     forget_compiled_code,
     innermost,
     install,
-    observe,
     sequence_number,
 )
 from dualhook.errors import BudgetError, DualHookError, StoreError
-from dualhook.maps import map_of
 from dualhook.memory import DualMemory
-from dualhook.model import run_model
 from dualhook.optimizers import LOOKAHEAD, rule_for
+from dualhook.recorder.costs import estimate, human, row_sizes
 from dualhook.recorder.folding import folding_to
+from dualhook.recorder.notices import tell_of_latest
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.scope import BatchScope, TemporaryRoot
 from dualhook.recorder.steps import StepBook
-from dualhook.records import COORDINATES, Batch, LayerSpec, Rows
+from dualhook.records import Batch
 from dualhook.store import Layout, Manifest, Writer
 from dualhook.store.writer import SEGMENT_BYTES
 from dualhook.table import Table
@@ -105,7 +102,7 @@ class Recorder:
         for optimizer in optimizers:
             self._book.meet(innermost(optimizer))
         self._handles: list[RemovableHandle] = []
-        self._handles += install(model, [(intake.tapped, intake) for intake in self._book.intakes])
+        self._handles += install(model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
         self._is_audited = ranks.several  # what one process sees of a model, another one may not
         self._root = RootHook(self._begin_audit, self._end_audit).attach(model)
         forget_compiled_code()
@@ -185,10 +182,9 @@ class Recorder:
         rules: dict[str, str] = {}
         for parameter, name in self._book.trained_by.items():
             rule = rule_for(name)
-            synced = f", {LOOKAHEAD}" if self._book.watched[parameter].synchronized else ""
+            synced = f", {LOOKAHEAD}" if self._book.layers.watched[parameter].synchronized else ""
             rules[parameter] = f"{rule.name}{synced} ({rule.exactness.value})"
-        sizes = {spec.name: self._row_bytes(spec) for spec in self._selection.specs}
-        return coverage_table(self._model, self._selection, rules, sizes)
+        return coverage_table(self._model, self._selection, rules, row_sizes(self._model, self._selection, self._dtype))
 
     def estimate(self, inputs: Any) -> Table:
         """What one training step on ``inputs`` (a tensor, a tuple of arguments or a mapping) will write.
@@ -196,25 +192,7 @@ class Recorder:
         Runs the model once in evaluation mode; random state and gradients stay as they are. Columns layer, patterns
         (rows whose output gradient turns out zero will be dropped), bytes.
         """
-        devices = {parameter.device for parameter in self._model.parameters() if parameter.device.type == "cuda"}
-        with torch.random.fork_rng(devices), torch.enable_grad(), observe(self._model, self._selection.layers) as calls:
-            run_model(self._model, inputs)
-        rows: dict[str, int] = {}
-        sizes = []
-        for spec in self._selection.specs:
-            seen = [as_rows(spec, c.call, torch.zeros(c.shape), None, every=True) for c in calls[spec.name]]
-            counts = [map_of(spec).counts(one) for one in seen]
-            rows[spec.name] = sum(
-                len(one) if count is None else int(count.sum()) for one, count in zip(seen, counts, strict=True)
-            )
-            sizes.append(sum(self._bytes_of(spec, one) for one in seen))
-        return Table(
-            {"layer": list(rows), "patterns": list(rows.values()), "bytes": sizes},
-            title="one step",
-            footer=f"{_human(sum(sizes))} a step; the budget of {_human(self._budget)} holds "
-            f"{self._budget // max(sum(sizes), 1):,} steps",
-            bars=(("layer",), "bytes"),
-        )
+        return estimate(self._model, self._selection, inputs, dtype=self._dtype, budget=self._budget)
 
     def flush(self) -> None:
         """Put everything recorded so far on disk, so that ``dualhook.load`` sees it; for between two steps.
@@ -310,7 +288,7 @@ class Recorder:
             self._stop(f"{measuring.error} while writing to {self.path}: free the disk and record again")
         elif self._on_full != "fold" and measuring.recorded_bytes > self._budget:
             message = (
-                f"the memory at {self.path} has used its budget of {_human(self._budget)}: "
+                f"the memory at {self.path} has used its budget of {human(self._budget)}: "
                 "raise max_bytes=, choose fewer layers="
                 + ("" if self._ranks.several else ", or let on_full='fold' keep the newest patterns")
             )
@@ -324,8 +302,8 @@ class Recorder:
         size = max(1, self._writer.builder.nbytes * self._ranks.size)
         then = {"fold": "the oldest patterns fold into the origin", "stop": "recording stops", "error": "it raises"}
         print(
-            f"dualhook: recording {len(self._selection.specs)} layers, {_human(size)} a step; the budget of "
-            f"{_human(self._budget)} is reached after about {self._budget // size:,} steps, then "
+            f"dualhook: recording {len(self._selection.specs)} layers, {human(size)} a step; the budget of "
+            f"{human(self._budget)} is reached after about {self._budget // size:,} steps, then "
             f"{then[self._on_full]} (max_bytes=, layers= and dtype= change that)",
             file=sys.stderr,
         )
@@ -341,66 +319,25 @@ class Recorder:
 
     def _write_latest(self) -> None:
         values, changed = self._book.latest()
-        if changed:
-            warnings.warn(
-                f"{changed[0]!r}{f' and {len(changed) - 1} more were' if len(changed) > 1 else ' was'} changed after "
-                f"the last recorded step {self.steps} (load_state_dict?): the memory describes the weights as that "
-                "step left them; close the recorder before loading others, or give verify() a model",
-                UserWarning,
-                stacklevel=3,
-            )
-        if self._book.rows_seen and not self._book.stepped:
-            warnings.warn(
-                "rows were recorded, but no torch.optim.Optimizer was seen to step on a recorded parameter: the memory "
-                "is empty (weights updated by hand, or an optimiser that is not torch's?)",
-                UserWarning,
-                stacklevel=3,
-            )
         present = set(self._model.modules())
-        for tapped in self._selection.layers:
-            if tapped.module not in present:
-                warnings.warn(
-                    f"layer {tapped.spec.name!r} is no longer part of the model: what replaced it since instrument() "
-                    "is not recorded; change the model first, then instrument it",
-                    UserWarning,
-                    stacklevel=3,
-                )
+        gone = [tapped.spec.name for tapped in self._selection.layers if tapped.module not in present]
+        tell_of_latest(self.steps, changed, gone, is_empty=self._book.pending.seen and not self._book.stepped)
         self._writer.write_latest(self.steps, values)
 
     def _detach(self) -> None:
         for handle in [*self._handles, *self._root]:
             handle.remove()
-        for intake in self._book.intakes:
+        for intake in self._book.layers.intakes:
             intake.detach()
         self._watcher.close()
         self._book.recording = False
         atexit.unregister(self._at_exit)
 
-    def _row_bytes(self, spec: LayerSpec) -> int | None:
-        """Of one row; None for a convolution, where it depends on the size of its maps."""
-        if "kernel" in spec.options:
-            return None
-        width = sum(spec.options["widths"]) if "widths" in spec.options else spec.in_features // spec.slots
-        numbers = (width + spec.out_features) * self._row_dtype(spec).itemsize
-        return numbers + len(COORDINATES) * torch.int64.itemsize + (torch.int32.itemsize if spec.slots > 1 else 0)
-
-    def _row_dtype(self, spec: LayerSpec) -> torch.dtype:
-        return self._dtype or dict(self._model.named_parameters(remove_duplicate=False))[spec.weight].dtype
-
-    def _bytes_of(self, spec: LayerSpec, rows: Rows) -> int:
-        """Of some rows in the making."""
-        one = self._row_bytes(spec)
-        if one is not None:
-            return len(rows) * one
-        assert rows.extent is not None
-        numbers = (rows.key.numel() + rows.output_grad.numel()) * self._row_dtype(spec).itemsize
-        return numbers + len(rows) * len(COORDINATES) * torch.int64.itemsize + rows.extent.numel() * 8
-
     def _begin_audit(self, sizes: frozenset[int]) -> None:
         self._book.input_sizes = sizes
         if self._is_audited:
             return
-        if torch.is_grad_enabled() and self._book.recording and not self._book.rows_seen:
+        if torch.is_grad_enabled() and self._book.recording and not self._book.pending.seen:
             self._book.audit = Audit()
 
     def _end_audit(self, outputs: Any) -> None:
@@ -409,29 +346,12 @@ class Recorder:
         if audit is None:
             return
         self._is_audited = True
-        unseen = audit.unseen(outputs, self._book.parameters())
-        specs = self._selection.specs
-        biases = {spec.name for spec in specs if spec.bias in unseen and spec.weight not in unseen}
-        idle = {tapped.spec.name for tapped in self._selection.layers if tapped.is_provisional}
-        reasons = {layer: "" for layer in idle if not audit.has_seen(layer)}
-        for spec in specs:
-            if spec.weight in unseen:
-                reasons[spec.name] = f"used in {unseen[spec.weight]}, which no tap sees"
-        if biases or reasons:
-            self._leave_out(reasons, biases)
-
-    def _leave_out(self, reasons: Mapping[str, str], biases: Container[str]) -> None:
-        """Go on without some layers, and some layers' biases, before anything of them has been recorded."""
-        names = set(reasons)
-        left = [tapped for tapped in self._selection.layers if tapped.spec.name not in names]
-        left = [
-            replace(t, spec=replace(t.spec, bias=None), attributes=t.attributes[:1]) if t.spec.name in biases else t
-            for t in left
-        ]
-        said = {name: reason for name, reason in reasons.items() if reason}
-        self._selection = Selection(left, self._selection.reasons | said)
-        self._book.without_bias(biases)
-        self._book.leave_out(names)
+        unseen = audit.unseen(outputs, self._book.layers.parameters())
+        audited = self._selection.audited(audit, unseen)
+        if audited == self._selection:
+            return
+        self._selection = audited
+        self._book.narrow(audited)
         manifest = Manifest.read(self._layout)
         Manifest(self._selection.specs, manifest.versions, manifest.ranks).write(self._layout)
 
@@ -450,12 +370,3 @@ def _weakly(method: Callable[..., object]) -> Callable[..., None]:
             found(*args)
 
     return call
-
-
-def _human(size: int) -> str:
-    amount = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.3g} {unit}"
-        amount /= 1000
-    return f"{amount:.3g} TB"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 from dualhook.errors import InexactWarning
 from dualhook.records import Mark
 
-__all__ = ["Notices"]
+__all__ = ["Notices", "tell_of_latest"]
 
 FROM_HERE = "from this step on its memory is inexact, verify() shows by how much"
 
@@ -70,3 +71,27 @@ class Notices:
                 "missing",
                 f"step {step}: an optimiser stepped on {parameter!r} while recording was paused; {FROM_HERE}",
             )
+
+
+def tell_of_latest(step: int, changed: Sequence[str], gone: Sequence[str], *, is_empty: bool) -> None:
+    """Warn of what keeps the weights as they are now from being those after the last recorded ``step``."""
+    told = []
+    if changed:
+        more = f" and {len(changed) - 1} more were" if len(changed) > 1 else " was"
+        told.append(
+            f"{changed[0]!r}{more} changed after the last recorded step {step} (load_state_dict?): the memory "
+            "describes the weights as that step left them; close the recorder before loading others, or give verify() "
+            "a model"
+        )
+    if is_empty:
+        told.append(
+            "rows were recorded, but no torch.optim.Optimizer was seen to step on a recorded parameter: the memory is "
+            "empty (weights updated by hand, or an optimiser that is not torch's?)"
+        )
+    told += [
+        f"layer {layer!r} is no longer part of the model: what replaced it since instrument() is not recorded; change "
+        "the model first, then instrument it"
+        for layer in gone
+    ]
+    for text in told:
+        warnings.warn(text, UserWarning, stacklevel=4)

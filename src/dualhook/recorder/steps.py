@@ -10,32 +10,28 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from dualhook.capture import Audit, Intake, Measurement, Place, Selection, fit_scales, whole
+from dualhook.capture import Audit, Measurement, Selection, fit_scales, whole
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
+from dualhook.recorder.layers import Layers
 from dualhook.recorder.measuring import Measuring
 from dualhook.recorder.notices import Notices
+from dualhook.recorder.pending import PATIENCE, PENDING_BYTES, Pending
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.selfcheck import Prediction, is_due, predict
 from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
-from dualhook.recorder.staging import Staging
-from dualhook.recorder.uses import Uses
 from dualhook.recorder.watched import Watched, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LayerSpec, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
-from dualhook.store.writer import SEGMENT_BYTES
 
 __all__ = ["StepBook"]
 
-PATIENCE = 16  # steps for which accumulated rows wait at least for an optimiser that may never come
-WAITING_BYTES = SEGMENT_BYTES  # of rows that have waited so long
-PENDING_BYTES = 2**31  # of all rows that no step has used yet
 WHOLE_EVERY = 8  # steps between two looks at the whole gradient; the first few have one each
 
 
@@ -83,110 +79,52 @@ class StepBook:
         self.batch_since = 0
         self.trained_by: dict[str, str] = {}
         """The class of the optimiser that holds each parameter, as far as it has been seen."""
-        self._dtype = dtype
+        self.pending = Pending(writer, ranks, dtype)
         self._on_step = on_step
-        self._intakes: dict[str, list[Intake]] = {}
-        for tapped in selection.layers:
-            self._intakes.setdefault(tapped.spec.name, []).append(Intake(tapped, self))
+        self.layers = Layers(selection, self)
+        self.measuring = Measuring(ranks, writer, self.layers.primary)
         self.audit: Audit | None = None
         self.input_sizes: frozenset[int] = frozenset()
-        self.watched: dict[str, Watched] = {}
-        self._arrange()
         self.snapshots = Snapshots(writer)
         self._trackers: weakref.WeakKeyDictionary[Optimizer, dict[str, Tracker]] = weakref.WeakKeyDictionary()
         self._stepping: list[Optimizer] = []  # the optimisers that have stepped in the current step
-        self._waited: dict[str, int] = {}  # steps for which a layer's pending rows have been waiting
         self._current: Step | None = None
         self._skipping: list[Watched] = []  # the parameters of a step that is called and will skip itself
         self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
         self._notices = Notices(silent=ranks.rank > 0)
-        self._staging = Staging(self._keep)
-        self.rows_seen = False
 
     @property
     def stepped(self) -> bool:
         """Whether any optimiser has stepped on a recorded parameter."""
-        return any(watched.stepped for watched in self.watched.values())
+        return any(watched.stepped for watched in self.layers.watched.values())
 
-    @property
-    def intakes(self) -> Iterator[Intake]:
-        """Every intake; layers whose weight several modules share have several."""
-        return (intake for intakes in self._intakes.values() for intake in intakes)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters whose uses the graph of a forward pass shows, as the model has them now."""
-        found: dict[str, nn.Parameter] = {}
-        for intake in self.intakes:
-            if intake.tapped.by == "recurrent":  # one fused operation, which is seen as a whole
-                continue
-            for name, parameter in intake.parameters.items():
-                added = name == intake.spec.bias and intake.spec.kind.endswith("experts")  # by itself, row by row
-                if parameter.requires_grad and not added:
-                    found[name] = parameter
-        return found
-
-    def without_bias(self, layers: Container[str]) -> None:
-        """Record the weights of some layers only; nothing of them has been recorded."""
-        for intake in self.intakes:
-            if intake.spec.name in layers:
-                intake.spec = replace(intake.spec, bias=None)
-        self._arrange()
-
-    def leave_out(self, layers: Container[str]) -> None:
-        """Forget some layers, with every use of their weights; nothing of them has been recorded."""
-        for layer in [layer for layer in self._intakes if layer in layers]:
-            for intake in self._intakes.pop(layer):
-                intake.detach()
-                intake.is_left_out = True
-        self._arrange()
-
-    def _arrange(self) -> None:
-        """Sort the layers by their weights: one of those that share a weight is probed, and watched for all."""
-        self._uses = Uses([intakes[0].spec for intakes in self._intakes.values()])
-        self.measuring = Measuring(self.ranks, self.writer, self._uses.primary)
-        self.watched = {}
-        for spec in self._uses.primary:
-            tapped = self._intakes[spec.name][0].tapped
-            for name, attribute in zip(spec.parameters, tapped.attributes, strict=False):
-                self.watched[name] = Watched(name, spec, Place(tapped.module, attribute))
+    def narrow(self, selection: Selection) -> None:
+        """Go on with what a smaller selection holds; nothing of the rest has been recorded."""
+        self.layers.narrow(selection)
+        self.measuring = Measuring(self.ranks, self.writer, self.layers.primary)
 
     # ---- rows ------------------------------------------------------------------------------------------------
 
     def take(self, layer: str, rows: Rows) -> None:
         """Keep accumulated rows until a step uses them."""
         self._end_step()
-        if self.writer.builder.pending_bytes > PENDING_BYTES:
-            self._give_up(list(self._intakes), f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
-        dtype = self._dtype or rows.key.dtype
-        rows = replace(rows, columns=self.ranks.columns(rows))
-        self.rows_seen = True
-        if self._staging.takes(rows):
-            self._staging.put(layer, rows, dtype)
-            return
-        if rows.key.device.type != "cpu" or dtype != rows.key.dtype:
-            slot = None if rows.slot is None else rows.slot.cpu()
-            rows = replace(
-                rows, key=rows.key.to("cpu", dtype), output_grad=rows.output_grad.to("cpu", dtype), slot=slot
-            )
-        self._keep(layer, rows)
-
-    def _keep(self, layer: str, rows: Rows) -> None:
-        self.writer.builder.append(layer, rows)
+        if self.pending.is_full:
+            self._give_up(self.layers.names, f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
+        self.pending.take(layer, rows)
 
     def drop(self, layer: str) -> None:
         """Forget rows whose gradient was zeroed."""
-        self._staging.drop(layer)
-        self.writer.builder.rewind(layer)
+        self.pending.drop([layer])
 
     def holds(self, layer: str) -> bool:
         """Whether the layer has rows that no step has used."""
-        return self._staging.holds(layer) or self.writer.builder.pending(layer) is not None
+        return self.pending.holds(layer)
 
     # ---- steps -----------------------------------------------------------------------------------------------
 
     def members(self, optimizer: Optimizer) -> Iterator[tuple[Watched, int]]:
         """The recorded parameters of an optimiser with the number of their group."""
-        own = {id(w.parameter): w for w in self.watched.values() if w.parameter is not None}
+        own = {id(w.parameter): w for w in self.layers.watched.values() if w.parameter is not None}
         for number, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
                 if id(parameter) in own:
@@ -200,7 +138,7 @@ class StepBook:
         Raises:
             RuleError: an optimiser whose steps cannot be recorded at all.
         """
-        refuse(optimizer, (watched.parameter for watched in self.watched.values()))
+        refuse(optimizer, (watched.parameter for watched in self.layers.watched.values()))
         name = class_name(type(optimizer))
         rule = rule_for(name)
         refused = {rule.refuses(numbers_of(group, rule)) for group in optimizer.param_groups}
@@ -230,9 +168,8 @@ class StepBook:
             self.snapshots.after(self.step)
         changed = self.notice([watched for watched, _ in members] if self._stepping else None)
         for watched, _ in members:
-            for layer in self._uses.of(watched.spec):
-                for intake in self._intakes[layer]:
-                    intake.settle()
+            for intake in self.layers.intakes_of(watched.spec):
+                intake.settle()
         stepped = [
             (watched, group, self._mark(watched, optimizer, rule, changed))
             for watched, group in members
@@ -258,7 +195,9 @@ class StepBook:
         step, self._current, self._skipping = self._current, None, []
         if step is None or step.optimizer is not optimizer:
             return
-        if step.has_closure:
+        if step.has_closure:  # its forward pass may have been the first, which tells what is recorded at all
+            watched_now = self.layers.watched
+            step.stepped = [one for one in step.stepped if watched_now.get(one[0].name) is one[0]]
             self._measure(step)
             self._show_trackers(step)
         if not self._stepping:
@@ -267,9 +206,8 @@ class StepBook:
         entries = list(self._entries(step))
         self.writer.builder.add(self.step, [] if self.ranks.rank else entries)
         for spec in dict.fromkeys(watched.spec for watched, _, _ in step.stepped):
-            for layer in self._uses.of(spec):
-                self.writer.builder.commit(layer, self.step)
-                self._waited.pop(layer, None)
+            for layer in self.layers.uses(spec):
+                self.pending.commit(layer, self.step)
         for watched, _, _ in step.stepped:
             watched.remember(optimizer, self.step)
             self._broken.discard(watched.name)
@@ -281,7 +219,7 @@ class StepBook:
         Called before anything of the next step is: then what is new belongs to the step before.
         """
         entries, changed = [], set()
-        seen = list(self.watched.values() if among is None else among)
+        seen = list(self.layers.watched.values() if among is None else among)
         differs = [watched.changed_since() for watched in seen]
         if self.ranks.sharded:  # each process has looked at its own part
             differs = self.ranks.any(differs)
@@ -302,12 +240,12 @@ class StepBook:
 
     def latest(self) -> tuple[dict[str, Tensor], list[str]]:
         """The parameters as the last step left them, and the names of those that something has changed since."""
-        recorded = [watched for watched in self.watched.values() if watched.stepped]
+        recorded = [watched for watched in self.layers.watched.values() if watched.stepped]
         changed = sorted(self.notice(recorded))
         layers = {watched.spec.name for watched in recorded}
         values = {
             watched.name: whole(parameter).to("cpu", copy=True).contiguous()
-            for watched in self.watched.values()
+            for watched in self.layers.watched.values()
             if watched.spec.name in layers and (watched.name not in changed or self.ranks.sharded)
             if (parameter := watched.parameter) is not None
         }
@@ -317,9 +255,7 @@ class StepBook:
         if not self._stepping:
             return
         self._stepping = []
-        self._waited = {layer: self._waited.get(layer, 0) + 1 for layer in self._intakes if self.holds(layer)}
-        late = [layer for layer, steps in self._waited.items() if steps >= PATIENCE]
-        if late and self.writer.builder.pending_bytes > WAITING_BYTES:
+        if late := self.pending.late(self.layers.names):
             self._give_up(late, f"rows that {PATIENCE} steps have not used")
         self._on_step(self.step)
         if not self.ranks.sharded:
@@ -329,9 +265,8 @@ class StepBook:
 
     def _give_up(self, layers: Sequence[str], why: str) -> None:
         """Drop pending rows before they fill the memory; a step that uses them after all is marked unexplained."""
-        for layer in layers:
-            self.drop(layer)
-        trained = [layer for layer in layers if self._intakes[layer][0].spec.weight in self.trained_by]
+        self.pending.drop(layers)
+        trained = [layer for layer in layers if self.layers.spec(layer).weight in self.trained_by]
         if trained:  # the others belong to no optimiser: nobody will miss them
             self._notices.once(
                 "dropped", f"after step {self.step}: dropped {why}, of layer {trained[0]!r} among others"
@@ -339,27 +274,23 @@ class StepBook:
 
     def _measure(self, step: Step) -> None:
         """Compare every gradient of the step with what the rows rebuild."""
-        self._staging.drain()
+        self.pending.settle()
         layers: dict[str, dict[str, Tensor]] = {}
         for watched, _, _ in step.stepped:
             gradient = gradient_of(watched)
             if gradient is not None:
                 layers.setdefault(watched.spec.name, {})[watched.name] = gradient
-        rows = {layer: self._rows_of(self._intakes[layer][0].spec) for layer in layers}
+        rows = {layer: self._rows_of(self.layers.spec(layer)) for layer in layers}
         step.measured = self.measuring.measure(layers, rows, whole=self.step < 4 or self.step % WHOLE_EVERY == 0)
 
     def _rows_of(self, spec: LayerSpec) -> Rows | None:
         """The rows that a step on a layer uses, of all uses of its weight."""
-        found: dict[LayerSpec, Rows] = {}
-        for layer in self._uses.of(spec):
-            intake = self._intakes[layer][0]
+        for intake in self.layers.intakes_of(spec):
             intake.discard_if_zeroed()
-            rows = self.writer.builder.pending(layer)
-            if rows is None and self._stepping:  # weight and bias in two optimisers: the first has committed the rows
-                rows = self.writer.builder.of_step(layer, self.step)
-            if rows is not None:
-                found[intake.spec] = rows
-        return self._uses.together(spec, found)
+        # weight and bias in two optimisers: the first has committed the rows
+        committed = self.step if self._stepping else None
+        found = {layer: self.pending.of(layer, committed) for layer in self.layers.uses(spec)}
+        return self.layers.together(spec, {layer: rows for layer, rows in found.items() if rows is not None})
 
     def _show_trackers(self, step: Step) -> None:
         """Let those who fit the step see its gradients; a foreach step may write to them."""
@@ -446,8 +377,8 @@ class StepBook:
             return
         parts: dict[str, dict[str, Tensor]] = {}
         for name in dict.fromkeys(name for watched in new for name in watched.spec.parameters):
-            parameter = self.watched[name].parameter
-            if parameter is not None and not self.watched[name].stepped:
+            parameter = self.layers.watched[name].parameter
+            if parameter is not None and not self.layers.watched[name].stepped:
                 parts[name] = {VALUE: whole(parameter)}
         for watched in new:
             state = state_of(optimizer, watched.parameter)

@@ -1,0 +1,99 @@
+"""The recorded layers: where their rows come in, which of them share a weight, and the parameters that are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from dualhook.capture import Intake, Place, Selection, Sink
+from dualhook.maps import map_of
+from dualhook.recorder.watched import Watched
+from dualhook.records import LayerSpec, Rows
+
+__all__ = ["Layers"]
+
+
+class Layers:
+    """The layers of a selection. Of those that use one weight one is the primary: its parameters are watched for all.
+
+    That is one without slots, where there is one.
+    """
+
+    def __init__(self, selection: Selection, sink: Sink) -> None:
+        self._intakes: dict[str, list[Intake]] = {}
+        self.watched: dict[str, Watched] = {}
+        for tapped in selection.layers:
+            self._intakes.setdefault(tapped.spec.name, []).append(Intake(tapped, sink))
+        self._arrange()
+
+    @property
+    def names(self) -> list[str]:
+        """Every layer."""
+        return list(self._intakes)
+
+    @property
+    def intakes(self) -> Iterator[Intake]:
+        """Every intake; layers whose weight several modules share alike have several."""
+        return (intake for intakes in self._intakes.values() for intake in intakes)
+
+    def intakes_of(self, spec: LayerSpec) -> Iterator[Intake]:
+        """The intakes of all uses of a layer's weight."""
+        return (intake for layer in self.uses(spec) for intake in self._intakes[layer])
+
+    def spec(self, layer: str) -> LayerSpec:
+        """A layer by its name."""
+        return self._intakes[layer][0].spec
+
+    def uses(self, spec: LayerSpec) -> list[str]:
+        """The names of all layers that use a layer's weight."""
+        return [own.name for own in self._by_weight[spec.weight]]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters whose uses the graph of a forward pass shows, as the model has them now."""
+        found: dict[str, nn.Parameter] = {}
+        for intake in self.intakes:
+            if intake.tapped.by == "recurrent":  # one fused operation, which is seen as a whole
+                continue
+            for name, parameter in intake.parameters.items():
+                added = name == intake.spec.bias and intake.spec.kind.endswith("experts")  # by itself, row by row
+                if parameter.requires_grad and not added:
+                    found[name] = parameter
+        return found
+
+    def narrow(self, selection: Selection) -> None:
+        """Go on with what a smaller selection holds; nothing of the rest has been recorded."""
+        left = {tapped.spec.name: tapped.spec for tapped in selection.layers}
+        for layer in [layer for layer in self._intakes if layer not in left]:
+            for intake in self._intakes.pop(layer):
+                intake.detach()
+                intake.is_left_out = True
+        for intake in self.intakes:
+            intake.spec = left[intake.spec.name]
+        self._arrange()
+
+    def together(self, spec: LayerSpec, rows: Mapping[str, Rows]) -> Rows | None:
+        """The rows of all uses of a weight, by layer, as one of them sees them; None if there are none."""
+        if len(self._by_weight[spec.weight]) == 1:
+            return rows.get(spec.name)
+        found: Rows | None = None
+        for layer, own in rows.items():
+            seen = map_of(self.spec(layer)).seen_from(spec, replace(own, columns={}))
+            found = seen if found is None else found.joined(seen)
+        return found
+
+    def _arrange(self) -> None:
+        self._by_weight: dict[str, list[LayerSpec]] = {}
+        for layer in self._intakes:
+            spec = self.spec(layer)
+            self._by_weight.setdefault(spec.weight, []).append(spec)
+        uses = self._by_weight.values()
+        self.primary = [next((spec for spec in own if spec.slots == 1), own[0]) for own in uses]
+        before, self.watched = self.watched, {}
+        for spec in self.primary:
+            tapped = self._intakes[spec.name][0].tapped
+            for name, attribute in zip(spec.parameters, tapped.attributes, strict=False):
+                known = before.get(name)  # a step may be under way on it: its closure has made the first forward pass
+                same = known is not None and known.spec == spec
+                self.watched[name] = known if same and known else Watched(name, spec, Place(tapped.module, attribute))

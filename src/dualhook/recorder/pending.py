@@ -1,0 +1,86 @@
+"""Rows that are in a gradient and in no step yet."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+import torch
+
+from dualhook.recorder.ranks import Ranks
+from dualhook.recorder.staging import Staging
+from dualhook.records import Rows
+from dualhook.store import Writer
+from dualhook.store.writer import SEGMENT_BYTES
+
+__all__ = ["PATIENCE", "PENDING_BYTES", "Pending"]
+
+PATIENCE = 16  # steps for which accumulated rows wait at least for an optimiser that may never come
+WAITING_BYTES = SEGMENT_BYTES  # of rows that have waited so long
+PENDING_BYTES = 2**31  # of all rows that no step has used yet
+
+
+class Pending:
+    """Takes rows as they accumulate, by layer, until a step commits them or their gradient is zeroed."""
+
+    def __init__(self, writer: Writer, ranks: Ranks, dtype: torch.dtype | None) -> None:
+        self.seen = False
+        """Whether any row has ever come."""
+        self._writer = writer
+        self._ranks = ranks
+        self._dtype = dtype
+        self._staging = Staging(self._keep)
+        self._waited: dict[str, int] = {}  # steps for which a layer's rows have been waiting
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many rows wait that they must go before others come."""
+        return self._writer.builder.pending_bytes > PENDING_BYTES
+
+    def take(self, layer: str, rows: Rows) -> None:
+        """Keep rows."""
+        self.seen = True
+        dtype = self._dtype or rows.key.dtype
+        rows = replace(rows, columns=self._ranks.columns(rows))
+        if self._staging.takes(rows):
+            self._staging.put(layer, rows, dtype)
+            return
+        if rows.key.device.type != "cpu" or dtype != rows.key.dtype:
+            slot = None if rows.slot is None else rows.slot.cpu()
+            key, output_grad = rows.key.to("cpu", dtype), rows.output_grad.to("cpu", dtype)
+            rows = replace(rows, key=key, output_grad=output_grad, slot=slot)
+        self._keep(layer, rows)
+
+    def drop(self, layers: Iterable[str]) -> None:
+        """Forget the rows of some layers."""
+        for layer in layers:
+            self._staging.drop(layer)
+            self._writer.builder.rewind(layer)
+
+    def holds(self, layer: str) -> bool:
+        """Whether the layer has rows that no step has used."""
+        return self._staging.holds(layer) or self._writer.builder.pending(layer) is not None
+
+    def settle(self) -> None:
+        """Wait for rows that are still on their way from a device."""
+        self._staging.drain()
+
+    def of(self, layer: str, committed: int | None) -> Rows | None:
+        """The layer's rows; where it has none, those that the step ``committed`` has taken already."""
+        rows = self._writer.builder.pending(layer)
+        return self._writer.builder.of_step(layer, committed) if rows is None and committed is not None else rows
+
+    def commit(self, layer: str, step: int) -> None:
+        """A step has used the layer's rows."""
+        self._writer.builder.commit(layer, step)
+        self._waited.pop(layer, None)
+
+    def late(self, layers: Collection[str]) -> list[str]:
+        """A step is over: the layers whose rows have waited too long, if they take much room."""
+        self._waited = {layer: self._waited.get(layer, 0) + 1 for layer in layers if self.holds(layer)}
+        if self._writer.builder.pending_bytes <= WAITING_BYTES:
+            return []
+        return [layer for layer, steps in self._waited.items() if steps >= PATIENCE]
+
+    def _keep(self, layer: str, rows: Rows) -> None:
+        self._writer.builder.append(layer, rows)
