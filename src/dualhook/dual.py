@@ -1,14 +1,17 @@
-"""A linear layer in its dual form."""
+"""A linear layer in its dual form, and a model of such layers."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dualhook.query import Composition, dual_output, rebuild
-from dualhook.records import RowSource
+from dualhook.records import LayerSpec, RowSource
 
-__all__ = ["DualLinear"]
+__all__ = ["DualLinear", "dual_model"]
 
 
 class DualLinear(nn.Module):
@@ -29,6 +32,11 @@ class DualLinear(nn.Module):
         self._made_of = made_of
         self._keep = keep
 
+    @staticmethod
+    def stands_for(spec: LayerSpec, by: str) -> bool:
+        """Whether a layer, whose calls are seen ``by`` hooking its module, is one that can be replaced."""
+        return by == "module" and spec.kind in ("linear", "transposed")
+
     @property
     def weight(self) -> Tensor:
         """The weight [o, i] the memory adds up to."""
@@ -48,3 +56,23 @@ class DualLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and horizon, for printing."""
         return f"in_features={self.in_features}, out_features={self.out_features}, step={self._made_of.horizon}"
+
+
+def dual_model(model: nn.Module, made: Mapping[nn.Module, DualLinear], weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model with dual layers in place of some modules, and these ``weights`` by name in others."""
+    twin = copy.deepcopy(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in made:
+            twin = _with_module(twin, name, made[module])
+    held = twin.state_dict()
+    twin.load_state_dict({name: value for name, value in weights.items() if name in held}, strict=False)
+    return twin
+
+
+def _with_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The model with the named module replaced; the root is replaced by returning the module itself."""
+    if not name:
+        return module
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+    return model

@@ -17,10 +17,10 @@ from dualhook.attention import Attention
 from dualhook.capture import Observed, Tapped, directions, observe
 from dualhook.columns import Columns
 from dualhook.composition import compose, explanation, unknown_composition
-from dualhook.dual import DualLinear
+from dualhook.dual import DualLinear, dual_model
 from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
 from dualhook.maps import map_of
-from dualhook.model import Target, find_layers, predicted_scores, run_model, with_module
+from dualhook.model import Target, find_layers, predicted_scores, run_model
 from dualhook.optimizers import average_weights
 from dualhook.progress import ReplayProgress
 from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, answered, rebuild
@@ -33,7 +33,6 @@ from dualhook.verification import VerifyReport, inexact_steps, verified
 __all__ = ["DualMemory", "VerifyReport", "load"]
 
 Method = Literal["exact", "preview"]
-DUAL = ("linear", "transposed")  # kinds whose modules can answer in dual form
 METHODS = ("exact", "preview")
 
 
@@ -278,21 +277,18 @@ class DualMemory:
             LayerError: ``model`` is not the recorded one.
         """
         inner, layers = find_layers(model, list(self._primary.values()))
-        twin = copy.deepcopy(inner)
-        for tapped in layers:
-            if tapped.by != "module" or tapped.spec.kind not in DUAL:
-                continue
-            for name, other in list(inner.named_modules(remove_duplicate=False)):
-                if other is tapped.module:
-                    made_of = self._composition(tapped.spec, self.steps)
-                    dtype = self._store.dtype(tapped.spec.weight)
-                    twin = with_module(twin, name, DualLinear(self._store, made_of, dtype=dtype, keep=self._keep))
-        others = {tapped.spec for tapped in layers if tapped.by != "module" or tapped.spec.kind not in DUAL}
-        rebuilt = self._parameters(others, self.steps)
-        twin.load_state_dict(
-            {name: value for name, value in rebuilt.items() if name in twin.state_dict()}, strict=False
-        )
-        return twin
+        made = {
+            tapped.module: DualLinear(
+                self._store,
+                self._composition(tapped.spec, self.steps),
+                dtype=self._store.dtype(tapped.spec.weight),
+                keep=self._keep,
+            )
+            for tapped in layers
+            if DualLinear.stands_for(tapped.spec, tapped.by)
+        }
+        others = {tapped.spec for tapped in layers if tapped.module not in made}
+        return dual_model(inner, made, self._parameters(others, self.steps))
 
     def averaged(self, name: str, *, start: int = 1, every: int = 1, decay: float = 0.999) -> DualMemory:
         """This memory, asked about an average of the weights instead of the last ones; exact like them.

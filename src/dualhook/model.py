@@ -14,7 +14,7 @@ from dualhook.capture import Tapped, linear_maps, unwrapped
 from dualhook.errors import LayerError
 from dualhook.records import LayerSpec
 
-__all__ = ["Target", "find_layers", "predicted_scores", "run_model", "with_module"]
+__all__ = ["Target", "find_layers", "predicted_scores", "run_model"]
 
 Target = int | Sequence[int] | Tensor | Callable[[Any], Tensor] | None
 
@@ -47,15 +47,6 @@ def find_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> tuple[nn.Module
         shared = [other for other in alike if other is not found and not other.is_provisional]
         layers += [replace(other, spec=spec) for other in (found, *shared)]
     return inner, layers
-
-
-def with_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The model with the named module replaced; the root is replaced by returning the module itself."""
-    if not name:
-        return module
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-    return model
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -66,35 +67,35 @@ class _Finder:
         path: str,
         name: str,
         attributes: tuple[str, ...],
-        shape: tuple[int, int],
-        kind: str,
+        kind: str = "linear",
         *,
+        shape: tuple[int, int] | None = None,
         slots: int = 1,
         by: str = "module",
         default: bool = True,
         reason: str = "",
         options: dict[str, Any] | None = None,
     ) -> Tapped:
+        """One map; its matrix has the ``shape`` [o, i], by default that of the weight."""
         parameters = [module._parameters.get(attribute) for attribute in attributes]
         there = tuple(a for a, p in zip(attributes, parameters, strict=True) if p is not None)
-        full = [f"{path}.{attribute}" if path else attribute for attribute in attributes]
+        full = [_joined(path, attribute) for attribute in attributes]
         named = [full[k] if p is None else self.names.get(id(p), full[k]) for k, p in enumerate(parameters)]
         bias = named[1] if len(attributes) > 1 and parameters[1] is not None else None
-        spec = LayerSpec(name or ROOT, shape[1], shape[0], named[0], bias, kind, slots, options or {})
         weight = parameters[0]
+        outputs, inputs = shape or ((0, 0) if weight is None else weight.shape)
+        spec = LayerSpec(name or ROOT, inputs, outputs, named[0], bias, kind, slots, options or {})
         if not reason and weight is None:
             reason = "its weight is computed from other parameters (a parametrisation; not recorded yet)"
         if not reason and isinstance(weight, UninitializedParameter):
             reason = "its shape is not known before the first forward pass: run one, then instrument"
         if not reason and weight is not None and not weight.is_floating_point():
             reason = f"weights of dtype {weight.dtype} are not recorded"
-        first = self._is_sequence_first(module, path)
+        first = self._is_sequence_first(path)
         return Tapped(spec, module, path, there or attributes[:1], by, default, first, reason)
 
-    def _is_sequence_first(self, module: nn.Module, path: str) -> bool | None:
+    def _is_sequence_first(self, path: str) -> bool | None:
         """What the nearest module around says of the order of its dimensions."""
-        if isinstance(module, nn.MultiheadAttention):
-            return True  # inside, whatever it is given
         while True:
             if path in self.hints:
                 return self.hints[path]
@@ -107,58 +108,28 @@ def linear_maps(model: nn.Module) -> list[Tapped]:
     """Every linear map that some parameter of the model may be, in the model's order, recordable or not."""
     finder = _Finder({id(parameter): name for name, parameter in model.named_parameters()})
     for path, module in model.named_modules():
-        batch_first = getattr(module, "batch_first", None)
-        if isinstance(module, SEQUENCES) and isinstance(batch_first, bool):
-            finder.hints.setdefault(path.rpartition(".")[0], not batch_first)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, SEQUENCES):  # what is beside it has the order that it is given
+            finder.hints.setdefault(path.rpartition(".")[0], not module.batch_first)
+        if isinstance(module, nn.MultiheadAttention):  # inside, whatever it is given
             finder.hints[path] = True
     return [found for path, module in model.named_modules() for found in _of_module(finder, path, module)]
 
 
 def _of_module(finder: _Finder, path: str, module: nn.Module) -> Iterator[Tapped]:
+    pair = "weight", "bias"
     if isinstance(module, nn.Linear):
-        shape = module.out_features, module.in_features
-        yield finder.make(module, path, path, ("weight", "bias"), shape, "linear")
+        yield finder.make(module, path, path, pair, shape=(module.out_features, module.in_features))
     elif _is_conv1d_of_transformers(module):
-        weight = module._parameters["weight"]
-        assert weight is not None
-        shape = weight.shape[1], weight.shape[0]
-        yield finder.make(module, path, path, ("weight", "bias"), shape, "transposed")
+        inputs, outputs = module._parameters["weight"].shape  # type: ignore[union-attr]
+        yield finder.make(module, path, path, pair, "transposed", shape=(outputs, inputs))
     elif isinstance(module, _ConvNd):
         yield _convolution(finder, path, module)
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        reason = ""
-        if module.max_norm is not None:
-            reason = "max_norm rescales its rows in the forward pass"
-        elif isinstance(module, nn.EmbeddingBag) and module.mode == "max":
-            reason = "the maximum over a bag is no linear map"
-        elif isinstance(module, nn.EmbeddingBag) and module.scale_grad_by_freq:
-            reason = "scale_grad_by_freq of an embedding bag is not recorded"
-        slots, shape = module.num_embeddings, (module.embedding_dim, module.num_embeddings)
-        yield finder.make(
-            module, path, path, ("weight",), shape, "embedding", slots=slots, default=False, reason=reason
-        )
-        if isinstance(module, nn.Embedding):  # F.linear(x, embedding.weight): a head without a module
-            name = f"{path}.linear".lstrip(".")
-            head = finder.make(
-                module,
-                path,
-                name,
-                ("weight",),
-                (shape[1], shape[0]),
-                "linear",
-                by="function",
-                default=False,
-                reason=reason,
-            )
-            yield replace(head, is_provisional=True)
+        yield from _embedding(finder, path, module)
     elif isinstance(module, nn.Bilinear):
         widths = [module.in1_features, module.in2_features]
         shape = module.out_features, widths[0] * widths[1]
-        yield finder.make(
-            module, path, path, ("weight", "bias"), shape, "bilinear", default=False, options={"widths": widths}
-        )
+        yield finder.make(module, path, path, pair, "bilinear", shape=shape, default=False, options={"widths": widths})
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         yield from _recurrent(finder, path, module)
     elif isinstance(module, nn.MultiheadAttention):
@@ -183,41 +154,47 @@ def _convolution(finder: _Finder, path: str, module: _ConvNd) -> Tapped:
         "padding_mode": module.padding_mode,
         "channels": module.in_channels,
     }
-    outputs = module.out_channels // module.groups
-    inputs = module.in_channels
-    for size in module.kernel_size:
-        inputs *= size
+    shape = module.out_channels // module.groups, module.in_channels * math.prod(module.kernel_size)
     kind = "conv_transpose" if module.transposed else "conv"
     return finder.make(
-        module, path, path, ("weight", "bias"), (outputs, inputs), kind, slots=module.groups, default=False,
-        options=options,
-    )  # fmt: skip
+        module, path, path, ("weight", "bias"), kind, shape=shape, slots=module.groups, default=False, options=options
+    )
+
+
+def _embedding(finder: _Finder, path: str, module: nn.Embedding | nn.EmbeddingBag) -> Iterator[Tapped]:
+    reason, is_bag = "", isinstance(module, nn.EmbeddingBag)
+    if module.max_norm is not None:
+        reason = "max_norm rescales its rows in the forward pass"
+    elif isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+        reason = "the maximum over a bag is no linear map"
+    elif is_bag and module.scale_grad_by_freq:
+        reason = "scale_grad_by_freq of an embedding bag is not recorded"
+    tokens, width = module.num_embeddings, module.embedding_dim
+    settings: dict[str, Any] = {"default": False, "reason": reason}
+    yield finder.make(module, path, path, ("weight",), "embedding", shape=(width, tokens), slots=tokens, **settings)
+    if not is_bag:  # F.linear(x, embedding.weight): a head without a module
+        head = finder.make(module, path, _joined(path, "linear"), ("weight",), by="function", **settings)
+        yield replace(head, is_provisional=True)
 
 
 def _recurrent(finder: _Finder, path: str, module: nn.RNNBase | nn.RNNCellBase) -> Iterator[Tapped]:
-    for attribute, weight in module._parameters.items():
-        if attribute.startswith("weight_") and weight is not None:
-            name = f"{path}.{attribute.removeprefix('weight_')}".lstrip(".")
+    for attribute in module._parameters:
+        if attribute.startswith("weight_"):
             pair = attribute, attribute.replace("weight_", "bias_")
-            shape = weight.shape[0], weight.shape[1]
-            yield finder.make(module, path, name, pair, shape, "linear", by="recurrent", default=False)
+            name = _joined(path, attribute.removeprefix("weight_"))
+            yield finder.make(module, path, name, pair, by="recurrent", default=False)
 
 
 def _attention(finder: _Finder, path: str, module: nn.MultiheadAttention) -> Iterator[Tapped]:
-    prefix = f"{path}." if path else ""
-    if module.in_proj_weight is not None:
-        shape = module.in_proj_weight.shape[0], module.in_proj_weight.shape[1]
-        pair = "in_proj_weight", "in_proj_bias"
-        yield finder.make(module, path, f"{prefix}in_proj", pair, shape, "linear", by="function")
-    for which in ("q", "k", "v"):
-        weight = module._parameters.get(f"{which}_proj_weight")
-        if weight is not None:
-            shape = weight.shape[0], weight.shape[1]
-            name = f"{prefix}{which}_proj"
-            yield finder.make(module, path, name, (f"{which}_proj_weight",), shape, "linear", by="function")
+    name = _joined(path, "in_proj")
+    if module._parameters.get("in_proj_weight") is not None:
+        yield finder.make(module, path, name, ("in_proj_weight", "in_proj_bias"), by="function")
+        return
+    for which in ("q_proj", "k_proj", "v_proj"):
+        yield finder.make(module, path, _joined(path, which), (f"{which}_weight",), by="function")
     bias = module._parameters.get("in_proj_bias")
-    if module.in_proj_weight is None and bias is not None:  # of all three, each of which uses a part of it
-        yield finder.make(module, path, f"{prefix}in_proj", ("in_proj_bias",), (len(bias), 1), "bias", by="function")
+    if bias is not None:  # of all three, each of which uses a part of it
+        yield finder.make(module, path, name, ("in_proj_bias",), "bias", shape=(len(bias), 1), by="function")
 
 
 def _own_parameters(finder: _Finder, path: str, module: nn.Module) -> Iterator[Tapped]:
@@ -227,16 +204,19 @@ def _own_parameters(finder: _Finder, path: str, module: nn.Module) -> Iterator[T
             continue
         if attribute.endswith("_bias") and attribute.removesuffix("_bias") in module._parameters:
             continue
-        place = f"{path}.{attribute}" if path else attribute
-        name = place.removesuffix(".weight").removesuffix("_weight")
+        name = _joined(path, attribute).removesuffix(".weight").removesuffix("_weight")
         if weight.dim() == 2:
-            bias = "bias" if attribute == "weight" else attribute.replace("weight", "bias")
-            pair = (attribute, bias) if bias != attribute and bias in module._parameters else (attribute,)
-            shape = weight.shape[0], weight.shape[1]
-            yield finder.make(module, path, name, pair, shape, "linear", by="function")
+            bias = attribute.replace("weight", "bias")
+            pair = (attribute, bias) if bias != attribute else (attribute,)
+            yield finder.make(module, path, name, pair, by="function")
             continue
-        turned = bool(getattr(module, "is_transposed", False))
-        experts, o, i = weight.shape if not turned else (weight.shape[0], weight.shape[2], weight.shape[1])
-        pair = (attribute, f"{attribute}_bias") if f"{attribute}_bias" in module._parameters else (attribute,)
-        kind = "transposed_experts" if turned else "experts"
-        yield finder.make(module, path, name, pair, (o, experts * i), kind, slots=experts, by="function", default=False)
+        kind, (experts, outputs, inputs) = "experts", weight.shape
+        if getattr(module, "is_transposed", False):
+            kind, outputs, inputs = "transposed_experts", inputs, outputs
+        pair = attribute, f"{attribute}_bias"
+        shape = outputs, experts * inputs
+        yield finder.make(module, path, name, pair, kind, shape=shape, slots=experts, by="function", default=False)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
