@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dualhook.attention import Attention
-from dualhook.capture import Observed, Tapped, directions, observe
+from dualhook.capture import directions, observe
 from dualhook.columns import Columns
 from dualhook.composition import compose, explanation, unknown_composition
 from dualhook.dual import DualLinear, dual_model
@@ -23,8 +23,8 @@ from dualhook.maps import map_of
 from dualhook.model import Target, find_layers, predicted_scores, run_model
 from dualhook.optimizers import average_weights
 from dualhook.progress import ReplayProgress
-from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, answered, rebuild
-from dualhook.questions import by_query, matrices
+from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, rebuild
+from dualhook.questions import layer_query
 from dualhook.records import AVERAGE, VALUE, LayerSpec, Rows
 from dualhook.store import AnswerFiles, Store
 from dualhook.table import Table
@@ -210,10 +210,12 @@ class DualMemory:
             seen = [(name, call) for name, own in calls.items() for call in own]
             along = directions(scores, [call for _, call in seen])
         asked: list[LayerQuery] = []
+        memory = f"{self._store.fingerprint} {self._average}"
         for tapped in layers_there:
             own = [(call, d) for (name, call), d in zip(seen, along, strict=True) if name == tapped.spec.name]
             if own and all(other.name != tapped.spec.name for other in asked):
-                asked.append(self._query(tapped, own, len(scores), horizon, preview=method == "preview"))
+                made_of = self._asked_about(tapped.spec, horizon, preview=method == "preview")
+                asked.append(layer_query(tapped, own, len(scores), made_of, memory))
         if not asked:
             names = ", ".join(spec.name for spec in specs)
             raise LayerError(f"the model's forward pass calls none of {names}")
@@ -355,29 +357,14 @@ class DualMemory:
             for name, value in values.items()
         }
 
-    def _query(
-        self,
-        tapped: Tapped,
-        calls: Sequence[tuple[Observed, Tensor]],
-        queries: int,
-        horizon: int,
-        *,
-        preview: bool,
-    ) -> LayerQuery:
-        spec, (weight, bias) = tapped.spec, matrices(tapped)
-        query, direction, slot = by_query(spec, calls, queries)
-        output, size = answered(query, slot, weight), answered(query.abs(), slot, weight.abs())
-        if bias is not None:
-            offset = bias if slot is None else bias.T[slot.clamp(min=0)]
-            output, size = output + offset, size + offset.abs()
+    def _asked_about(self, spec: LayerSpec, horizon: int, *, preview: bool) -> Composition:
+        """What a layer is made of, as far as it is known: attention weights need no rule."""
         try:
-            made_of = self._composition(spec, horizon, preview=preview)
-        except RuleError as error:  # attention weights need no rule
+            return self._composition(spec, horizon, preview=preview)
+        except RuleError as error:
             if preview:
                 raise
-            made_of = unknown_composition(spec, horizon, str(error))
-        memory = f"{self._store.fingerprint} {self._average}"
-        return LayerQuery(made_of, query, direction, output, slot, size, memory)
+            return unknown_composition(spec, horizon, str(error))
 
     def _actual(self, model: nn.Module | None, horizon: int) -> Mapping[str, Tensor]:
         if model is not None:

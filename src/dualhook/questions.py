@@ -10,19 +10,37 @@ from torch import Tensor
 from dualhook.capture import Observed, Tapped, as_rows
 from dualhook.errors import LayerError
 from dualhook.maps import map_of
+from dualhook.query import Composition, LayerQuery, answered
 from dualhook.records import Batch, LayerSpec, Rows
 
-__all__ = ["by_query", "matrices"]
+__all__ = ["layer_query"]
 
 
-def matrices(tapped: Tapped) -> tuple[Tensor, Tensor | None]:
+def layer_query(
+    tapped: Tapped, calls: Sequence[tuple[Observed, Tensor]], queries: int, made_of: Composition, memory: str
+) -> LayerQuery:
+    """A layer's calls, each with the direction at its output, as a question to what the layer is ``made_of``.
+
+    Raises:
+        LayerError: which row belongs to which query is not known.
+    """
+    weight, bias = _matrices(tapped)
+    query, direction, slot = _by_query(tapped.spec, calls, queries)
+    output, size = answered(query, slot, weight), answered(query.abs(), slot, weight.abs())
+    if bias is not None:
+        offset = bias if slot is None else bias.T[slot.clamp(min=0)]
+        output, size = output + offset, size + offset.abs()
+    return LayerQuery(made_of, query, direction, output, slot, size, memory)
+
+
+def _matrices(tapped: Tapped) -> tuple[Tensor, Tensor | None]:
     """Weight [o, i] and bias ([o], or [o, slots]) that a model has, float64."""
     names = zip(tapped.spec.parameters, tapped.attributes, strict=False)
     found = [map_of(tapped.spec).matrix(n, getattr(tapped.module, a).detach().double().cpu()) for n, a in names]
     return found[0], found[1] if len(found) > 1 else None
 
 
-def by_query(
+def _by_query(
     spec: LayerSpec, calls: Sequence[tuple[Observed, Tensor]], queries: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A layer's calls as queries [q, p, c], their directions [q, p, o] and slots [q, p].
