@@ -82,7 +82,10 @@ class DualMemory:
         return list(self._primary)
 
     def uses(self, layer: str) -> list[str]:
-        """The layer and those that share its weight: each has the patterns of all, told apart by the column ``use``."""
+        """The layer and those that share its weight: each has the patterns of all.
+
+        The column ``use`` numbers them in this order.
+        """
         weight = self._spec(layer).weight
         return [spec.name for spec in self._specs.values() if spec.weight == weight]
 

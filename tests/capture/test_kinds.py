@@ -287,3 +287,23 @@ class TestEveryKind:
         assert memory.attend(model, x, target=target).receipt["explained"].min() > 1 - 1e-6
         with torch.no_grad():
             assert torch.allclose(memory.dual(model)(x), model.eval()(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("tied")])
+def test_the_uses_of_one_weight_are_told_apart(runs, case):
+    _, model, memory, *_ = run(runs, case, "sgd")
+    (layer,) = [layer for layer in memory.layers if len(memory.uses(layer)) > 1]
+    uses = memory.uses(layer)
+    assert len(uses) == 2
+    attention = memory.attend(model, ids()[:1], target=lambda y: y[:, -1, 1])
+    for use in uses:
+        sums = attention.sum_by("use", layers=use)
+        assert sums["use"].tolist() == [0, 1]
+        assert (sums["abs_contribution"] > 0).all()
+        parts = attention.parts
+        whole = parts.where(layer=use, part="patterns")["contribution"].sum()
+        assert sums["contribution"].sum() == pytest.approx(whole, abs=1e-12)
+    counts = [
+        sum(len(s.step) for seg in memory._store.segments for s in [seg.stored(memory._spec(use))]) for use in uses
+    ]
+    assert sum(counts) == memory.patterns(layer)

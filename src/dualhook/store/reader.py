@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dualhook.records import INEXACT, VALUE, FactorVectors, History, LayerSpec, 
 from dualhook.store.lanes import Lanes, Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
 from dualhook.store.ledger import fit_vectors, unpack
-from dualhook.store.streams import Stored, patterns_of
+from dualhook.store.streams import USE, Stored, patterns_of
 
 __all__ = ["Store"]
 
@@ -144,7 +145,7 @@ class Store:
     def uses(self, layer: str) -> list[LayerSpec]:
         """The layer and the others that use the same weight, in the model's order."""
         own = self._by_name[layer]
-        return [spec for spec in self.manifest.layers if spec.weight == own.weight]
+        return [spec for spec in self.trained_uses if spec.weight == own.weight] or [own]
 
     @cached_property
     def _by_name(self) -> dict[str, LayerSpec]:
@@ -169,8 +170,8 @@ class Store:
 
     def _stored(self, segment: Segment, uses: Sequence[LayerSpec]) -> list[Stored]:
         """The rows of some uses in a segment."""
-        found = (segment.stored(spec) for spec in uses)
-        return [stored for stored in found if stored is not None]
+        found = ((number, segment.stored(spec)) for number, spec in enumerate(uses))
+        return [replace(stored, number=number) for number, stored in found if stored is not None]
 
     def origin(self, parameter: str) -> OriginPart:
         """Where the recording of a parameter begins."""
@@ -224,6 +225,9 @@ class Store:
                 if name == "position" and stored.counts is not None:
                     yield torch.arange(int(stored.counts.max()) // stored.spec.slots)
                     continue
+                if name == f"column/{USE}" and name not in stored.tensors:
+                    yield torch.tensor([stored.number])
+                    continue
                 _, stop = stored.between(0, self.last_step)
                 absent = torch.full((stop,), float("nan"), dtype=torch.float64)
                 yield stored.tensors.get(name, absent)[:stop]
@@ -235,6 +239,8 @@ class Store:
             for name in tensor_names(open_tensors(segment.path)):
                 if name.startswith("rows/") and "/column/" in name:
                     found[name.rpartition("/column/")[2]] = None
+        if len(self.trained_uses) > len(self.layers):
+            found[USE] = None
         return list(found)
 
     def sample_columns(self) -> dict[str, tuple[Tensor, list[str] | None]]:

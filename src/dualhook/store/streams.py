@@ -13,8 +13,9 @@ from torch import Tensor
 from dualhook.maps import map_of
 from dualhook.records import FIELDS, OPTIONAL, LayerSpec, Rows
 
-__all__ = ["Stored", "patterns_of", "rows_of"]
+__all__ = ["USE", "Stored", "patterns_of", "rows_of"]
 
+USE = "use"  # the column that tells the uses of one weight apart, by their numbers
 UNFOLDED_BYTES = 2**26  # of the keys of a map that are taken apart at a time
 
 
@@ -24,6 +25,8 @@ class Stored:
 
     spec: LayerSpec
     tensors: Mapping[str, Tensor]
+    number: int = 0
+    """Which use of its weight it is, of several."""
 
     @property
     def step(self) -> Tensor:
@@ -73,7 +76,8 @@ def patterns_of(
         for use in uses:
             for rows in use.blocks(*use.between(step, step), block_rows):
                 seen = map_of(use.spec).seen_from(asked, rows)
-                yield replace(seen, first=number)
+                told_apart = {USE: torch.full((len(rows),), use.number), **rows.columns}
+                yield replace(seen, first=number, columns=told_apart)
                 number += len(rows)
 
 
