@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import SCENARIOS, loader_of, loss_of, network, whole, wrapped
+from processes import CLASSES, INPUTS, SCENARIOS, loader_of, loss_of, network, whole, wrapped
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -145,6 +145,31 @@ def changed(rank: int, folder: Path) -> dict:
     return {"marks": marks}
 
 
+class Bare(nn.Module):
+    """Uses one weight in a way that no tap sees, in process 1 only; another one in both."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rank = rank
+        self.first, self.second, self.head = nn.Linear(INPUTS, 4), nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = (x @ self.first.weight.T + self.first.bias).tanh()
+        h = self.second(h) if self.rank == 0 else h @ self.second.weight.T + self.second.bias
+        return self.head(h)
+
+
+def audited(rank: int, folder: Path, name: str) -> dict:
+    model = wrapped(SCENARIOS[name], Bare(rank).double())
+    recorder = dualhook.instrument(model, folder / f"audited-{name}", verbose=False)
+    steps(model, sgd(model), rank)
+    coverage = recorder.coverage
+    memory = recorder.close()
+    notes = dict(zip(coverage["parameter"], coverage["note"], strict=True))
+    return {"layers": memory.layers, "notes": notes, "error": memory.verify().max_error}
+
+
 def every_case(rank: int, folder: Path) -> None:
     cases = {
         "refusals": lambda: refusals(rank, folder),
@@ -156,6 +181,8 @@ def every_case(rank: int, folder: Path) -> None:
         "flushed-ddp": lambda: flushed(rank, folder, "ddp"),
         "flushed-fsdp": lambda: flushed(rank, folder, "fsdp"),
         "changed": lambda: changed(rank, folder),
+        "audited-ddp": lambda: audited(rank, folder, "ddp"),
+        "audited-fsdp": lambda: audited(rank, folder, "fsdp"),
     }
     found = {}
     for name, case in cases.items():

@@ -122,7 +122,7 @@ def plain(scenario: Scenario) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def wrapped(scenario: Scenario, model: nn.Sequential) -> nn.Module:
+def wrapped(scenario: Scenario, model: nn.Module) -> nn.Module:
     if scenario.wrap in ("ddp", "later"):
         return DistributedDataParallel(model, gradient_as_bucket_view=scenario.buckets)
     from torch.distributed.device_mesh import init_device_mesh
@@ -130,7 +130,7 @@ def wrapped(scenario: Scenario, model: nn.Sequential) -> nn.Module:
 
     shape = (WORLD, 1) if scenario.wrap == "hybrid" else (WORLD,)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
-    for layer in model[:3]:
+    for layer in list(model.children())[:3] if isinstance(model, nn.Sequential) else ():
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)

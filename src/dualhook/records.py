@@ -5,6 +5,7 @@ Letters in shapes: ``n`` pattern, ``i`` input, ``o`` output, ``t`` step, ``e`` l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
@@ -33,6 +34,7 @@ __all__ = [
     "OriginPart",
     "RowSource",
     "Rows",
+    "absent",
 ]
 
 COORDINATES = ("step", "sample", "position")
@@ -144,22 +146,27 @@ class Rows:
         """The rows of an index [m]; they keep no pattern numbers."""
         return self._each(lambda values: values.index_select(0, index))
 
-    def joined(self, other: Rows) -> Rows:
-        """These rows and those that follow them."""
-        columns = {name: torch.cat([values, other.columns[name]]) for name, values in self.columns.items()}
-        parts = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in FIELDS}
-        optional = {
-            name: torch.cat([values, getattr(other, name)])
-            for name in OPTIONAL
-            if (values := getattr(self, name)) is not None
-        }
-        return Rows(**parts, columns=columns, first=self.first, **optional)
+    def joined(self, *others: Rows) -> Rows:
+        """These rows and those that follow them; a column that some lack is absent there."""
+        parts, columns = (self, *others), {}
+        for name in dict.fromkeys(name for part in parts for name in part.columns):
+            like = next(part.columns[name] for part in parts if name in part.columns)
+            own = [part.columns.get(name, like.new_full((len(part),), absent(like))) for part in parts]
+            columns[name] = torch.cat(own)
+        there = [*FIELDS, *(name for name in OPTIONAL if getattr(self, name) is not None)]
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in there}
+        return Rows(columns=columns, first=self.first, **joined)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
         columns = {name: change(values) for name, values in self.columns.items()}
         parts = {name: change(getattr(self, name)) for name in FIELDS}
         optional = {name: change(values) for name in OPTIONAL if (values := getattr(self, name)) is not None}
         return Rows(**parts, columns=columns, first=self.first, **optional)
+
+
+def absent(like: Tensor) -> float:
+    """What stands for "no value" in a column: NaN, or -1 among whole numbers."""
+    return math.nan if like.is_floating_point() else -1
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def together(tmp_path, both: list[Rows | None], of: dict[str, torch.Tensor], who
 
     def measure(rank: int) -> None:
         writer = Writer(Layout(tmp_path / str(rank)), rank=rank)
-        measuring = Measuring(Pair(rank, meeting, board), writer, [SPEC])
+        measuring = Measuring(Pair(rank, meeting, board), writer, [LayerProbe(SPEC)])
         found[rank] = measuring.measure({SPEC.name: of}, {SPEC.name: both[rank]}, whole=whole)
         writer.close(discard=True)
 

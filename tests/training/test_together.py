@@ -81,3 +81,12 @@ def test_a_change_in_one_shard_is_marked(found):
     first, second = found["changed"]["marks"]
     assert not first & Mark.CHANGED
     assert second & Mark.CHANGED
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_what_a_tap_of_any_process_does_not_see_is_recorded_by_none(found, name):
+    case = found[f"audited-{name}"]
+    assert case["layers"] == ["head"]
+    for layer in ("first", "second"):
+        assert case["notes"][f"{layer}.weight"] == "used in Mm, which no tap sees"
+    assert case["error"] < 1e-9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dualhook.capture.audit import Audit, RootHook
+from dualhook.capture.audit import Audit, RootHook, Verdict
 from dualhook.capture.calls import as_rows, nonzero_rows
 from dualhook.capture.compiled import forget_compiled_code
 from dualhook.capture.coverage import coverage_table
@@ -12,7 +12,7 @@ from dualhook.capture.intake import Intake, Sink
 from dualhook.capture.kinds import ROOT, Tapped, linear_maps
 from dualhook.capture.loader import TrackedLoader, as_batch
 from dualhook.capture.observe import Observed, directions, observe
-from dualhook.capture.probe import LayerProbe, Measurement, fit_scales
+from dualhook.capture.probe import Corner, LayerProbe, Measurement, fit_scales
 from dualhook.capture.recompute import sequence_number
 from dualhook.capture.selection import Selection, select_layers, unwrapped
 from dualhook.capture.sharded import Place, is_sharded, local, whole
@@ -21,6 +21,7 @@ from dualhook.capture.steps import StepWatcher, innermost
 __all__ = [
     "ROOT",
     "Audit",
+    "Corner",
     "Intake",
     "LayerProbe",
     "Measurement",
@@ -32,6 +33,7 @@ __all__ = [
     "StepWatcher",
     "Tapped",
     "TrackedLoader",
+    "Verdict",
     "as_batch",
     "as_rows",
     "coverage_table",

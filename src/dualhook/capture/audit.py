@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from dualhook.capture.hooks import Hook, is_plain_call
 from dualhook.capture.taps import produced
 
-__all__ = ["Audit", "RootHook"]
+__all__ = ["Audit", "RootHook", "Verdict"]
 
 LAYOUT = (
     "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Slice", "Select", "Split", "SplitWithSizes",
@@ -31,6 +32,21 @@ OPAQUE = ("CheckpointFunction", "CompiledFunction", "CompiledAutograd", "GraphTa
 """Nodes with a part of the model inside, which the graph does not show."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What an audit has found: the layers of which a tap has ``seen`` a call, and the parameters with a use unseen.
+
+    ``unseen`` names the operation that makes it.
+    """
+
+    seen: frozenset[str] = frozenset()
+    unseen: Mapping[str, str] = field(default_factory=dict)
+
+    def joined(self, other: Verdict) -> Verdict:
+        """What two passes have shown, one of which may have been another process's."""
+        return Verdict(self.seen | other.seen, {**other.unseen, **self.unseen})
+
+
 class Audit:
     """One forward pass: what taps saw, then what the graph of its outputs shows."""
 
@@ -43,15 +59,11 @@ class Audit:
         if node is not None:
             self._nodes.setdefault(layer, set()).update(_inside(node))
 
-    def has_seen(self, layer: str) -> bool:
-        """Whether a tap has seen any call of a layer."""
-        return layer in self._nodes
+    def verdict(self, outputs: Any, parameters: Mapping[str, nn.Parameter]) -> Verdict:
+        """What the graph of the ``outputs`` shows of some ``parameters``; of one that it does not reach nothing."""
+        return Verdict(frozenset(self._nodes), self._unseen(outputs, parameters))
 
-    def unseen(self, outputs: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
-        """The ``parameters`` of which some use was not seen, with the operation that makes it.
-
-        One that the graph does not reach is not among them.
-        """
+    def _unseen(self, outputs: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
         roots = [leaf.grad_fn for leaf in _tensors(outputs) if leaf.grad_fn is not None]
         users = _users(roots)
         if any(_name(node) in OPAQUE or _name(node).startswith("Compiled") for node in users.every):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualhook.maps import map_of
-from dualhook.records import NO_SAMPLE, Batch, LayerSpec, Rows
+from dualhook.records import NO_SAMPLE, Batch, LayerSpec, Rows, absent
 
 __all__ = ["Call", "Places", "as_rows", "call_input", "is_sequence_first", "module_call", "nonzero_rows"]
 
@@ -170,8 +170,7 @@ def _numbered(
 
 
 def _column(values: Tensor, index: Tensor) -> Tensor:
-    absent = float("nan") if values.is_floating_point() else -1
-    return values if bool((index >= 0).all()) else torch.where(index < 0, absent, values)
+    return values if bool((index >= 0).all()) else torch.where(index < 0, absent(values), values)
 
 
 def is_sequence_first(lead: Sequence[int], size: int) -> bool | None:

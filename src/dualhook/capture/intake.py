@@ -84,6 +84,10 @@ class Intake:
         found = {name: place.used for name, place in self._places.items()}
         return {name: value for name, value in found.items() if value is not None}
 
+    def called_with(self, name: str) -> nn.Parameter | None:
+        """The parameter that the last differentiable call has used: of a sharded one the whole, put in its place."""
+        return self._watched[name][0] if name in self._watched else None
+
     def on_call(self, call: Call) -> Callable[[Tensor], None] | None:
         """A differentiable call of the layer; returns what its output gradient is to do."""
         arrive = self.on_late_call()

@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dualhook.capture.sharded import local, rows_at, spread
+from dualhook.capture.sharded import is_sharded, local, rows_at, spread
 from dualhook.maps import gradient, map_of
 from dualhook.records import LayerSpec, Rows
 
-__all__ = ["LayerProbe", "Measurement", "fit_scales"]
+__all__ = ["Corner", "LayerProbe", "Measurement", "fit_scales"]
 
 GRID = (64, 16)  # outputs × inputs: about a thousand entries for two thin gathers
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -85,12 +85,22 @@ class Fit:
     finite: bool
 
 
-class LayerProbe:
-    """The fixed entries of one layer's parameters: of some outputs, and some columns of one slot of its matrix."""
+@dataclass(frozen=True)
+class Corner:
+    """Where a layer is probed: at some outputs, and some columns of one slot of its matrix."""
 
-    def __init__(self, spec: LayerSpec) -> None:
+    slot: int
+    outputs: Tensor
+    inputs: Tensor
+
+
+class LayerProbe:
+    """The probed entries of one layer's parameters; ``is_shared``: other layers use its weight as well."""
+
+    def __init__(self, spec: LayerSpec, *, is_shared: bool = False) -> None:
         self.spec = spec
         self._map = map_of(spec)
+        self._is_shared = is_shared
         generator = torch.Generator().manual_seed(0)  # its own: training's random numbers stay as they are
         self._outputs = torch.randperm(spec.out_features, generator=generator)[: GRID[0]].sort().values
         self._inputs = self._map.grid_inputs(GRID[1], generator)
@@ -105,30 +115,28 @@ class LayerProbe:
         """
         if rows is None or not len(rows):
             return self.without_rows(gradients)
-        found = self.at(None, gradients, rows, whole=whole)
-        places = self.largest(*self.sizes(rows)) if self.is_dead(found) else None
-        return found if places is None else self.at(places, gradients, rows, whole=whole)
+        slot, _ = self.busiest_slot(rows)
+        found = self.at(self.usual(slot), gradients, rows, whole=whole)
+        corner = self.largest(slot, *self.sizes(rows, slot)) if self.is_dead(found) else None
+        return found if corner is None else self.at(corner, gradients, rows, whole=whole)
 
-    def at(
-        self,
-        places: tuple[Tensor, Tensor] | None,
-        gradients: Mapping[str, Tensor],
-        rows: Rows,
-        *,
-        whole: bool,
-    ) -> dict[str, Measurement]:
-        """The same at these outputs and inputs, or at the usual ones; of sharded gradients what is in this process."""
-        slot, (outputs, inputs) = self._map.busiest_slot(rows), places or (self._outputs, self._inputs)
-        d, x = map(_numpy, self._map.some(rows, slot, outputs, inputs))
+    def usual(self, slot: int) -> Corner:
+        """Where a slot is probed unless nothing is there."""
+        return Corner(slot, self._outputs, self._inputs)
+
+    def at(self, corner: Corner, gradients: Mapping[str, Tensor], rows: Rows, *, whole: bool) -> dict[str, Measurement]:
+        """The same in one corner; of sharded gradients what is in this process."""
+        d, x = map(_numpy, self._map.some(rows, corner.slot, corner.outputs, corner.inputs))
         one = np.ones(len(d)) if rows.constant is None else _numpy(rows.constant)
         sums = self._sums(gradients, rows) if whole else {}
         found = {}
         for name, own in gradients.items():
-            is_weight, seen = name == self.spec.weight, rows_at(self._map.matrix(name, own), outputs)
+            is_weight, seen = name == self.spec.weight, rows_at(self._matrix(name, own), corner.outputs)
             if is_weight:
-                seen = seen.index_select(1, (slot * self._map.columns + inputs).to(seen.device))
+                columns = corner.slot * self._map.columns + corner.inputs
+                seen = seen.index_select(1, columns.to(seen.device))
             elif seen.dim() == 2:
-                seen = seen[:, slot]
+                seen = seen[:, corner.slot]
             keys = x if is_weight else one
             dtype = _coarser(rows.output_grad.dtype, own.dtype)
             found[name] = Measurement(_numpy(seen), d.T @ keys, abs(d).T @ abs(keys), dtype, sums.get(name))
@@ -139,24 +147,30 @@ class LayerProbe:
         """Whether the probed corner is one that the rows leave untouched."""
         return not all(one.absolute.any() for one in found.values())
 
-    def sizes(self, rows: Rows) -> tuple[Array, Array]:
-        """How large the rows are in every output [o], and in every column of the busiest slot [c]."""
+    def busiest_slot(self, rows: Rows) -> tuple[int, int]:
+        """The slot that most of the rows fill, and how many do."""
+        if rows.slot is None or not len(rows):
+            return 0, len(rows)
+        slot = int(rows.slot.mode().values)
+        return slot, int((rows.slot == slot).sum())
+
+    def sizes(self, rows: Rows, slot: int) -> tuple[Array, Array]:
+        """How large the rows are in every output [o], and in every column of a slot [c]."""
         every = torch.arange(self.spec.out_features), torch.arange(self._map.columns)
-        d, x = self._map.some(rows, self._map.busiest_slot(rows), *every)
+        d, x = self._map.some(rows, slot, *every)
         return _numpy(d.abs().sum(0)), _numpy(x.abs().sum(0))
 
-    def largest(self, outputs: Array, inputs: Array) -> tuple[Tensor, Tensor] | None:
+    def largest(self, slot: int, outputs: Array, inputs: Array) -> Corner | None:
         """Where rows of these sizes are largest; None where there are none."""
         if not outputs.any():
             return None
         of_outputs, of_inputs = torch.from_numpy(outputs), torch.from_numpy(inputs)
-        return of_outputs.topk(len(self._outputs)).indices, of_inputs.topk(len(self._inputs)).indices
+        return Corner(slot, of_outputs.topk(len(self._outputs)).indices, of_inputs.topk(len(self._inputs)).indices)
 
     def no_rows(self, gradients: Mapping[str, Tensor]) -> Rows:
         """What a process without rows adds to a measurement: nothing."""
-        no, dtype = torch.zeros(0, dtype=torch.int64), next(iter(gradients.values())).dtype
-        key, output_grad = (torch.zeros(0, n, dtype=dtype) for n in (self.spec.in_features, self.spec.out_features))
-        return Rows(key, output_grad, no, no, no)
+        rows = self._map.no_rows(next(iter(gradients.values())).dtype)
+        return self._map.seen_from(self.spec, rows) if self._is_shared else rows
 
     def without_rows(self, gradients: Mapping[str, Tensor]) -> dict[str, Measurement]:
         """Gradients that no rows stand against: is there anything to explain?"""
@@ -166,6 +180,15 @@ class LayerProbe:
             largest = _numpy(held.max().reshape(1)) if held.numel() else np.zeros(1)
             found[name] = Measurement(largest, np.zeros(1), np.zeros(1), own.dtype)
         return found
+
+    def _matrix(self, name: str, gradient: Tensor) -> Tensor:
+        """A gradient as a matrix; of a sharded one the rows here if they are rows of the matrix, else all of it.
+
+        What other processes hold is zero then.
+        """
+        if is_sharded(gradient) and not self._map.keeps_shape:
+            gradient = spread(local(gradient), gradient)
+        return self._map.matrix(name, gradient)
 
     def _sums(self, gradients: Mapping[str, Tensor], rows: Rows) -> dict[str, Measurement]:
         """Every output's sum over all inputs of every slot, with random signs."""
@@ -189,15 +212,14 @@ class LayerProbe:
                 total += gradient(values, factor[:, None], slot, total.shape[1])
         found = {}
         for name, own in gradients.items():
-            matrix, is_weight = local(self._map.matrix(name, own)), name == self.spec.weight
+            matrix, is_weight = self._matrix(name, own), name == self.spec.weight
+            held = local(matrix)
             if is_weight:
-                sums = (
-                    (matrix.to(dtype) * signs.reshape(-1).to(matrix.device)).reshape(len(matrix), *signs.shape).sum(2)
-                )
+                sums = (held.to(dtype) * signs.reshape(-1).to(held.device)).reshape(len(held), *signs.shape).sum(2)
             else:  # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
-                sums = matrix.clone() if matrix.dim() == 2 else matrix.clone()[:, None]
+                sums = held.clone() if held.dim() == 2 else held.clone()[:, None]
             pair = (weight, size) if is_weight else (bias, ones)
-            seen, rebuilt, absolute = (_numpy(part.squeeze(1)) for part in (spread(sums, own), *pair))
+            seen, rebuilt, absolute = (_numpy(part.squeeze(1)) for part in (spread(sums, matrix), *pair))
             found[name] = Measurement(seen, rebuilt, absolute, _coarser(rows.output_grad.dtype, own.dtype))
         return found
 

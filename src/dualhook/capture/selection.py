@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from dualhook.capture.audit import Audit
+from dualhook.capture.audit import Verdict
 from dualhook.capture.kinds import Tapped, linear_maps
 from dualhook.errors import LayerError
 from dualhook.records import LayerSpec
@@ -33,18 +33,18 @@ class Selection:
         """The recorded layers, each once, in the model's order."""
         return tuple({tapped.spec.name: tapped.spec for tapped in self.layers}.values())
 
-    def audited(self, audit: Audit, unseen: Mapping[str, str]) -> Selection:
+    def audited(self, verdict: Verdict) -> Selection:
         """What is left to record once an audit knows the uses of parameters that no tap sees.
 
         Layers of which the weight has such a use go, biases with one go alone, and so does what was thought to be a
         further use of a weight and is none.
         """
-        left, reasons = [], dict(self.reasons)
+        left, reasons, unseen = [], dict(self.reasons), verdict.unseen
         for tapped in self.layers:
             spec = tapped.spec
             if spec.weight in unseen:
                 reasons[spec.name] = f"used in {unseen[spec.weight]}, which no tap sees"
-            elif tapped.is_provisional and not audit.has_seen(spec.name):
+            elif tapped.is_provisional and spec.name not in verdict.seen:
                 continue
             elif spec.bias in unseen:
                 left.append(replace(tapped, spec=replace(spec, bias=None), attributes=tapped.attributes[:1]))

@@ -21,7 +21,6 @@ from dualhook.recorder.front import OPEN, OnFull, Recorder
 from dualhook.recorder.ranks import Ranks, ranks_of
 from dualhook.recorder.scope import TemporaryRoot
 from dualhook.recorder.settings import refuse
-from dualhook.records import LayerSpec
 from dualhook.store import Layout, Manifest
 
 __all__ = ["instrument"]
@@ -88,8 +87,6 @@ def instrument(
     for one in given:
         refuse(innermost(one), (p for tapped in selection.layers for p in tapped.module.parameters(recurse=False)))
     ranks = ranks_of(model, [tapped.module for tapped in selection.layers], group)
-    if ranks.several or ranks.sharded:
-        _check_kinds(selection.specs, ranks.size)
     if ranks.several and on_full == "fold":
         raise DualHookError(
             f"on_full='fold' with {ranks.size} processes: what another one has not written yet cannot be folded; leave "
@@ -122,22 +119,6 @@ def _directory(path: str | os.PathLike[str] | None, ranks: Ranks) -> tuple[Layou
     own = TemporaryRoot() if ranks.rank == 0 else None
     root = Path(ranks.share(lambda: str(own.path if own else "")))
     return Layout(root), own or TemporaryRoot(root)
-
-
-def _check_kinds(specs: Sequence[LayerSpec], processes: int) -> None:
-    """Several processes can record plain linear layers only.
-
-    Raises:
-        LayerError: one of the layers is something else.
-    """
-    weights = [spec.weight for spec in specs]
-    for spec in specs:
-        if spec.kind != "linear" or weights.count(spec.weight) > 1:
-            what = f"of kind {spec.kind}" if spec.kind != "linear" else "one of several uses of its weight"
-            raise LayerError(
-                f"layer {spec.name!r} is {what}: with {processes} processes only linear layers with a weight of their "
-                "own are recorded so far; leave it out with layers="
-            )
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +24,7 @@ from dualhook.capture import (
     Selection,
     StepWatcher,
     TrackedLoader,
+    Verdict,
     as_batch,
     coverage_table,
     forget_compiled_code,
@@ -103,7 +105,8 @@ class Recorder:
             self._book.meet(innermost(optimizer))
         self._handles: list[RemovableHandle] = []
         self._handles += install(model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
-        self._is_audited = ranks.several  # what one process sees of a model, another one may not
+        self._is_audited = False
+        self._verdict = Verdict()  # of this process, until the first step brings those of all together
         self._root = RootHook(self._begin_audit, self._end_audit).attach(model)
         forget_compiled_code()
         self._watcher = StepWatcher(self._before_step, self._after_step)
@@ -276,12 +279,16 @@ class Recorder:
         self._book.batch, self._book.batch_since = batch, sequence_number()
 
     def _before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
-        if not self._stopped:
-            self._book.before(optimizer, has_closure)
+        if self._stopped:
+            return
+        if not has_closure:  # else the forward pass is still to come
+            self._agree(optimizer)
+        self._book.before(optimizer, has_closure)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         if self._stopped:
             return
+        self._agree(optimizer)
         self._book.after(optimizer)
         measuring = self._book.measuring
         if measuring.error is not None:
@@ -345,15 +352,25 @@ class Recorder:
         audit, self._book.audit = self._book.audit, None
         if audit is None:
             return
+        self._verdict = audit.verdict(outputs, self._book.layers.parameters())
+        if not self._ranks.several:
+            self._narrow(self._verdict)
+
+    def _agree(self, optimizer: Optimizer) -> None:
+        """What one process sees of a model another one may not: with the first step all record the same."""
+        if not self._is_audited and self._ranks.several and any(self._book.members(optimizer)):
+            self._narrow(reduce(Verdict.joined, self._ranks.gather(self._verdict)))
+
+    def _narrow(self, verdict: Verdict) -> None:
         self._is_audited = True
-        unseen = audit.unseen(outputs, self._book.layers.parameters())
-        audited = self._selection.audited(audit, unseen)
+        audited = self._selection.audited(verdict)
         if audited == self._selection:
             return
         self._selection = audited
         self._book.narrow(audited)
-        manifest = Manifest.read(self._layout)
-        Manifest(self._selection.specs, manifest.versions, manifest.ranks).write(self._layout)
+        if not self._ranks.rank:
+            manifest = Manifest.read(self._layout)
+            Manifest(self._selection.specs, manifest.versions, manifest.ranks).write(self._layout)
 
     def _check_open(self, what: str) -> None:
         if self._closed:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from dualhook.capture import Intake, Place, Selection, Sink
+from dualhook.capture import Intake, LayerProbe, Place, Selection, Sink
 from dualhook.maps import map_of
 from dualhook.recorder.watched import Watched
 from dualhook.records import LayerSpec, Rows
@@ -51,7 +51,7 @@ class Layers:
         return [own.name for own in self._by_weight[spec.weight]]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters whose uses the graph of a forward pass shows, as the model has them now."""
+        """The trainable parameters whose uses the graph of the last forward pass shows."""
         found: dict[str, nn.Parameter] = {}
         for intake in self.intakes:
             if intake.tapped.by == "recurrent":  # one fused operation, which is seen as a whole
@@ -59,11 +59,12 @@ class Layers:
             for name, parameter in intake.parameters.items():
                 added = name == intake.spec.bias and intake.spec.kind.endswith("experts")  # by itself, row by row
                 if parameter.requires_grad and not added:
-                    found[name] = parameter
+                    called_with = intake.called_with(name)
+                    found[name] = parameter if called_with is None else called_with
         return found
 
     def narrow(self, selection: Selection) -> None:
-        """Go on with what a smaller selection holds; nothing of the rest has been recorded."""
+        """Go on with what a smaller selection holds."""
         left = {tapped.spec.name: tapped.spec for tapped in selection.layers}
         for layer in [layer for layer in self._intakes if layer not in left]:
             for intake in self._intakes.pop(layer):
@@ -82,6 +83,10 @@ class Layers:
             seen = map_of(self.spec(layer)).seen_from(spec, replace(own, columns={}))
             found = seen if found is None else found.joined(seen)
         return found
+
+    def probes(self) -> list[LayerProbe]:
+        """One of each weight."""
+        return [LayerProbe(spec, is_shared=len(self._by_weight[spec.weight]) > 1) for spec in self.primary]
 
     def _arrange(self) -> None:
         self._by_weight: dict[str, list[LayerSpec]] = {}

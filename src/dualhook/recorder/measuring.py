@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dualhook.capture import LayerProbe, Measurement
+from dualhook.capture import Corner, LayerProbe, Measurement
 from dualhook.recorder.ranks import Ranks
-from dualhook.records import LayerSpec, Rows
+from dualhook.records import Rows
 from dualhook.store import Writer
 
 __all__ = ["Measuring"]
@@ -23,10 +23,10 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the co
 class Measuring:
     """The probes of all layers; what they find is the same in every process."""
 
-    def __init__(self, ranks: Ranks, writer: Writer, specs: Iterable[LayerSpec]) -> None:
+    def __init__(self, ranks: Ranks, writer: Writer, probes: Iterable[LayerProbe]) -> None:
         self._ranks = ranks
         self._writer = writer
-        self._probes = {spec.name: LayerProbe(spec) for spec in specs}
+        self._probes = {probe.spec.name: probe for probe in probes}
         self._told = np.zeros(2)  # by all processes, at the last step: bytes recorded, writers in trouble
 
     @property
@@ -46,28 +46,43 @@ class Measuring:
     ) -> dict[str, Measurement]:
         """Measurements by parameter, from the ``gradients`` by layer and parameter; of all processes in one exchange.
 
-        In rare cases it takes three: where the probed corner of a layer is dead.
+        It takes another one where layers have slots, and in rare cases two more: where the probed corner of a layer is
+        dead.
         """
         if not (self._ranks.several or self._ranks.sharded):
             found = [self._probes[layer].measure(own, rows[layer], whole=whole) for layer, own in gradients.items()]
             return {name: one for own in found for name, one in own.items()}
-        local = {layer: rows[layer] or self._probes[layer].no_rows(own) for layer, own in gradients.items()}
+        there = {layer: rows[layer] or self._probes[layer].no_rows(own) for layer, own in gradients.items()}
         told = np.array([self._writer.recorded_bytes, self._writer.error is not None], dtype=np.float64)
-        own = {layer: self._probes[layer].at(None, gradients[layer], local[layer], whole=whole) for layer in gradients}
-        everywhere, self._told = _summed(self._ranks, own, told)
+        corners = {layer: self._probes[layer].usual(slot) for layer, slot in self._slots(there).items()}
+
+        def look(corner: Corner, layer: str) -> dict[str, Measurement]:
+            return self._probes[layer].at(corner, gradients[layer], there[layer], whole=whole)
+
+        everywhere, self._told = _summed(self._ranks, {layer: look(at, layer) for layer, at in corners.items()}, told)
         dead = [layer for layer, found in everywhere.items() if LayerProbe.is_dead(found)]
         if dead:  # look where this step's rows are largest, all of them
-            sizes = iter(self._ranks.sum([size for layer in dead for size in self._probes[layer].sizes(local[layer])]))
+            own = [self._probes[layer].sizes(there[layer], corners[layer].slot) for layer in dead]
+            sizes = iter(self._ranks.sum([size for both in own for size in both]))
             moved = {}
             for layer in dead:
-                probe, places = self._probes[layer], self._probes[layer].largest(next(sizes), next(sizes))
-                moved[layer] = (
-                    probe.without_rows(gradients[layer])
-                    if places is None
-                    else probe.at(places, gradients[layer], local[layer], whole=whole)
-                )
+                corner = self._probes[layer].largest(corners[layer].slot, next(sizes), next(sizes))
+                nothing = self._probes[layer].without_rows
+                moved[layer] = nothing(gradients[layer]) if corner is None else look(corner, layer)
             everywhere |= _summed(self._ranks, moved, told)[0]
         return {name: one for found in everywhere.values() for name, one in found.items()}
+
+    def _slots(self, rows: Mapping[str, Rows]) -> dict[str, int]:
+        """The slot of each layer that most rows fill in any one process."""
+        own = {layer: self._probes[layer].busiest_slot(found) for layer, found in rows.items()}
+        slotted = [layer for layer, found in rows.items() if found.slot is not None]
+        if slotted:
+            told = np.zeros((self._ranks.size, len(slotted), 2))
+            told[self._ranks.rank] = [own[layer] for layer in slotted]
+            (everywhere,) = self._ranks.sum([told])
+            first = everywhere[:, :, 1].argmax(0)
+            own |= {layer: (int(everywhere[first[k], k, 0]), 0) for k, layer in enumerate(slotted)}
+        return {layer: slot for layer, (slot, _) in own.items()}
 
 
 def _summed(

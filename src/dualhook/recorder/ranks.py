@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from dualhook.records import Rows
 
 __all__ = ["Ranks", "ranks_of"]
 
+T = TypeVar("T")
 Array = npt.NDArray[np.float64]
 
 
@@ -78,6 +79,14 @@ class Ranks:
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Which of the flags are set in any process."""
         return [bool(total) for total in self.sum([np.asarray(flags, dtype=np.float64)])[0]] if flags else []
+
+    def gather(self, value: T) -> list[T]:
+        """What every process has."""
+        found: list[Any] = [value]
+        if self.several:
+            found = [None] * self.size
+            dist.all_gather_object(found, value, group=self._group)
+        return found
 
     def share(self, make: Callable[[], str]) -> str:
         """What ``make`` returns in process 0, in all.

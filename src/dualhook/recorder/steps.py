@@ -82,7 +82,7 @@ class StepBook:
         self.pending = Pending(writer, ranks, dtype)
         self._on_step = on_step
         self.layers = Layers(selection, self)
-        self.measuring = Measuring(ranks, writer, self.layers.primary)
+        self.measuring = Measuring(ranks, writer, self.layers.probes())
         self.audit: Audit | None = None
         self.input_sizes: frozenset[int] = frozenset()
         self.snapshots = Snapshots(writer)
@@ -99,9 +99,11 @@ class StepBook:
         return any(watched.stepped for watched in self.layers.watched.values())
 
     def narrow(self, selection: Selection) -> None:
-        """Go on with what a smaller selection holds; nothing of the rest has been recorded."""
+        """Go on with what a smaller selection holds; no step has used rows of the rest."""
+        gone = set(self.layers.names) - {spec.name for spec in selection.specs}
+        self.pending.drop(gone)
         self.layers.narrow(selection)
-        self.measuring = Measuring(self.ranks, self.writer, self.layers.primary)
+        self.measuring = Measuring(self.ranks, self.writer, self.layers.probes())
 
     # ---- rows ------------------------------------------------------------------------------------------------
 

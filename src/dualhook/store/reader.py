@@ -158,9 +158,22 @@ class Store:
             if len(uses) == 1 and not map_of(uses[0]).stores_maps:
                 self._counted[layer] = [segment.count(layer, self.last_step) for segment in self.segments]
             else:
-                stored = (self._stored(segment, uses) for segment in self.segments)
-                self._counted[layer] = [sum(own.patterns(len(own.step)) for own in found) for found in stored]
+                self._counted[layer] = [self._patterns(segment, uses, self.last_step) for segment in self.segments]
         return self._counted[layer]
+
+    def _count_before(self, layer: str, step: int) -> int:
+        """How many patterns come before those of a step."""
+        found = 0
+        for segment, count in zip(self.segments, self._segment_counts(layer), strict=True):
+            if segment.last_step < step:
+                found += count
+            elif segment.first_step < step:
+                found += self._patterns(segment, self.uses(layer), step - 1)
+        return found
+
+    def _patterns(self, segment: Segment, uses: Sequence[LayerSpec], last_step: int) -> int:
+        """How many patterns of some uses a segment holds up to a step."""
+        return sum(stored.patterns(stored.between(0, last_step)[1]) for stored in self._stored(segment, uses))
 
     def _first_number(self, layer: str, uses: Sequence[LayerSpec]) -> int:
         """The number of the first pattern that is left; folded ones keep theirs, where a stored row is a pattern."""
@@ -195,28 +208,15 @@ class Store:
 
     def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
         """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""
-        if self.manifest.ranks > 1:
-            yield from self._of_all_processes(self._by_name[layer], first_step, last_step, block_rows)
-            return
         uses, asked = self.uses(layer), self._by_name[layer]
-        number = self._first_number(layer, uses)
-        for segment, count in zip(self.segments, self._segment_counts(layer), strict=True):
-            there = count and segment.header["steps"][0] <= last_step and segment.last_step >= first_step
-            stored = self._stored(segment, uses) if there else []
-            for rows in patterns_of(asked, stored, first_step, last_step, block_rows, number) if stored else ():
+        number = self._first_number(layer, uses) + self._count_before(layer, first_step)
+        for begin, end, segments in self._lanes.spans(first_step, last_step):
+            stored = [one for segment in segments for one in self._stored(segment, uses)]
+            for rows in patterns_of(asked, stored, begin, end, block_rows, number) if stored else ():
+                number += len(rows)
                 yield rows
                 if self.on_rows is not None:
                     self.on_rows(len(rows))
-            number += count
-
-    def _of_all_processes(self, spec: LayerSpec, first_step: int, last_step: int, block_rows: int) -> Iterator[Rows]:
-        """The patterns of a linear layer that several processes have trained together."""
-        for rows in self._lanes.blocks(spec, first_step, last_step):
-            for start in range(0, len(rows), block_rows):
-                block = rows.part(start, min(len(rows), start + block_rows))
-                yield block
-                if self.on_rows is not None:
-                    self.on_rows(len(block))
 
     def coordinates(self, layer: str, name: str) -> Iterator[Tensor]:
         """Values of one coordinate or recorded column over the layer's patterns, each value at least once."""

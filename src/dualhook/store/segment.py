@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualhook.records import FIELDS, OPTIONAL, LedgerEntry, Rows
-from dualhook.store.lanes import absent
+from dualhook.records import FIELDS, OPTIONAL, LedgerEntry, Rows, absent
 from dualhook.store.ledger import pack
 from dualhook.store.streams import rows_of
 

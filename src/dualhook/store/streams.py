@@ -1,8 +1,8 @@
-"""From stored rows to a layer's patterns: maps are taken apart, and the uses of a tied parameter come together."""
+"""From stored rows to a layer's patterns: maps are taken apart, uses of a weight and processes come together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -62,23 +62,49 @@ class Stored:
 
 
 def patterns_of(
-    asked: LayerSpec, uses: Sequence[Stored], first_step: int, last_step: int, block_rows: int, number: int
+    asked: LayerSpec, stored: Sequence[Stored], first_step: int, last_step: int, block_rows: int, number: int
 ) -> Iterator[Rows]:
-    """A segment's patterns as the ``asked`` use sees them, oldest first; the segment's first has the ``number``."""
-    if len(uses) == 1 and uses[0].spec == asked:
-        start, stop = uses[0].between(first_step, last_step)
-        number += uses[0].patterns(start)
-        yield from _numbered(uses[0].blocks(start, stop, block_rows), number)
-        return
-    number += sum(use.patterns(use.between(first_step, last_step)[0]) for use in uses)
-    steps = torch.unique(torch.cat([use.step[slice(*use.between(first_step, last_step))] for use in uses]))
+    """The patterns of some steps as the ``asked`` use sees them, oldest first; the first one has the ``number``.
+
+    Of a step first come those of the first of ``stored``, which are several where a weight has several uses, or several
+    processes have recorded.
+    """
+    are_alike = all(use.spec == asked for use in stored)
+    if len(stored) == 1 and are_alike:
+        blocks = stored[0].blocks(*stored[0].between(first_step, last_step), block_rows)
+    else:
+        blocks = _together(_by_step(asked, stored, first_step, last_step, block_rows, are_alike), block_rows)
+    for rows in blocks:
+        yield replace(rows, first=number)
+        number += len(rows)
+
+
+def _by_step(
+    asked: LayerSpec, stored: Sequence[Stored], first_step: int, last_step: int, block_rows: int, are_alike: bool
+) -> Iterator[Rows]:
+    steps = torch.unique(torch.cat([use.step[slice(*use.between(first_step, last_step))] for use in stored]))
     for step in steps.tolist():
-        for use in uses:
+        for use in stored:
             for rows in use.blocks(*use.between(step, step), block_rows):
-                seen = map_of(use.spec).seen_from(asked, rows)
-                told_apart = {USE: torch.full((len(rows),), use.number), **rows.columns}
-                yield replace(seen, first=number, columns=told_apart)
-                number += len(rows)
+                if are_alike:
+                    yield rows
+                else:
+                    told_apart = {USE: torch.full((len(rows),), use.number), **rows.columns}
+                    yield replace(map_of(use.spec).seen_from(asked, rows), columns=told_apart)
+
+
+def _together(blocks: Iterable[Rows], block_rows: int) -> Iterator[Rows]:
+    """Small blocks as blocks of up to ``block_rows``."""
+    waiting: list[Rows] = []
+    count = 0
+    for rows in blocks:
+        if waiting and count + len(rows) > block_rows:
+            yield waiting[0].joined(*waiting[1:])
+            waiting, count = [], 0
+        waiting.append(rows)
+        count += len(rows)
+    if waiting:
+        yield waiting[0].joined(*waiting[1:])
 
 
 def rows_of(tensors: Mapping[str, Tensor], first: int = 0) -> Rows:
@@ -87,9 +113,3 @@ def rows_of(tensors: Mapping[str, Tensor], first: int = 0) -> Rows:
     fields |= {name: tensors[name] for name in OPTIONAL if name in tensors}
     columns = {name.removeprefix("column/"): tensors[name] for name in tensors if name.startswith("column/")}
     return Rows(columns=columns, first=first, **fields)
-
-
-def _numbered(blocks: Iterator[Rows], number: int) -> Iterator[Rows]:
-    for rows in blocks:
-        yield replace(rows, first=number)
-        number += len(rows)
