@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
 import torch
+from capture.test_kinds import CASES, OPTIMIZERS, network, train
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from training.ways import PATTERNS, STEPS, assert_exact, close, loader, loss_of, net, plain, rows_of, sgd, trained
 
@@ -147,6 +150,89 @@ def test_a_twin_of_the_same_class_is_compiled_apart():
             optimizer.step()
     memory = recorder.close()
     assert memory.verify()["exact"].all()
+
+
+WHOLE = {case for case in CASES if not case.startswith(("lstm", "gru", "rnn"))}
+"""What torch compiles as a whole graph; its recurrent layers break it."""
+UNROLLED = {"lstm cell", "gru cell"}
+"""What it takes apart in compiled code, where nothing can be told of it."""
+
+
+@pytest.mark.parametrize(
+    ("case", "fullgraph"), [(case, whole) for case in CASES for whole in (False, True) if case in WHOLE or not whole]
+)
+def test_every_kind_of_linear_map(case, fullgraph):
+    bare, model = network(case), network(case)
+    make, inputs = OPTIMIZERS["sgd"], CASES[case][1]
+    expected = train(compiled(bare, fullgraph=fullgraph), inputs, make(bare.parameters()))
+    torch._dynamo.reset()
+    recorder = dualhook.instrument(model, layers="all", verbose=False)
+    fast = compiled(model, fullgraph=fullgraph)
+    found = train(fast, inputs, make(model.parameters()), recorder)
+    notes = dict(zip(recorder.coverage["parameter"], recorder.coverage["note"], strict=True))
+    memory = recorder.close()
+    for own, other in zip(found, expected, strict=True):
+        assert all(
+            torch.equal(own[f"_orig_mod.{name}"], other[f"_orig_mod.{name}"]) for name, _ in bare.named_parameters()
+        )
+    for one, other in zip(model.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(one, other)
+    report = memory.verify()
+    if case in UNROLLED:
+        assert memory.layers == ["head"]
+        assert notes["core.weight_ih"] == "used where no tap sees it, perhaps in compiled code"
+    assert report.max_error < 1e-9
+    assert report["exact"].all()
+    for layer in memory.layers:
+        for rows in memory._store.blocks(layer, last_step=4, block_rows=10**6):
+            told = rows.sample >= 0
+            assert torch.equal(rows.sample[told] // 10 + 1, rows.step[told]), layer
+            assert told.all() or case == "experts", layer
+
+
+@pytest.mark.parametrize("case", ["attention", "functional", "tied in a function"])
+def test_inductor_and_functions_on_parameters(case):
+    model = network(case)
+    recorder = dualhook.instrument(model, layers="all", verbose=False)
+    fast = compiled(model, backend="inductor")
+    train(fast, CASES[case][1], OPTIMIZERS["adam"](model.parameters()), recorder)
+    assert recorder.close().verify()["exact"].all()
+
+
+def test_functions_are_put_back_and_compiled_code_goes_on_without_the_recorder():
+    before, model = F.linear, network("attention")
+    optimizer, inputs = OPTIMIZERS["sgd"](model.parameters()), CASES["attention"][1]
+    fast = compiled(model)
+    for _ in range(2):
+        recorder = dualhook.instrument(model, layers="all", verbose=False)
+        train(fast, inputs, optimizer, recorder)
+        assert F.linear is not before
+        memory = recorder.close()
+        assert F.linear is before
+        assert memory.verify()["exact"].all()
+        train(fast, inputs, optimizer)
+    assert memory.steps == 4
+
+
+def test_a_recorder_that_nobody_holds_lets_go_of_the_functions():
+    before, model = F.linear, network("attention")
+    recorder = dualhook.instrument(model, layers="all", verbose=False)
+    train(compiled(model), CASES["attention"][1], OPTIMIZERS["sgd"](model.parameters()), recorder)
+    del recorder, model
+    torch._dynamo.reset()
+    gc.collect()
+    assert F.linear is before
+
+
+def test_eager_calls_between_compiled_ones_are_recorded_too():
+    model = network("functional")
+    recorder, fast = dualhook.instrument(model, layers="all", verbose=False), compiled(model)
+    optimizer, inputs = OPTIMIZERS["sgd"](model.parameters()), CASES["functional"][1]
+    for _ in range(3):
+        optimizer.zero_grad()
+        (fast(inputs()).square().mean() + model(inputs()).square().mean()).backward()
+        optimizer.step()
+    assert recorder.close().verify()["exact"].all()
 
 
 class Mixed(torch.nn.Module):

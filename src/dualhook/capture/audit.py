@@ -36,7 +36,7 @@ OPAQUE = ("CheckpointFunction", "CompiledFunction", "CompiledAutograd", "GraphTa
 class Verdict:
     """What an audit has found: the layers of which a tap has ``seen`` a call, and the parameters with a use unseen.
 
-    ``unseen`` names the operation that makes it.
+    ``unseen`` says where.
     """
 
     seen: frozenset[str] = frozenset()
@@ -70,7 +70,7 @@ class Audit:
             return {}
         seen = set().union(*self._nodes.values())
         uses = {name: [node for node in users.of(own) if node not in seen] for name, own in parameters.items()}
-        return {name: _name(nodes[0]) for name, nodes in uses.items() if nodes}
+        return {name: f"used in {_name(nodes[0])}, which no tap sees" for name, nodes in uses.items() if nodes}
 
 
 class _Graph:

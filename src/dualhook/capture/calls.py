@@ -14,7 +14,17 @@ from torch.nn import functional as F
 from dualhook.maps import map_of
 from dualhook.records import NO_SAMPLE, Batch, LayerSpec, Rows, absent
 
-__all__ = ["Call", "Places", "as_rows", "call_input", "is_sequence_first", "module_call", "nonzero_rows"]
+__all__ = [
+    "Call",
+    "Places",
+    "as_rows",
+    "call_input",
+    "compiled_call",
+    "compiled_input",
+    "is_sequence_first",
+    "module_call",
+    "nonzero_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,21 @@ def module_call(module: nn.Module, spec: LayerSpec, args: Sequence[Any], kwargs:
     if isinstance(module, nn.Embedding):
         return embedding_call(x, module.weight.dtype, module.padding_idx, module.scale_grad_by_freq)
     return Call(x)
+
+
+def compiled_input(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What compiled code keeps of a module's input; None if that would not do."""
+    both = [*args, *kwargs.values()]
+    if isinstance(module, nn.Bilinear):
+        return torch.cat([both[0], both[1]], -1)
+    if isinstance(module, nn.EmbeddingBag) and len(both) > 1:
+        return None  # offsets or weights
+    return call_input(args, kwargs)
+
+
+def compiled_call(module: nn.Module, spec: LayerSpec, kept: Tensor) -> Call:
+    """The call of a module of which compiled code has kept an input."""
+    return Call(kept) if isinstance(module, nn.Bilinear) else module_call(module, spec, (kept,), {})
 
 
 def embedding_call(ids: Tensor, dtype: torch.dtype, padding: int | None, scaled: bool) -> Call:

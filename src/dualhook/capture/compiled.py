@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Caller", "compiled_tap", "forget_compiled_code", "register"]
+__all__ = ["OPTIONS", "Caller", "compiled_tap", "forget_compiled_code", "register"]
 
 Arrive = Callable[[Tensor], None]
 
@@ -91,18 +91,18 @@ def _backward(ctx: Any, output_grad: Tensor | None) -> tuple[Tensor | None, None
 
 
 # a CUDA graph would replay the copies and not the Python beside them
-_OPTIONS: Any = {"mutates_args": ()}
+OPTIONS: Any = {"mutates_args": ()}
 if hasattr(torch.Tag, "cudagraph_unsafe"):
-    _OPTIONS["tags"] = torch.Tag.cudagraph_unsafe
+    OPTIONS["tags"] = torch.Tag.cudagraph_unsafe
 
 _TAP = torch.library.custom_op(
-    "dualhook::tap", _tap, schema="(Tensor output, Tensor key, SymInt number) -> Tensor", **_OPTIONS
+    "dualhook::tap", _tap, schema="(Tensor output, Tensor key, SymInt number) -> Tensor", **OPTIONS
 )
 _TAKEN = torch.library.custom_op(
     "dualhook::taken",
     _taken,
     schema="(Tensor output_grad, Tensor key, SymInt number) -> Tensor",
-    **_OPTIONS,
+    **OPTIONS,
 )
 _TAP.register_fake(lambda output, key, number: torch.empty_like(output))
 _TAKEN.register_fake(lambda output_grad, key, number: torch.empty_like(output_grad))

@@ -8,35 +8,35 @@ their place.
 
 from __future__ import annotations
 
+import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.callback import callback_handler
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.calls import Call, Places, embedding_call
+from dualhook.capture.compiled_functions import (
+    Uses,
+    compiled_convolution,
+    compiled_embedding,
+    compiled_grouped,
+    compiled_linear,
+)
 from dualhook.capture.hooks import Hook
 from dualhook.capture.kinds import Tapped
-from dualhook.capture.taps import Listener, ModuleTap, report
-from dualhook.records import LayerSpec
+from dualhook.capture.sites import Site, grouped_call, has_settings, linear_call
+from dualhook.capture.taps import report
 
-__all__ = ["Scope", "Site", "scopes_of"]
+__all__ = ["Scope", "WhileCompiled", "scopes_of"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A use of a parameter that a function may be: who is told, and the module's own tap, which must not tell again."""
-
-    tapped: Tapped
-    listener: Listener
-    tap: ModuleTap | None
 
 
 class _Active(threading.local):
@@ -48,15 +48,8 @@ class _Active(threading.local):
 
 _ACTIVE = _Active()
 _LOCK = threading.Lock()
-_PLACES: tuple[tuple[Any, str], ...] = tuple(
-    (owner, name)
-    for owner, name in (
-        *((F, name) for name in ("linear", "embedding", "conv1d", "conv2d", "conv3d", "grouped_mm")),
-        (torch, "_grouped_mm"),
-    )
-    if hasattr(owner, name)
-)
 _ORIGINALS: dict[tuple[Any, str], Callable[..., Tensor]] = {}
+_REPLACED: dict[tuple[Any, str], Callable[..., Tensor]] = {}  # what stands there meanwhile
 _DEPTH = 0
 
 
@@ -122,14 +115,26 @@ class _Leave(_Enter):
             _restore()
 
 
+def _places() -> Iterator[tuple[Any, str]]:
+    """Where the functions are."""
+    for name in ("linear", "embedding", "conv1d", "conv2d", "conv3d", "grouped_mm"):
+        if hasattr(F, name):
+            yield F, name
+    if hasattr(torch, "_grouped_mm"):
+        yield torch, "_grouped_mm"
+    experts = sys.modules.get("transformers.integrations.moe")
+    if hasattr(experts, "_can_use_grouped_mm") and hasattr(experts, "_grouped_mm_fallback"):
+        yield experts, "_grouped_mm"
+
+
 def _replace() -> None:
     global _DEPTH
     with _LOCK:
         _DEPTH += 1
         if _DEPTH == 1:
-            for owner, name in _PLACES:
+            for owner, name in _places():
                 _ORIGINALS[owner, name] = getattr(owner, name)
-                setattr(owner, name, _SEEING[name])
+                setattr(owner, name, _REPLACED.setdefault((owner, name), _seeing(owner, name)))
 
 
 def _restore() -> None:
@@ -138,27 +143,67 @@ def _restore() -> None:
         _DEPTH -= 1
         if _DEPTH == 0:
             for (owner, name), original in _ORIGINALS.items():
-                setattr(owner, name, original)
+                if getattr(owner, name) is _REPLACED[owner, name]:  # else somebody has put another one over it
+                    setattr(owner, name, original)
+
+
+class WhileCompiled:
+    """Keeps the functions replaced from torch's next compilation on: compiled code is guarded on what they were.
+
+    In that code they tell of every one of the ``sites``, whichever module it is in.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._has_begun = False
+        self._uses = Uses(sites)
+        _OPEN.add(self)
+        if _on_compile not in callback_handler.start_callbacks:  # torch forgets it with what it has compiled
+            callback_handler.register_start_callback(_on_compile)
+
+    def begin(self) -> None:
+        """Code is about to be compiled."""
+        if not self._has_begun:
+            self._has_begun = True
+            _replace()
+
+    def remove(self) -> None:
+        """Put them back, once nothing else needs them replaced."""
+        _OPEN.discard(self)
+        self._uses.close()
+        if self._has_begun:
+            self._has_begun = False
+            _restore()
+
+
+_OPEN: weakref.WeakSet[WhileCompiled] = weakref.WeakSet()
+
+
+def _on_compile(*args: Any) -> None:
+    for one in list(_OPEN):
+        one.begin()
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     output = _ORIGINALS[F, "linear"](input, weight, bias)
+    if torch.compiler.is_compiling():  # the tracer of attention, which is handed on as a whole, comes here as well
+        return compiled_linear(output, input, weight, bias)
     found = _found(weight, ("linear", "experts"))
     if found is None:
         return output
-    sites, entered = found
-    output = _told(sites, lambda: _linear_call(sites[0].tapped, entered, input, weight), output)
+    output = _told(found[0], lambda: _linear_call(found, input, weight), output)
     own = None if bias is None else _found(bias, ("bias",))
     if own is None or bias is None:
         return output
     one = input.new_ones(*input.shape[:-1], 1)
-    return _told(own[0], lambda: _linear_call(own[0][0].tapped, own[1], one, bias), output)
+    return _told(own[0], lambda: _linear_call(own, one, bias), output)
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     output = _ORIGINALS[F, "embedding"](input, weight, padding_idx, *args, **kwargs)
-    found = _found(weight, ("embedding",))
     scaled = bool(args[2] if len(args) > 2 else kwargs.get("scale_grad_by_freq", False))
+    if torch.compiler.is_dynamo_compiling():
+        return compiled_embedding(output, input, weight, padding_idx, scaled)
+    found = _found(weight, ("embedding",))
     if found is None:
         return output
     return _told(found[0], lambda: embedding_call(input, weight.dtype, padding_idx, scaled), output)
@@ -166,57 +211,61 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *a
 
 def _grouped(name: str, owner: Any) -> Callable[..., Tensor]:
     def grouped_mm(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        original = _ORIGINALS[owner, name]
+        if torch.compiler.is_dynamo_compiling():
+            return _told_of_groups(original(input, weight, *args, **kwargs), input, weight, *args, **kwargs)
         scopes, _ACTIVE.scopes = _ACTIVE.scopes, []  # one of the two functions may call the other
         try:
-            output = _ORIGINALS[owner, name](input, weight, *args, **kwargs)
+            output = original(input, weight, *args, **kwargs)
         finally:
             _ACTIVE.scopes = scopes
-        offsets = kwargs.get("offs", args[0] if args else None)
-        found = _found(weight, ("experts", "transposed_experts"))
-        if found is None or offsets is None or input.dim() != 2:
-            return output
-        sites, entered = found
-        return _told(sites, lambda: _grouped_call(sites[0].tapped.spec, entered, input, offsets), output)
+        return _told_of_groups(output, input, weight, *args, **kwargs)
 
     return grouped_mm
+
+
+def _told_of_groups(
+    output: Tensor, input: Tensor, weight: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if offs is None or input.dim() != 2:
+        return output
+    if torch.compiler.is_dynamo_compiling():
+        return compiled_grouped(output, input, weight, offs)
+    found = _found(weight, ("experts", "transposed_experts"))
+    if found is None:
+        return output
+    sites, entered = found
+    return _told(sites, lambda: grouped_call(sites[0].tapped.spec, input, offs, _places_of(entered, input)), output)
+
+
+def _grouped_of_transformers(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """Transformers' choice between torch's functions and an operator of its own."""
+    experts: Any = sys.modules["transformers.integrations.moe"]
+    output: Tensor = _ORIGINALS[experts, "_grouped_mm"](input, weight, offs)
+    return output if experts._can_use_grouped_mm(input, weight, offs) else _told_of_groups(output, input, weight, offs)
 
 
 def _convolution(name: str) -> Callable[..., Tensor]:
     def convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         output = _ORIGINALS[F, name](input, weight, bias, *args, **kwargs)
+        settings = dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
+        if torch.compiler.is_dynamo_compiling():
+            return compiled_convolution(output, input, weight, settings)
         found = _found(weight, ("conv",))
-        if found is None or not _has_settings_of(found[0][0].tapped.module, args, kwargs):
+        if found is None or not has_settings(found[0][0].tapped.module, settings):
             return output
         return _told(found[0], lambda: Call(input), output)
 
     return convolution
 
 
-def _has_settings_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a convolution's further arguments are the settings of the module whose weight it uses."""
-    given = dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)) | dict(kwargs)
-    usual = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | given
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return False
-
-    def plain(value: Any) -> Any:
-        return value if isinstance(value, (int, str)) else tuple(value)
-
-    def fits(own: Any, value: Any) -> bool:
-        return own == value or (isinstance(own, tuple) and isinstance(value, int) and set(own) == {value})
-
-    return all(fits(plain(getattr(module, name)), plain(value)) for name, value in usual.items())
-
-
-_SEEING: dict[str, Callable[..., Tensor]] = {
-    "linear": _linear,
-    "embedding": _embedding,
-    "conv1d": _convolution("conv1d"),
-    "conv2d": _convolution("conv2d"),
-    "conv3d": _convolution("conv3d"),
-    "grouped_mm": _grouped("grouped_mm", F),
-    "_grouped_mm": _grouped("_grouped_mm", torch),
-}
+def _seeing(owner: Any, name: str) -> Callable[..., Tensor]:
+    """What takes a function's place."""
+    if owner is F and name in ("linear", "embedding"):
+        return _linear if name == "linear" else _embedding
+    if name.startswith("conv"):
+        return _convolution(name)
+    return _grouped(name, owner) if owner in (F, torch) else _grouped_of_transformers
 
 
 def _found(weight: Tensor, kinds: Sequence[str]) -> tuple[list[Site], _Entered] | None:
@@ -237,24 +286,12 @@ def _told(sites: Sequence[Site], made: Callable[[], Call], output: Tensor) -> Te
     return output
 
 
-def _linear_call(tapped: Tapped, entered: _Entered, input: Tensor, weight: Tensor) -> Call:
+def _linear_call(found: tuple[list[Site], _Entered], input: Tensor, weight: Tensor) -> Call:
+    tapped, entered = found[0][0].tapped, found[1]
     whole = tapped.weight
     assert whole is not None
-    if tapped.spec.kind == "experts":
-        expert = (weight.storage_offset() - whole.storage_offset()) // (weight.shape[0] * weight.shape[1])
-        slot = torch.full(input.shape[:-1], expert, device=input.device)
-        return Call(input, slot, places=_places_of(entered, input))
-    outputs = None
-    if weight.shape != whole.shape:  # some rows of a projection for queries, keys and values
-        first = int(weight.storage_offset() - whole.storage_offset()) // int(whole.stride(0))
-        outputs = first, first + int(weight.shape[0])
-    return Call(input, outputs=outputs, is_sequence_first=tapped.is_sequence_first)
-
-
-def _grouped_call(spec: LayerSpec, entered: _Entered, input: Tensor, offsets: Tensor) -> Call:
-    number = torch.arange(len(input), device=input.device, dtype=offsets.dtype)
-    slot = torch.searchsorted(offsets, number, right=True).clamp(max=spec.slots - 1)
-    return Call(input, slot, places=_places_of(entered, input))
+    places = _places_of(entered, input) if tapped.spec.kind == "experts" else None
+    return linear_call(tapped, whole, weight, input, places)
 
 
 def _places_of(entered: _Entered, input: Tensor) -> Places | None:

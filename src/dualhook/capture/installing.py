@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from dualhook.capture.functional import Site, scopes_of
+from dualhook.capture.functional import WhileCompiled, scopes_of
 from dualhook.capture.kinds import Tapped
 from dualhook.capture.recurrent_tap import RecurrentTap
+from dualhook.capture.sites import Site
 from dualhook.capture.taps import Listener, ModuleTap
 
-__all__ = ["install"]
+__all__ = ["Removable", "install"]
 
 
-def install(model: nn.Module, layers: Iterable[tuple[Tapped, Listener]]) -> list[RemovableHandle]:
+class Removable(Protocol):
+    """Something that can be taken off again; torch's handles are."""
+
+    def remove(self) -> None:
+        """Take it off."""
+        ...
+
+
+def install(model: nn.Module, layers: Iterable[tuple[Tapped, Listener]]) -> list[Removable]:
     """Let every listener hear of the calls of its layer; the handles take all of it off again."""
-    handles: list[RemovableHandle] = []
+    handles: list[Removable] = []
     sites, recurrent = [], dict[nn.Module, dict[str, Listener]]()
     for tapped, listener in layers:
         if tapped.by == "recurrent":
@@ -31,6 +40,12 @@ def install(model: nn.Module, layers: Iterable[tuple[Tapped, Listener]]) -> list
         sites.append(Site(tapped, listener, tap))
     for module, listeners in recurrent.items():
         handles += RecurrentTap(module, listeners).attach()
-    for scope in scopes_of(model, sites):
+    scopes = scopes_of(model, sites)
+    for scope in scopes:
         handles += scope.attach()
+    if scopes:
+        handles.append(WhileCompiled(sites))
+        for site in sites:
+            if site.tap is not None and site.is_seen_inside:
+                site.tap.is_seen_inside = True
     return handles

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.audit import Audit
 from dualhook.capture.autograd import at_task_end, current_task
-from dualhook.capture.calls import Call, as_rows, is_sequence_first, module_call
+from dualhook.capture.calls import Call, as_rows, compiled_call, is_sequence_first
 from dualhook.capture.compiled import register
 from dualhook.capture.kinds import Tapped
 from dualhook.capture.recompute import note_batch, noted_batch
@@ -68,6 +68,8 @@ class Intake:
         self.module = tapped.module
         self.is_left_out = False
         """Whether its layer is not recorded after all."""
+        self.was_called = False
+        """Whether it has heard of any call."""
         self._is_sequence_first = tapped.is_sequence_first
         self.number = register(self)
         self._sink = sink
@@ -108,6 +110,7 @@ class Intake:
             self._sink.recording and any(parameter.requires_grad for parameter in self.parameters.values())
         ):
             return None
+        self.was_called = True
         self._watch()
         batch = self._batch_of_call()
 
@@ -118,7 +121,7 @@ class Intake:
 
     def on_compiled_call(self, key: Tensor) -> Callable[[Tensor], None] | None:
         """The same in compiled code, which hands over the input in the backward pass."""
-        return self.on_call(module_call(self.module, self.spec, (key,), {}))
+        return self.on_call(compiled_call(self.module, self.spec, key))
 
     def on_output(self, call: Call, output: Tensor) -> None:
         """What a call has made: nothing is put in its place; an audit hears of it."""
@@ -128,6 +131,7 @@ class Intake:
     def on_silent_call(self) -> None:
         """A call without gradients; gradient checkpointing makes it again in the backward pass."""
         if self._sink.recording:
+            self.was_called = True
             note_batch(self._sink, self._batch_of_call())
 
     def detach(self) -> None:
@@ -218,11 +222,11 @@ class Intake:
         """The call with what is known of the order of its rows, from other calls of the layer too."""
         if batch is None:
             return call
-        size = batch.samples.numel()
+        size, sizes = batch.samples.numel(), self._sink.input_sizes  # of compiled models unknown
         told = is_sequence_first(output_grad.shape[:-1], size)
         self._is_sequence_first = self._is_sequence_first if told is None else told
         first = self._is_sequence_first if call.is_sequence_first is None else call.is_sequence_first
-        return replace(call, is_sequence_first=first, may_be_flat=size in self._sink.input_sizes)
+        return replace(call, is_sequence_first=first, may_be_flat=not sizes or size in sizes)
 
     def _forget(self, task: int) -> None:
         self._arrived = [arrival for arrival in self._arrived if arrival.task != task]

@@ -43,7 +43,7 @@ class Selection:
         for tapped in self.layers:
             spec = tapped.spec
             if spec.weight in unseen:
-                reasons[spec.name] = f"used in {unseen[spec.weight]}, which no tap sees"
+                reasons[spec.name] = unseen[spec.weight]
             elif tapped.is_provisional and spec.name not in verdict.seen:
                 continue
             elif spec.bias in unseen:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dualhook.capture.calls import Call, call_input, module_call
+from dualhook.capture.calls import Call, compiled_input, module_call
 from dualhook.capture.compiled import compiled_tap
 from dualhook.capture.hooks import Hook
 from dualhook.records import LayerSpec
@@ -54,6 +54,9 @@ class ModuleTap(Hook):
         self._listener = listener
         self._has_own_forward = has_own_forward
         self._seen: weakref.ref[Tensor] | None = None  # an output that has been reported from inside the module
+        self._seen_place = 0  # where the numbers of one lie that compiled code has reported
+        self.is_seen_inside = has_own_forward
+        """Whether in compiled code the function inside is left to tell."""
 
     def attach(self) -> RemovableHandle:
         """Hook the module, before any other forward hook could replace its output."""
@@ -67,9 +70,13 @@ class ModuleTap(Hook):
         if module is not self._module():
             return None
         if torch.compiler.is_compiling():
-            if self._has_own_forward:
-                return None  # what it computes is not known; the probe says that rows are missing
-            return compiled_tap(output, call_input(args, kwargs), self._listener.number)
+            if self.is_seen_inside:
+                return None
+            key = compiled_input(module, args, kwargs)
+            return None if key is None else compiled_tap(output, key, self._listener.number)
+        if self._seen_place and self._seen_place == output.data_ptr():
+            self._seen_place = 0
+            return None
         if self._seen is not None:
             seen, self._seen = self._seen(), None
             if seen is output or self._has_own_forward:
@@ -79,6 +86,10 @@ class ModuleTap(Hook):
     def saw(self, output: Tensor) -> None:
         """The output of a functional call has been reported: not to be again, if it is the module's own."""
         self._seen = weakref.ref(output)
+
+    def saw_compiled(self, output: Tensor) -> None:
+        """The same in compiled code, of which only the inside of the module may be a part."""
+        self._seen_place = output.data_ptr()
 
 
 def produced(output: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture import (
     Audit,
@@ -103,12 +102,11 @@ class Recorder:
         self._book = StepBook(selection, self._writer, ranks=ranks, dtype=dtype, on_step=self._on_step)
         for optimizer in optimizers:
             self._book.meet(innermost(optimizer))
-        self._handles: list[RemovableHandle] = []
-        self._handles += install(model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
-        self._is_audited = False
-        self._verdict = Verdict()  # of this process, until the first step brings those of all together
-        self._root = RootHook(self._begin_audit, self._end_audit).attach(model)
         forget_compiled_code()
+        self._handles = install(model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
+        self._is_audited = False
+        self._verdict: Verdict | None = None  # of this process, until the first step brings those of all together
+        self._root = RootHook(self._begin_audit, self._end_audit).attach(model)
         self._watcher = StepWatcher(self._before_step, self._after_step)
         self._at_exit = _weakly(self._close_alone)  # a script that forgets to close loses nothing
         atexit.register(self._at_exit)
@@ -357,9 +355,15 @@ class Recorder:
             self._narrow(self._verdict)
 
     def _agree(self, optimizer: Optimizer) -> None:
-        """What one process sees of a model another one may not: with the first step all record the same."""
-        if not self._is_audited and self._ranks.several and any(self._book.members(optimizer)):
-            self._narrow(reduce(Verdict.joined, self._ranks.gather(self._verdict)))
+        """With the first step at last: what one process sees of a model another one may not, all record the same.
+
+        Of a model whose forward pass could not be looked at, such as a compiled one, the calls tell.
+        """
+        if not self._is_audited and any(self._book.members(optimizer)):
+            own = self._book.layers.verdict() if self._verdict is None else self._verdict
+            verdict = reduce(Verdict.joined, self._ranks.gather(own))
+            if verdict.seen:  # else the step works with gradients that came another way
+                self._narrow(verdict)
 
     def _narrow(self, verdict: Verdict) -> None:
         self._is_audited = True

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from dualhook.capture import Intake, LayerProbe, Place, Selection, Sink
+from dualhook.capture import Intake, LayerProbe, Place, Selection, Sink, Verdict, local
 from dualhook.maps import map_of
-from dualhook.recorder.watched import Watched
+from dualhook.recorder.watched import Watched, gradient_of
 from dualhook.records import LayerSpec, Rows
 
 __all__ = ["Layers"]
@@ -62,6 +62,17 @@ class Layers:
                     called_with = intake.called_with(name)
                     found[name] = parameter if called_with is None else called_with
         return found
+
+    def verdict(self) -> Verdict:
+        """What the calls so far show, where no graph was looked at: gradients of weights that no tap has heard of."""
+        called = frozenset(name for name, own in self._intakes.items() if any(intake.was_called for intake in own))
+        unseen: dict[str, str] = {}
+        for spec in self.primary:
+            if called.isdisjoint(self.uses(spec)):
+                gradients = {name: gradient_of(self.watched[name]) for name in spec.parameters}
+                if any(gradient is not None and bool(local(gradient).any()) for gradient in gradients.values()):
+                    unseen |= dict.fromkeys(gradients, "used where no tap sees it, perhaps in compiled code")
+        return Verdict(called, unseen)
 
     def narrow(self, selection: Selection) -> None:
         """Go on with what a smaller selection holds."""
