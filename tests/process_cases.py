@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import time
 import warnings
@@ -145,6 +146,32 @@ def changed(rank: int, folder: Path) -> dict:
     return {"marks": marks}
 
 
+def resumed(rank: int, folder: Path, name: str) -> dict:
+    """Two steps, a checkpoint, a third step that is lost; then the second run goes on from the checkpoint."""
+    path = folder / f"resumed-{name}"
+    model = wrapped(SCENARIOS[name], network(torch.float64))
+    optimizer = sgd(model)
+    recorder = dualhook.instrument(model, path, verbose=False)
+    steps(model, optimizer, rank, 2)
+    recorder.flush()
+    checkpoint = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(model, optimizer, rank, 1)
+    recorder.flush()
+    recorder.discard()
+    dist.barrier()
+    model = wrapped(SCENARIOS[name], network(torch.float64))
+    optimizer = sgd(model)
+    far = refusal(lambda: dualhook.instrument(model, path, resume_at=2, verbose=False))
+    model.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    recorder = dualhook.instrument(model, path, resume_at=2, verbose=False)
+    steps(model, optimizer, rank, 2)
+    memory = recorder.close()
+    report = memory.verify()
+    found = {"steps": memory.steps, "error": report.max_error, "exact": bool(report["exact"].all()), "far": far}
+    return found | {"patterns": memory.patterns("0"), "marks": memory._store.histories["0.weight"].mark.tolist()}
+
+
 class Bare(nn.Module):
     """Uses one weight in a way that no tap sees, in process 1 only; another one in both."""
 
@@ -181,6 +208,8 @@ def every_case(rank: int, folder: Path) -> None:
         "flushed-ddp": lambda: flushed(rank, folder, "ddp"),
         "flushed-fsdp": lambda: flushed(rank, folder, "fsdp"),
         "changed": lambda: changed(rank, folder),
+        "resumed-ddp": lambda: resumed(rank, folder, "ddp"),
+        "resumed-fsdp": lambda: resumed(rank, folder, "fsdp"),
         "audited-ddp": lambda: audited(rank, folder, "ddp"),
         "audited-fsdp": lambda: audited(rank, folder, "fsdp"),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from process_cases import every_case
-from processes import WORLD, together
+from processes import BATCH, WORLD, together
 
 from dualhook.records import Mark
 
@@ -90,3 +90,14 @@ def test_what_a_tap_of_any_process_does_not_see_is_recorded_by_none(found, name)
     for layer in ("first", "second"):
         assert case["notes"][f"{layer}.weight"] == "used in Mm, which no tap sees"
     assert case["error"] < 1e-9
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_all_go_on_from_a_checkpoint(found, name):
+    case = found[f"resumed-{name}"]
+    assert "off by" in case["far"]
+    assert "after step 2" in case["far"]
+    assert (case["steps"], case["patterns"]) == (4, 4 * BATCH * WORLD)
+    assert case["exact"]
+    assert case["error"] < 1e-9
+    assert [mark & Mark.FRESH for mark in case["marks"]] == [Mark.FRESH, 0, 0, 0]

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dualhook.capture import innermost, select_layers, tapped, unwrapped
+from dualhook.capture import Selection, innermost, select_layers, tapped, unwrapped
 from dualhook.capture.selection import LayerChoice
 from dualhook.errors import DualHookError, LayerError, StoreError
 from dualhook.recorder.front import OPEN, OnFull, Recorder
 from dualhook.recorder.ranks import Ranks, ranks_of
+from dualhook.recorder.resuming import resumed
 from dualhook.recorder.scope import TemporaryRoot
 from dualhook.recorder.settings import refuse
 from dualhook.store import Layout, Manifest
@@ -37,6 +38,8 @@ def instrument(
     on_full: OnFull | None = None,
     group: Any = None,
     overwrite: bool = False,
+    resume: bool = False,
+    resume_at: int | None = None,
     verbose: bool = True,
 ) -> Recorder:
     """Record the dual memory of ``model`` from now on: the one line in an existing script.
@@ -59,12 +62,17 @@ def instrument(
             in ``DistributedDataParallel`` yet; otherwise found by itself, of ``fully_shard`` too. Every process calls
             ``instrument`` with the same path, on one file system, and gets one memory of all.
         overwrite: replace a memory that is already at ``path``.
+        resume: go on with the memory at ``path`` from its last step. The model holds the weights of that step already;
+            ``layers`` and the number of processes are those of before, the optimiser's state has to be by the first
+            step.
+        resume_at: go on from this step instead: that of a checkpoint. What was recorded after it is cut away.
         verbose: say in one line on standard error, after the first step, what is recorded and what it costs.
 
     Raises:
         LayerError: the model has no linear map, ``layers`` matches none, the model is already instrumented, or
             distributed in a way that cannot be recorded.
-        StoreError: ``path`` holds a memory (without ``overwrite``) or something else.
+        StoreError: ``path`` holds a memory (without ``overwrite`` or ``resume``) or something else; or there is nothing
+            to resume, or the model is not at the step to resume at.
         RuleError: ``optimizer`` is LBFGS, here or at its first step: several backward passes make one step.
         DualHookError: an argument of a wrong kind.
     """
@@ -92,9 +100,28 @@ def instrument(
             f"on_full='fold' with {ranks.size} processes: what another one has not written yet cannot be folded; leave "
             "it out (recording stops at max_bytes), or pass 'stop' or 'error' and a larger max_bytes="
         )
+    resume = resume or resume_at is not None
+    if resume and (path is None or overwrite):
+        raise DualHookError("resume= goes on with the memory at path=: expected a path, and no overwrite=True")
     layout, temporary = _directory(path, ranks)
-    if overwrite and (before := OPEN.get(layout.root)) is not None:
-        before.discard()  # a notebook's cell run again: the recorder of the first time must not write any more
+    if (overwrite or resume) and (before := OPEN.get(layout.root)) is not None:
+        # a notebook's cell run again: the recorder of the first time must not write any more
+        before.discard() if overwrite else before.close_alone()
+    resumed_at = None
+    if resume:
+        selection, resumed_at = resumed(layout, selection, ranks, resume_at)
+    else:
+        _create(layout, selection, ranks, overwrite=overwrite)
+    budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
+    return Recorder(
+        inner, selection, layout, optimizers=given, dtype=dtype, budget=budget,
+        on_full=on_full or ("stop" if ranks.several else "fold"), ranks=ranks, verbose=verbose, temporary=temporary,
+        resumed_at=resumed_at,
+    )  # fmt: skip
+
+
+def _create(layout: Layout, selection: Selection, ranks: Ranks, *, overwrite: bool) -> None:
+    """Begin a memory, in a directory that all processes see."""
 
     def create() -> str:
         layout.create(overwrite=overwrite)
@@ -105,11 +132,6 @@ def instrument(
     ranks.share(create)
     if any(ranks.any([not layout.manifest.exists()])):
         raise StoreError(f"{layout.root} is not the same directory for all processes: expected a shared file system")
-    budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
-    return Recorder(
-        inner, selection, layout, optimizers=given, dtype=dtype, budget=budget,
-        on_full=on_full or ("stop" if ranks.several else "fold"), ranks=ranks, verbose=verbose, temporary=temporary,
-    )  # fmt: skip
 
 
 def _directory(path: str | os.PathLike[str] | None, ranks: Ranks) -> tuple[Layout, TemporaryRoot | None]:

@@ -41,7 +41,7 @@ from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.scope import BatchScope, TemporaryRoot
 from dualhook.recorder.steps import StepBook
 from dualhook.records import Batch
-from dualhook.store import Layout, Manifest, Writer
+from dualhook.store import Layout, Manifest, Store, Writer
 from dualhook.store.writer import SEGMENT_BYTES
 from dualhook.table import Table
 
@@ -78,6 +78,7 @@ class Recorder:
         ranks: Ranks,
         verbose: bool,
         temporary: TemporaryRoot | None,
+        resumed_at: int | None = None,
     ) -> None:
         self._model = model
         self._selection = selection
@@ -100,15 +101,18 @@ class Recorder:
         )
         # the model's hooks hold the book, the book the recorder: it lives as long as the model, whoever holds it
         self._book = StepBook(selection, self._writer, ranks=ranks, dtype=dtype, on_step=self._on_step)
+        if resumed_at is not None:
+            self._writer.go_on()
+            self._book.go_on(resumed_at, Store(layout.root).origin_steps)
         for optimizer in optimizers:
             self._book.meet(innermost(optimizer))
         forget_compiled_code()
         self._handles = install(model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
-        self._is_audited = False
+        self._is_audited = resumed_at is not None  # the first part was
         self._verdict: Verdict | None = None  # of this process, until the first step brings those of all together
         self._root = RootHook(self._begin_audit, self._end_audit).attach(model)
         self._watcher = StepWatcher(self._before_step, self._after_step)
-        self._at_exit = _weakly(self._close_alone)  # a script that forgets to close loses nothing
+        self._at_exit = _weakly(self.close_alone)  # a script that forgets to close loses nothing
         atexit.register(self._at_exit)
         OPEN[layout.root] = self
 
@@ -119,13 +123,13 @@ class Recorder:
         if kind is None:
             self.close()
         else:  # the other processes may still be training
-            self._close_alone()
+            self.close_alone()
 
     def __del__(self) -> None:
         if getattr(self, "_closed", True):
             return
         if self._temporary is None:
-            self._close_alone()
+            self.close_alone()
         else:  # its directory goes with it
             self.discard()
 
@@ -229,7 +233,7 @@ class Recorder:
             self._memory = DualMemory(self._layout.root, keep=self._temporary)
         return self._memory
 
-    def _close_alone(self) -> None:
+    def close_alone(self) -> None:
         """Close without asking other processes: what only all of them together have is left out."""
         if not self._closed:
             self._finish(whole=not (self._stopped or self._ranks.sharded))

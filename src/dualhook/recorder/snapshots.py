@@ -29,6 +29,10 @@ class Snapshots:
         self._next = 1
         self._last = 0
 
+    def go_on(self, step: int) -> None:
+        """Continue after a step."""
+        self._last, self._next = step, max(step + 1, int(step * RATIO))
+
     def stepped(self, optimizer: Optimizer, name: str, stepped: Sequence[Watched]) -> None:
         """Note which optimiser has stepped on what; ``name`` is its class as the ledger has it."""
         rule = rule_for(name)
@@ -40,7 +44,7 @@ class Snapshots:
         """A step is over: keep a snapshot if one is due, or if the step was the ``final`` one."""
         if step <= self._last or not (final or step >= self._next):
             return
-        self._last, self._next = step, max(step + 1, int(step * RATIO))
+        self.go_on(step)
         parts: dict[str, dict[str, Tensor]] = {}
         for name, (watched, reference, wanted) in self._optimizers.items():
             optimizer = reference()

@@ -93,6 +93,14 @@ class StepBook:
         self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
         self._notices = Notices(silent=ranks.rank > 0)
 
+    def go_on(self, step: int, begun: Container[str]) -> None:
+        """Continue after a step; the recording of some parameters has begun."""
+        self.step = step
+        self.snapshots.go_on(step)
+        for name, watched in self.layers.watched.items():
+            if name in begun:
+                watched.go_on(step)
+
     @property
     def stepped(self) -> bool:
         """Whether any optimiser has stepped on a recorded parameter."""

@@ -27,7 +27,7 @@ class Watched:
     spec: LayerSpec
     place: Place
     entries: Tensor | None = None  # None: not stepped yet
-    state: tuple[tuple[str, int, int], ...] = ()
+    state: tuple[tuple[str, int, int], ...] | None = ()  # None: that of a checkpoint, not seen yet
     anchors: dict[int, Tensor] = field(default_factory=dict)
     """What may be Lookahead's slow weights: its entries after some earlier steps."""
     synchronized: bool = False  # at least once
@@ -46,6 +46,11 @@ class Watched:
         """Note what it is after ``step``, before its first one."""
         found = self._fingerprint()
         self.anchors = {} if found is None else {step: found}
+
+    def go_on(self, step: int) -> None:
+        """Continue after a step that has been recorded, with what a checkpoint has put in its place."""
+        self.entries, self.state = self._fingerprint(), None
+        self.anchors = {} if self.entries is None else {step: self.entries}
 
     def remember(self, optimizer: Optimizer, step: int) -> None:
         """Note what the step has left."""
@@ -93,7 +98,7 @@ class Watched:
 
     def state_changed_since(self, optimizer: Optimizer) -> bool:
         """Whether the optimiser's state is another one than its last step has left."""
-        return self.stepped and self._state(optimizer) != self.state
+        return self.stepped and self.state is not None and self._state(optimizer) != self.state
 
     def _state(self, optimizer: Optimizer) -> tuple[tuple[str, int, int], ...]:
         """Which tensors the optimiser holds for the parameter, and how often they have been written to."""

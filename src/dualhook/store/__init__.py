@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dualhook.store.answers import AnswerFiles
+from dualhook.store.cutting import cut_after
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.reader import Store
 from dualhook.store.segment import SegmentBuilder
 from dualhook.store.writer import Writer
 
-__all__ = ["FORMAT_VERSION", "AnswerFiles", "Layout", "Manifest", "SegmentBuilder", "Store", "Writer"]
+__all__ = ["FORMAT_VERSION", "AnswerFiles", "Layout", "Manifest", "SegmentBuilder", "Store", "Writer", "cut_after"]

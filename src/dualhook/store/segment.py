@@ -85,6 +85,10 @@ class SegmentBuilder:
         """Add pending rows."""
         self.layers.setdefault(layer, LayerBuffer()).append(rows)
 
+    def start_at(self, layer: str, number: int) -> None:
+        """The layer's next row is the pattern with this number."""
+        self.layers.setdefault(layer, LayerBuffer()).first = number
+
     def rewind(self, layer: str) -> None:
         """Forget the layer's pending rows."""
         if layer in self.layers:

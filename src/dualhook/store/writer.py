@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dualhook.errors import StoreError
 from dualhook.store.direct import DirectFile
-from dualhook.store.layout import Layout, write_tensors
+from dualhook.store.lanes import Segment
+from dualhook.store.layout import Layout, open_tensors, read_header, write_tensors
 from dualhook.store.segment import SegmentBuilder
 
 __all__ = ["Writer"]
@@ -57,6 +58,18 @@ class Writer:
         self._file = DirectFile()
         self._thread = threading.Thread(target=self._work, name="dualhook-writer", daemon=True)
         self._thread.start()
+
+    def go_on(self) -> None:
+        """Continue what is in the directory: numbers of files and patterns go on from there."""
+        headers = [(path, read_header(path, open_tensors(path))) for path in self.layout.segments()]
+        own = [Segment(path, header) for path, header in headers if header.get("rank", 0) == self.rank]
+        self._number = max((int(segment.header["number"]) + 1 for segment in own), default=0)
+        self._origin_number = max((int(path.stem) + 1 for path in self.layout.origins()), default=0)
+        self.folded = max((int(read_header(p, open_tensors(p))["folded"]) for p in self.layout.origins()), default=0)
+        self.bytes = self._sealed_bytes = sum(segment.path.stat().st_size for segment in own)
+        for segment in own:
+            for layer, rows in segment.header["rows"].items():
+                self.builder.start_at(layer, int(rows["first"]) + int(rows["count"]))
 
     @property
     def recorded_bytes(self) -> int:

@@ -1,0 +1,65 @@
+"""Takes what lies after a step out of a memory, for a recording that goes on from there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualhook.store.lanes import Segment
+from dualhook.store.layout import Layout, open_tensors, read_header, tensor_names, write_tensors
+
+__all__ = ["cut_after"]
+
+
+def cut_after(layout: Layout, step: int, *, rank: int = 0) -> None:
+    """Remove the rows, ledger entries, origins and snapshots of later steps; the rows of other processes stay.
+
+    What is newest goes first: cut off in the middle, the memory is whole up to some later step. Steps that have been
+    folded into the origin cannot be cut.
+    """
+    if not rank:
+        layout.latest.unlink(missing_ok=True)  # no weights are better than those of another step
+    for path in reversed(layout.segments()):
+        segment = Segment(path, read_header(path, open_tensors(path)))
+        if segment.rank != rank or segment.last_step <= step:
+            continue
+        if segment.first_step > step:
+            path.unlink()
+        else:
+            tensors, header = _shortened(segment, step)
+            write_tensors(path, tensors, header)
+    if rank:
+        return
+    for path in layout.snapshots():
+        if int(read_header(path, open_tensors(path))["step"]) > step:
+            path.unlink()
+    for path in layout.origins():  # a parameter that begins after the step will write another one
+        header = read_header(path, open_tensors(path))
+        if int(header["step"]) >= step and int(header["folded"]) < step:
+            path.unlink()
+
+
+def _shortened(segment: Segment, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a segment without what lies after a step that is inside it."""
+    file, header = open_tensors(segment.path), dict(segment.header)
+    counts = {layer: segment.count(layer, step) for layer in header["rows"]}
+    header["steps"] = [segment.first_step, step]
+    header["rows"] = {layer: {**own, "count": counts[layer]} for layer, own in header["rows"].items() if counts[layer]}
+    early = file.get_tensor("ledger/entry")[:, 0] <= step
+    tensors: dict[str, Tensor] = {}
+    for name in tensor_names(file):
+        values = file.get_tensor(name)
+        room, _, rest = name.partition("/")
+        owner = rest.rpartition("/")[0]
+        if room == "rows":
+            layer = next(layer for layer in counts if rest.startswith(f"{layer}/"))
+            values = values[: counts[layer]]
+        elif name in ("ledger/entry", "ledger/measured"):
+            values = values[early]
+        elif room == "fit":
+            values = values[: int(torch.searchsorted(file.get_tensor(f"fit/{owner}/step"), step, right=True))]
+        if len(values) or room == "ledger":
+            tensors[name] = values.clone()  # the file that it is mapped from is about to be replaced
+    return tensors, header
