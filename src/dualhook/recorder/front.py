@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -38,7 +38,7 @@ from dualhook.recorder.costs import estimate, human, row_sizes
 from dualhook.recorder.folding import folding_to
 from dualhook.recorder.notices import tell_of_latest
 from dualhook.recorder.ranks import Ranks
-from dualhook.recorder.scope import BatchScope, TemporaryRoot
+from dualhook.recorder.scope import BatchScope, TemporaryRoot, weakly
 from dualhook.recorder.steps import StepBook
 from dualhook.records import Batch
 from dualhook.store import Layout, Manifest, Store, Writer
@@ -112,7 +112,7 @@ class Recorder:
         self._verdict: Verdict | None = None  # of this process, until the first step brings those of all together
         self._root = RootHook(self._begin_audit, self._end_audit).attach(model)
         self._watcher = StepWatcher(self._before_step, self._after_step)
-        self._at_exit = _weakly(self.close_alone)  # a script that forgets to close loses nothing
+        self._at_exit = weakly(self.close_alone)  # a script that forgets to close loses nothing
         atexit.register(self._at_exit)
         OPEN[layout.root] = self
 
@@ -146,6 +146,16 @@ class Recorder:
     def steps(self) -> int:
         """How many steps have been recorded; optimisers that step on the same backward pass share one."""
         return self._book.step
+
+    @property
+    def rows(self) -> int:
+        """How many rows have been recorded, of all layers; a whole map that is stored as one counts once."""
+        return self._writer.recorded_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows so far, on disk or on their way; of several processes, of this one."""
+        return self._writer.recorded_bytes
 
     def track(self, loader: Iterable[T]) -> Iterable[T]:
         """Iterate over ``loader`` and let every pattern know its dataset row.
@@ -383,15 +393,3 @@ class Recorder:
     def _check_open(self, what: str) -> None:
         if self._closed:
             raise DualHookError(f"{what}() of a recorder that is closed: instrument the model again")
-
-
-def _weakly(method: Callable[..., object]) -> Callable[..., None]:
-    """A bound method that does not keep its object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> None:
-        found = reference()
-        if found is not None:
-            found(*args)
-
-    return call

@@ -1,4 +1,4 @@
-"""Two small things with a lifetime: a named batch, and the directory of a recorder without a path."""
+"""Small things with a lifetime: a named batch, the directory of a recorder without a path, a method held weakly."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dualhook.records import Batch
 
-__all__ = ["BatchScope", "TemporaryRoot"]
+__all__ = ["BatchScope", "TemporaryRoot", "weakly"]
 
 
 class BatchScope:
@@ -40,3 +41,15 @@ class TemporaryRoot:
 def _remove(path: Path, owner: int) -> None:
     if os.getpid() == owner:  # not in a forked DataLoader worker
         shutil.rmtree(path, ignore_errors=True)
+
+
+def weakly(method: Callable[..., object]) -> Callable[..., None]:
+    """A bound method that does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        found = reference()
+        if found is not None:
+            found(*args)
+
+    return call

@@ -126,6 +126,11 @@ class SegmentBuilder:
         return rows + ENTRY_BYTES * len(self.ledger)
 
     @property
+    def recorded_rows(self) -> int:
+        """The committed rows, and those of the segments before."""
+        return sum(buffer.first + buffer.committed for buffer in self.layers.values())
+
+    @property
     def pending_bytes(self) -> int:
         """Bytes of the rows that no step has used yet."""
         return sum((buffer.filled - buffer.committed) * buffer.row_bytes for buffer in self.layers.values())
