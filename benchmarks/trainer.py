@@ -1,0 +1,111 @@
+"""What the callback costs in a Hugging Face Trainer: the ratio of recorded to bare steps, and the bytes per token.
+
+A GPT-2-style model (4 layers, 256 wide, 8 × 128 tokens a step, AdamW) is trained in turns without the callback, with its
+head recorded, and with all layers; closing the memory counts.
+
+    python benchmarks/trainer.py [--rounds 5] [--steps 12] [--threads N] [--only head]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from dualhook.integrations.transformers import DualMemoryCallback
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from turns import in_turns, spread
+
+LENGTH, BATCH, WORDS = 128, 8, 2000
+WAYS = {
+    "head": {"layers": "lm_head"},
+    "head, bfloat16": {"layers": "lm_head", "dtype": torch.bfloat16},
+    "attention and MLP": {"layers": "transformer.h"},
+    "all layers": {"layers": "all"},
+    "all layers, bfloat16": {"layers": "all", "dtype": torch.bfloat16},
+}
+
+
+class Text(Dataset[dict[str, torch.Tensor]]):
+    """Random tokens."""
+
+    def __init__(self, rows: int) -> None:
+        self.ids = torch.randint(0, WORDS, (rows, LENGTH))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+class Clock(TrainerCallback):
+    """Starts with the second step: the first one allocates."""
+
+    begin = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.begin = time.perf_counter()
+
+
+def block(folder: Path, steps: int, settings: dict | None, sizes: dict[str, float], name: str) -> float:
+    """Seconds of a training, but for its first step."""
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_positions=LENGTH, n_embd=256, n_layer=4, n_head=4))
+    clock, recording = Clock(), []
+    if settings is not None:
+        recording = [DualMemoryCallback(folder / "memory", verbose=False, **settings)]
+    options = TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=BATCH, use_cpu=not torch.cuda.is_available(),
+        report_to=[], disable_tqdm=True, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, options, train_dataset=Text(BATCH * steps), callbacks=[*recording, clock])
+    trainer.log = lambda *args, **kwargs: None  # its last line
+    trainer.train()
+    for callback in recording:
+        sizes[name] = callback.memory.nbytes / (steps * BATCH * LENGTH)
+    return time.perf_counter() - clock.begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default="", help="ways whose name begins so")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore", FutureWarning)
+    sizes: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        ways: dict[str, Callable[[], float]] = {
+            "bare": partial(block, Path(folder) / "run", options.steps, None, sizes, "")
+        }
+        for name, settings in WAYS.items():
+            if name.startswith(options.only):
+                ways[name] = partial(block, Path(folder) / "run", options.steps, settings, sizes, name)
+        seconds = in_turns(ways, options.rounds)
+    base = seconds["bare"]
+    each = 1000 / (options.steps - 1)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{options.threads} threads"
+    print(
+        f"{device}, torch {torch.__version__}: {options.rounds} rounds of {options.steps} steps of {BATCH} × {LENGTH} tokens"
+    )
+    print(f"{'recorded':24} {'ms/step':>9} {'kB/token':>9}   ratio to bare: median (lowest to highest)")
+    for name, own in seconds.items():
+        size = f"{sizes[name] / 1000:9.2f}" if name in sizes else f"{'':9}"
+        print(f"{name:24} {statistics.median(own) * each:9.1f} {size}   {spread(own, base)}")
+
+
+if __name__ == "__main__":
+    main()
