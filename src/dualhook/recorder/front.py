@@ -143,6 +143,16 @@ class Recorder:
         """How many steps have been recorded; optimisers that step on the same backward pass share one."""
         return self._book.step
 
+    @property
+    def patterns(self) -> int:
+        """How many rows of all layers have been recorded by this process; a convolution's map counts as one."""
+        return self._writer.builder.patterns
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes they take, those that have been folded into the origin included."""
+        return self._book.measuring.recorded_bytes
+
     def track(self, loader: Iterable[T]) -> Iterable[T]:
         """Iterate over ``loader`` and let every pattern know its dataset row.
 

@@ -116,6 +116,11 @@ class SegmentBuilder:
         self.ledger.extend(entries)
 
     @property
+    def patterns(self) -> int:
+        """The committed rows of all layers, those of earlier segments included."""
+        return sum(buffer.first + buffer.committed for buffer in self.layers.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the committed rows and the ledger."""
         rows = sum(buffer.committed * buffer.row_bytes for buffer in self.layers.values())
