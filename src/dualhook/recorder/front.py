@@ -156,8 +156,8 @@ class Recorder:
     def track(self, loader: Iterable[T]) -> Iterable[T]:
         """Iterate over ``loader`` and let every pattern know its dataset row.
 
-        Any ``DataLoader``, one that accelerate has prepared too; an ``IterableDataset`` or another iterable is counted in order of arrival, from 0 in
-        every pass. Batches, their order and the random numbers stay as they are.
+        Any ``DataLoader``, one that accelerate has prepared too; an ``IterableDataset`` or another iterable is counted
+        in order of arrival, from 0 in every pass. Batches, their order and the random numbers stay as they are.
 
         The batch that was yielded last is the one a forward pass belongs to: a loop that fetches batches ahead, or
         works on two loaders at once, names its rows with :meth:`batch`. A row's sample is the place in the first
