@@ -150,7 +150,7 @@ class Recorder:
 
     @property
     def bytes(self) -> int:
-        """How many bytes they take, those that have been folded into the origin included."""
+        """How many bytes have been recorded, by all processes; those that were folded into the origin included."""
         return self._book.measuring.recorded_bytes
 
     def track(self, loader: Iterable[T]) -> Iterable[T]:
