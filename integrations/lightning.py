@@ -206,9 +206,22 @@ def _sampler_name(loader: DataLoader[Any]) -> str:
     return "sampler" if loader.batch_sampler is None else "batch_sampler"
 
 
+def _is_stream(loader: Any) -> bool:
+    return not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
+
+
+def _why_not(loader: DataLoader[Any]) -> str:
+    """Why the order of the loader's batches is not that of its sampler, if so."""
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return f"{type(loader).__name__} iterates in a way of its own"
+    if loader.num_workers and not getattr(loader, "in_order", True):
+        return "a DataLoader with in_order=False yields batches in an order that cannot be followed"
+    return ""
+
+
 def _taped(loader: Any) -> Any:
-    """A copy of the loader that notes its rows; streams and what is no ``DataLoader`` stay as they are."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    """A copy of the loader that notes its rows; streams and loaders that cannot be followed stay as they are."""
+    if _is_stream(loader) or _why_not(loader):
         return loader
     taped, name = copy.copy(loader), _sampler_name(loader)
     vars(taped)[name] = _Tape(getattr(loader, name))  # DataLoader forbids setting it by attribute
@@ -246,17 +259,15 @@ class _Rows:
         self._epoch = trainer.current_epoch
         self._first, self._used = 0, 0
         loaders = pytree.tree_leaves(trainer.train_dataloader)
-        loader: Any = loaders[0] if len(loaders) == 1 else None
-        why = "" if loader is not None else f"{len(loaders)} training loaders at once"
-        if "dataloader_iter" in inspect.signature(trainer.lightning_module.training_step).parameters:
+        loader: Any = loaders[0]
+        if len(loaders) > 1:
+            why = f"{len(loaders)} training loaders at once"
+        elif "dataloader_iter" in inspect.signature(trainer.lightning_module.training_step).parameters:
             why = "training_step(dataloader_iter) fetches its batches itself"
-        is_map = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-        if is_map and type(loader).__iter__ is not DataLoader.__iter__:
-            why = f"{type(loader).__name__} iterates in a way of its own"
-        elif is_map and loader.num_workers and not getattr(loader, "in_order", True):
-            why = "a DataLoader with in_order=False yields batches in an order that cannot be followed"
-        self._is_stream = not (why or is_map)
-        self._drawn = getattr(loader, _sampler_name(loader)).drawn if is_map and not why else None
+        else:
+            why = "" if _is_stream(loader) else _why_not(loader)
+        self._is_stream = not why and _is_stream(loader)
+        self._drawn = None if why or self._is_stream else getattr(loader, _sampler_name(loader)).drawn
         if why and not self._has_told:
             self._has_told = True
             warnings.warn(f"{why}: patterns get no sample", UserWarning, stacklevel=2)

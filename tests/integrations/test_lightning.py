@@ -216,6 +216,24 @@ def test_a_step_that_fetches_its_batches_itself_has_no_sample(tmp_path):
     assert set(rows_of(callback.memory)[1].tolist()) == {-1}
 
 
+class Backwards(DataLoader):
+    def __iter__(self):
+        return iter(list(super().__iter__())[::-1])
+
+
+@pytest.mark.parametrize(
+    ("make_loader", "why"),
+    [
+        (lambda: Backwards(Plain(), batch_size=5), "Backwards iterates in a way of its own"),
+        (lambda: DataLoader(Plain(), batch_size=5, num_workers=2, in_order=False), "in_order=False"),
+    ],
+)
+def test_loaders_that_cannot_be_followed_have_no_sample(make_loader, why, tmp_path):
+    with pytest.warns(UserWarning, match=why):
+        _, callback, _, _ = fit(tmp_path, make_loader, record=True)
+    assert set(rows_of(callback.memory)[1].tolist()) == {-1}
+
+
 def test_a_second_pass_over_the_loader_while_training(tmp_path):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if batch_idx == 1:
