@@ -1,7 +1,7 @@
 """What the callback costs in a Hugging Face Trainer: the ratio of recorded to bare steps, and the bytes per token.
 
-A GPT-2-style model (4 layers, 256 wide, 8 × 128 tokens a step, AdamW) is trained in turns without the callback, with its
-head recorded, and with all layers; closing the memory counts.
+A GPT-2-style model (4 layers, 256 wide, 8 × 128 tokens a step, AdamW) is trained in turns: without the callback, with
+the head recorded, and with all layers; closing the memory counts.
 
     python benchmarks/trainer.py [--rounds 5] [--steps 12] [--threads N] [--only head]
 """
@@ -98,9 +98,8 @@ def main() -> None:
     base = seconds["bare"]
     each = 1000 / (options.steps - 1)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{options.threads} threads"
-    print(
-        f"{device}, torch {torch.__version__}: {options.rounds} rounds of {options.steps} steps of {BATCH} × {LENGTH} tokens"
-    )
+    turns = f"{options.rounds} rounds of {options.steps} steps, {BATCH} × {LENGTH} tokens"
+    print(f"{device}, torch {torch.__version__}; {turns}")
     print(f"{'recorded':24} {'ms/step':>9} {'kB/token':>9}   ratio to bare: median (lowest to highest)")
     for name, own in seconds.items():
         size = f"{sizes[name] / 1000:9.2f}" if name in sizes else f"{'':9}"

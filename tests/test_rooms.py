@@ -81,7 +81,7 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-HEAVY = {"transformers", "torchvision", "pandas", "matplotlib", "datasets", "dask"}
+HEAVY = {"transformers", "torchvision", "lightning", "pytorch_lightning", "pandas", "matplotlib", "datasets", "dask"}
 
 
 def test_import_is_light():

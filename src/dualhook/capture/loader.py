@@ -97,10 +97,14 @@ class TrackedLoader:
 def _numbered(loader: Iterable[Any]) -> Iterator[tuple[Tensor | None, Any]]:
     if not isinstance(loader, DataLoader):
         return _counted(loader)
-    if isinstance(loader.dataset, IterableDataset):
-        return _counted_stream(loader)
     why = ""
-    if type(loader).__iter__ is not DataLoader.__iter__:
+    if _is_of_accelerate(loader):
+        if _processes(loader) == 1:
+            return _fetched_ahead(loader)
+        why = "process 0 alone draws what it dispatches to the others"
+    elif isinstance(loader.dataset, IterableDataset):
+        return _counted_stream(loader)
+    elif type(loader).__iter__ is not DataLoader.__iter__:
         why = f"{type(loader).__name__} iterates in a way of its own"
     elif loader.num_workers and not getattr(loader, "in_order", True):
         why = "a DataLoader with in_order=False yields batches in an order that cannot be followed"
@@ -110,6 +114,48 @@ def _numbered(loader: Iterable[Any]) -> Iterator[tuple[Tensor | None, Any]]:
         )
         return ((None, batch) for batch in loader)
     return _taped(loader)
+
+
+def _is_of_accelerate(loader: Any) -> bool:
+    """Whether it is one that ``Accelerator.prepare`` has made: it holds another loader, and is not one itself."""
+    return type(loader).__iter__.__module__ == "accelerate.data_loader" and hasattr(loader, "base_dataloader")
+
+
+def _processes(loader: Any) -> int:
+    """Between how many processes accelerate divides the batches of the loader within."""
+    return loader.state.num_processes if "Dispatcher" in type(loader).__name__ else 1
+
+
+def _fetched_ahead(loader: Any) -> Iterator[tuple[Tensor | None, Any]]:
+    """The batches of accelerate's loader: those of the one within, in its order, of which one is fetched ahead."""
+    inner = _Noting(loader.base_dataloader)
+    batches = iter(loader)
+    loader.base_dataloader = inner  # until it has been asked for its iterator
+    try:
+        batch = next(batches, inner)
+    finally:
+        loader.base_dataloader = inner.loader
+    for _ in range(loader.skip_batches if batch is not inner else 0):
+        inner.samples.popleft()
+    while batch is not inner:
+        yield inner.samples.popleft(), batch
+        batch = next(batches, inner)
+
+
+class _Noting:
+    """A loader that notes the samples of the batches it yields."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.samples: deque[Tensor | None] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        for samples, batch in _numbered(self.loader):
+            self.samples.append(samples)
+            yield batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
 
 class _Tape:

@@ -149,19 +149,19 @@ class Recorder:
 
     @property
     def rows(self) -> int:
-        """How many rows have been recorded, of all layers; a whole map that is stored as one counts once."""
-        return self._writer.recorded_rows
+        """How many rows this process has recorded, of all layers; a map that is stored as a whole counts once."""
+        return self._writer.builder.recorded_rows
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows so far, on disk or on their way; of several processes, of this one."""
-        return self._writer.recorded_bytes
+        """Bytes of all rows so far, of all processes; those that were folded into the origin included."""
+        return self._book.measuring.recorded_bytes
 
     def track(self, loader: Iterable[T]) -> Iterable[T]:
         """Iterate over ``loader`` and let every pattern know its dataset row.
 
-        Any ``DataLoader``; an ``IterableDataset`` or another iterable is counted in order of arrival, from 0 in
-        every pass. Batches, their order and the random numbers stay as they are.
+        Any ``DataLoader``, one that accelerate has prepared too; an ``IterableDataset`` or another iterable is counted
+        in order of arrival, from 0 in every pass. Batches, their order and the random numbers stay as they are.
 
         The batch that was yielded last is the one a forward pass belongs to: a loop that fetches batches ahead, or
         works on two loaders at once, names its rows with :meth:`batch`. A row's sample is the place in the first

@@ -77,11 +77,6 @@ class Writer:
         return self._sealed_bytes + self.builder.nbytes
 
     @property
-    def recorded_rows(self) -> int:
-        """Rows of all layers so far, on disk or on their way."""
-        return self.builder.recorded_rows
-
-    @property
     def full(self) -> bool:
         """Whether the builder has grown to a segment."""
         return self.builder.nbytes >= self.segment_bytes
