@@ -26,7 +26,7 @@ ALLOWED = {
     "model": SHARED | {"capture"},
     "composition": SHARED | {"maps", "optimizers", "query", "store"},
     "dual": SHARED | {"query"},
-    "questions": SHARED | {"capture", "maps", "query"},
+    "questions": SHARED | {"capture", "maps", "model", "query"},
     "attention": SHARED | {"query", "progress"},
     "progress": {"query", "records"},
     "verification": SHARED | {"composition", "store"},

@@ -46,6 +46,7 @@ class Attention:
         layers: Sequence[LayerQuery],
         grouping: Callable[[str, str], Grouping],
         *,
+        queries: Table,
         progress: ReplayProgress,
         keep: object = None,
         files: Answers | None = None,
@@ -56,6 +57,7 @@ class Attention:
         self._progress = progress
         self._layers = {asked.name: asked for asked in layers}
         self._grouping = grouping
+        self._queries = queries
         self._keep = keep  # what the source's files need to stay
         self._receipts: dict[str, Receipt] = {}
 
@@ -63,6 +65,15 @@ class Attention:
     def layers(self) -> list[str]:
         """The layers asked."""
         return list(self._layers)
+
+    @property
+    def queries(self) -> Table:
+        """What is asked: columns query, of a sequence's logits sequence and position, target (class, token) and score.
+
+        score is the number that contributions are parts of: the logit of ``target``, or what a function made of the
+        output. Positions count the sequence's real tokens from 0.
+        """
+        return self._queries
 
     def __len__(self) -> int:
         return len(next(iter(self._layers.values())))

@@ -119,13 +119,19 @@ class Receipt:
         output = self._asked.output.double()
         trained = output - self.parts["origin"]
         rebuilt = self.parts["patterns"] + self.parts.get("weight-decay", 0.0)
-        left = (trained - rebuilt).flatten(1).norm(dim=1)
-        whole = trained.flatten(1).norm(dim=1)
+        left, whole = self._size(trained - rebuilt), self._size(trained)
         steps = self._asked.made_of.horizon + 1  # every step has rounded the weight once
-        size = output if self._asked.size is None else self._asked.size.double()
-        rounding = 4 * torch.finfo(self._asked.query.dtype).eps * steps**0.5 * size.flatten(1).norm(dim=1)
+        size = self._size(output if self._asked.size is None else self._asked.size.double())
+        rounding = 4 * torch.finfo(self._asked.query.dtype).eps * steps**0.5 * size
         nothing = torch.maximum(left, whole) <= rounding
         return torch.where(nothing, 1.0, 1.0 - left / whole)
+
+    def _size(self, values: Tensor) -> Tensor:
+        """The norm [q] of what stands at the positions that count."""
+        present = self._asked.present
+        counted = values if present is None else values * present[..., None]
+        norm: Tensor = counted.flatten(1).norm(dim=1)
+        return norm
 
     @property
     def cancellation(self) -> Tensor:
