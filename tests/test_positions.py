@@ -84,6 +84,7 @@ def test_queries_are_positions_of_sequences(gpt2):
     chosen = logits[queries["sequence"], queries["position"]]
     assert queries["target"].tolist() == chosen.argmax(-1).tolist()
     assert np.allclose(queries["score"], chosen.max(-1).values.detach())
+    assert np.allclose(queries["probability"], chosen.softmax(-1).max(-1).values.detach())
     asked = [3, 1, 4, 1]
     targets = gpt2.memory.attend(gpt2.model, input_ids=gpt2.tokens, positions=[-1, 2], target=asked).queries
     assert targets["target"].tolist() == asked

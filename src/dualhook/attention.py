@@ -69,10 +69,10 @@ class Attention:
 
     @property
     def queries(self) -> Table:
-        """What is asked: columns query, of a sequence's logits sequence and position, target (class, token) and score.
+        """What is asked: columns query, target (class, token) and score; of sequences sequence, position, probability.
 
         score is the number that contributions are parts of: the logit of ``target``, or what a function made of the
-        output. Positions count the sequence's real tokens from 0.
+        output. Positions count the sequence's real tokens from 0; probability is that of ``target`` under a softmax.
         """
         return self._queries
 

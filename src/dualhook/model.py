@@ -134,7 +134,7 @@ def predicted(output: Any, target: Target, positions: Positions, model: nn.Modul
         if not isinstance(scores, Tensor) or scores.dim() != 1:
             raise LayerError("target=: expected the function to return a tensor of one number per query")
         return Predicted(scores[:, None], {"score": scores})
-    logits, columns = _logits(output), {}
+    logits, columns = _logits(output), dict[str, Tensor]()
     if not len(logits):
         raise LayerError("inputs hold no query")
     if logits.dim() == 3:
@@ -152,7 +152,10 @@ def predicted(output: Any, target: Target, positions: Positions, model: nn.Modul
         logits = logits[:, None]
     chosen = _chosen(logits, target)
     scores = logits.gather(2, chosen[..., None]).squeeze(2)
-    return Predicted(scores, columns | {"target": chosen, "score": scores})
+    columns |= {"target": chosen, "score": scores}
+    if "position" in columns:
+        columns["probability"] = (scores - logits.logsumexp(2)).exp()
+    return Predicted(scores, columns)
 
 
 def _chosen(logits: Tensor, target: Any) -> Tensor:

@@ -117,8 +117,8 @@ def ask(model: nn.Module, specs: Sequence[LayerSpec], inputs: Any, target: Targe
     if not parts:
         names = ", ".join(spec.name for spec in specs)
         raise LayerError(f"the model's forward pass calls none of {names}")
-    columns = {name: values.detach().reshape(-1).cpu().double().numpy() for name, values in about.columns.items()}
-    numbers = {name: values if name == "score" else values.astype(np.int64) for name, values in columns.items()}
+    columns = {name: values.detach().reshape(-1).cpu() for name, values in about.columns.items()}
+    numbers = {n: (v.double() if v.is_floating_point() else v).numpy() for n, v in columns.items()}
     queries = Table({"query": np.arange(about.scores.numel())} | numbers, title="queries", bars=(("query",), "score"))
     return Asked([AskedLayer(there[name], Places.side_by_side(own)) for name, own in parts.items()], queries)
 
