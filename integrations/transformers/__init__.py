@@ -1,10 +1,9 @@
-"""Language models in the Hugging Face Trainer: a callback that records what they train on.
-
-Needs ``dualhook[transformers]``.
-"""
+"""Recording language models of transformers, and reading their memory as text; needs ``dualhook[transformers]``."""
 
 from __future__ import annotations
 
-from .callback import DualMemoryCallback
+from dualhook.integrations.transformers.callback import DualMemoryCallback
+from dualhook.integrations.transformers.explaining import Explanation, explain
+from dualhook.integrations.transformers.text import Passages
 
-__all__ = ["DualMemoryCallback"]
+__all__ = ["DualMemoryCallback", "Explanation", "Passages", "explain"]

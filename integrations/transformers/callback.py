@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from dualhook.integrations.transformers.rows import RowTape
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dualhook import DualHookError, DualMemory, Recorder, instrument, load
-
-from .rows import RowTape
 
 __all__ = ["DualMemoryCallback"]
 
