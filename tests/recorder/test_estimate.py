@@ -70,6 +70,21 @@ def test_an_estimate_says_in_words_what_a_token_costs_and_what_would_cost_less()
     assert third == f"it would be {human(narrow)} with dtype=torch.bfloat16, {human(head)} with layers='head'"
 
 
+def test_an_estimate_tells_of_keys_that_are_stored_once():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.down(self.gate(x) * self.up(x))
+
+    recorder = dualhook.instrument(Both(), verbose=False)
+    words = recorder.estimate(torch.randn(10, 4)).footer
+    recorder.discard()
+    assert "about 160 B of it are keys that another layer reads too: these are stored once" in words.splitlines()
+
+
 @pytest.mark.parametrize(
     ("inputs", "each"),
     [

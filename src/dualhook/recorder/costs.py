@@ -15,6 +15,7 @@ from dualhook.errors import LayerError
 from dualhook.maps import map_of
 from dualhook.model import run_model
 from dualhook.records import COORDINATES, LayerSpec, Rows
+from dualhook.store import shared_keys
 from dualhook.table import Table
 
 __all__ = ["estimate", "human", "row_sizes"]
@@ -42,6 +43,7 @@ def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torc
         run_model(model, inputs)
     dtypes = _dtypes(model, dtype)
     patterns, sizes, narrow = [], {}, 0
+    keys: dict[str, dict[str, Tensor]] = {}
     for spec in selection.specs:
         seen = [as_rows(spec, c.call, torch.zeros(c.shape), None, every=True) for c in calls[spec.name]]
         counts = [map_of(spec).counts(rows) for rows in seen]
@@ -49,21 +51,31 @@ def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torc
         costs = [_cost(spec, rows) for rows in seen]
         sizes[spec.name] = sum(numbers * dtypes[spec.weight].itemsize + index for numbers, index in costs)
         narrow += sum(numbers * NARROW.itemsize + index for numbers, index in costs)
-    total = sum(sizes.values())
-    count, unit = _units(inputs)
+        if len(seen) == 1:
+            keys[spec.name] = {name: getattr(seen[0], name).cpu() for name in ("key", *COORDINATES)}
+    sharing = shared_keys(keys)
+    shared = sum(keys[s.name]["key"].numel() * dtypes[s.weight].itemsize for s in selection.specs if s.name in sharing)
+    words = _words(sizes, inputs, budget, {f"dtype={NARROW}": narrow, "layers='head'": _of_head(model, sizes)}, shared)
+    return Table(
+        {"layer": list(sizes), "patterns": patterns, "bytes": list(sizes.values())},
+        title="one step",
+        footer=words,
+        bars=(("layer",), "bytes"),
+    )
+
+
+def _words(sizes: Mapping[str, int], inputs: Any, budget: int, instead: Mapping[str, int], shared: int) -> str:
+    """What a step takes, what of it is most, and how it would be less; of all that only what there is to say."""
+    total, (count, unit) = sum(sizes.values()), _units(inputs)
     each = f", {human(total / count)} a {unit}" if count > 1 else ""
     words = [f"{human(total)} a step{each}; the budget of {human(budget)} holds {budget // max(total, 1):,} steps"]
     if len(shares := _shares(sizes)) > 1:
         words.append("the largest are " + ", ".join(shares[:NAMED]))
-    instead = {"dtype=torch.bfloat16": narrow, "layers='head'": _of_head(model, sizes)}
+    if shared:
+        words.append(f"about {human(shared)} of it are keys that another layer reads too: these are stored once")
     if saving := [f"{human(size)} with {what}" for what, size in instead.items() if 0 < size < total]:
         words.append("it would be " + ", ".join(saving))
-    return Table(
-        {"layer": list(sizes), "patterns": patterns, "bytes": list(sizes.values())},
-        title="one step",
-        footer=words[0] + "".join(f"\n{more}" for more in words[1:]),
-        bars=(("layer",), "bytes"),
-    )
+    return "\n".join(words)
 
 
 def _dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.dtype]:

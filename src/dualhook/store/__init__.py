@@ -6,6 +6,16 @@ from dualhook.store.answers import AnswerFiles
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.reader import Store
 from dualhook.store.segment import SegmentBuilder
+from dualhook.store.sharing import shared_keys
 from dualhook.store.writer import Writer
 
-__all__ = ["FORMAT_VERSION", "AnswerFiles", "Layout", "Manifest", "SegmentBuilder", "Store", "Writer"]
+__all__ = [
+    "FORMAT_VERSION",
+    "AnswerFiles",
+    "Layout",
+    "Manifest",
+    "SegmentBuilder",
+    "Store",
+    "Writer",
+    "shared_keys",
+]
