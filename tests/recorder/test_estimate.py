@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from capture.test_kinds import CASES, network
+from torch import nn
 
 import dualhook
+from dualhook.recorder.costs import human
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -31,3 +35,66 @@ def test_an_estimate_is_what_a_step_records_and_changes_nothing(case):
 
 def stored_in(memory, segment, layer):
     return memory._store._stored(segment, [memory._spec(layer)])
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return x + self.down(self.up(x))
+
+
+def language_model():
+    blocks = nn.Sequential(Block(), Block())
+    return nn.Sequential(OrderedDict(embed=nn.Embedding(50, 4), blocks=blocks, out=nn.Linear(4, 50)))
+
+
+def footer(inputs, **how):
+    recorder = dualhook.instrument(language_model(), verbose=False, max_bytes=10_000_000, **how)
+    table = recorder.estimate(inputs)
+    recorder.discard()
+    return int(table["bytes"].sum()), table.footer
+
+
+def test_an_estimate_says_in_words_what_a_token_costs_and_what_would_cost_less():
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    total, words = footer(tokens)
+    assert total == 16 * (4 * (4 * 20 + 54) + 5 * 24)
+    (narrow, _), (head, _) = footer(tokens, dtype=torch.bfloat16), footer(tokens, layers="head")
+    first, second, third = words.splitlines()
+    assert first == f"{human(total)} a step, {human(total / 16)} a token; the budget of 10 MB holds 952 steps"
+    up, out = (round(100 * 16 * size / total) for size in (2 * (4 * 20 + 24), 4 * 54 + 24))
+    assert second == f"the largest are out {out}%, blocks.*.up {up}%, blocks.*.down {up}%"
+    assert third == f"it would be {human(narrow)} with dtype=torch.bfloat16, {human(head)} with layers='head'"
+
+
+def test_an_estimate_tells_of_keys_that_are_stored_once():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.down(self.gate(x) * self.up(x))
+
+    recorder = dualhook.instrument(Both(), verbose=False)
+    words = recorder.estimate(torch.randn(10, 4)).footer
+    recorder.discard()
+    assert "about 160 B of it are keys that another layer reads too: these are stored once" in words.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "each"),
+    [
+        (torch.zeros(2, 8, dtype=torch.int64), "a token"),
+        ((torch.zeros(2, dtype=torch.int64),), "a sample"),
+        ({"input": torch.zeros(2, 8, dtype=torch.int32)}, "a token"),
+        (torch.zeros(1, dtype=torch.int64), "a step"),
+    ],
+)
+def test_an_estimate_counts_what_the_step_is_given(inputs, each):
+    words = footer(inputs, layers="out", dtype=torch.bfloat16)[1]
+    assert words.splitlines() == [words]  # one layer, already narrow: no more to say
+    assert words.partition(";")[0].endswith(each)

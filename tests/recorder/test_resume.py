@@ -22,17 +22,18 @@ OPTIMIZERS = {
 
 
 class Net(nn.Module):
-    """A tied embedding, a convolution and a late starter."""
+    """A tied embedding, a convolution, two layers that read the same (their keys are stored once) and a late starter."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.conv, self.late = nn.Embedding(7, 4), nn.Conv1d(4, 4, 3, padding=1), nn.Linear(4, 4)
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
         self.head = nn.Linear(4, 7)
         self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2).tanh()
-        return self.head(self.late(h))
+        return self.head(self.late(h) + self.one(h) * self.other(h))
 
 
 def network() -> Net:
@@ -104,7 +105,8 @@ def test_the_memory_is_that_of_an_uninterrupted_run(tmp_path, optimizer, flush_a
     resumed, memory = resumed_run(tmp_path / "cut", make, checkpoint)
     for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert memory.layers == expected.layers == ["conv", "late", "head"]
+    assert memory.layers == expected.layers == ["conv", "late", "one", "other", "head"]
+    assert any("key_of" in own for segment in memory._store.segments for own in segment.header["rows"].values())
     for layer in memory.layers:
         found, wanted = rows_of(memory, layer), rows_of(expected, layer)
         for name in ("key", "output_grad", "step", "sample", "position"):

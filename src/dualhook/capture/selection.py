@@ -1,4 +1,4 @@
-"""Which layers are recorded: names, globs, module types, a predicate or a preset."""
+"""Which layers are recorded: names, globs, module types, a predicate or presets."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dualhook.capture.audit import Verdict
 from dualhook.capture.kinds import Tapped, linear_maps
+from dualhook.capture.presets import PRESETS, default_layers, preset_layers
 from dualhook.errors import LayerError
 from dualhook.records import LayerSpec
 
@@ -67,12 +68,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def select_layers(model: nn.Module, layers: LayerChoice | None) -> Selection:
     """The linear maps of ``model`` that ``layers`` names.
 
-    ``layers`` is None (linear layers and what is like them), ``"all"`` (convolutions, embeddings, recurrent and expert
-    weights too), ``"head"`` (the last one of the first), a name, a glob, a module type, a predicate
-    ``(name, module) -> bool``, or several names, globs and types. Uses of one weight are chosen together.
+    ``layers`` is None (linear layers and what is like them), a name, a glob, a module type, a predicate
+    ``(name, module) -> bool``, a preset, or several names, globs, types and presets. Uses of one weight are chosen
+    together. A layer or module that the model itself calls so wins over a preset:
+
+    - ``"all"``: convolutions, embeddings, recurrent and expert weights too.
+    - ``"head"``: the last linear layer.
+    - ``"attention"``: the projections of queries, keys, values and outputs in all blocks.
+    - ``"mlp"``: the other linear layers of all blocks, routers and experts included.
+    - ``"last_block"``: every linear map of the model's last block but its embeddings, and the head.
+
+    What a block is and what in it is attention, :mod:`dualhook.capture.blocks` says.
 
     Raises:
-        LayerError: the model has no linear map, or a name or glob matches none.
+        LayerError: the model has no linear map, a name or glob matches none, or a preset does not apply to the model.
     """
     every = linear_maps(model)
     known = {(tapped.spec.weight, tapped.spec.kind) for tapped in every if not tapped.is_provisional}
@@ -85,7 +94,7 @@ def select_layers(model: nn.Module, layers: LayerChoice | None) -> Selection:
             f"{type(model).__name__} has no linear map to record: expected at least one torch.nn.Linear"
             + (f" ({why})" if why else "")
         )
-    chosen = _chosen(usable, layers, reasons)
+    chosen = _chosen(model, usable, layers, reasons)
     weights = {usable[name].spec.weight for name in chosen}
     chosen = {name for name, tapped in usable.items() if tapped.spec.weight in weights}
     why = "recorded when asked for by layers=" if layers is None else "not chosen by layers="
@@ -103,31 +112,28 @@ def _reasons(every: Sequence[Tapped]) -> dict[str, str]:
     return reasons
 
 
-def _chosen(usable: dict[str, Tapped], layers: LayerChoice | None, reasons: dict[str, str]) -> set[str]:
-    if layers == "all":
-        return set(usable)
-    if layers is None or layers == "head":
-        default = [name for name, tapped in usable.items() if tapped.is_default]
-        if not default:
-            raise LayerError(
-                "the model has no linear layer to record, of other kinds only "
-                f"{_listed(usable)}: record them with layers='all' or by name"
-            )
-        return set(default if layers is None else default[-1:])
+def _chosen(
+    model: nn.Module, usable: dict[str, Tapped], layers: LayerChoice | None, reasons: dict[str, str]
+) -> set[str]:
+    if layers is None:
+        return set(default_layers(usable))
     if callable(layers) and not isinstance(layers, type):
         chosen = {name for name, tapped in usable.items() if layers(name, tapped.module)}
         if not chosen:
             raise LayerError(f"the predicate given as layers= chose none of {_listed(usable)}")
         return chosen
     if not isinstance(layers, (str, type, Iterable)):
-        raise LayerError(f"layers={layers!r}: expected names, globs, module types, a predicate, 'all' or 'head'")
+        presets = ", ".join(map(repr, PRESETS))
+        raise LayerError(f"layers={layers!r}: expected names, globs, module types, a predicate or a preset ({presets})")
     chosen = set()
     for wanted in [layers] if isinstance(layers, (str, type)) else layers:
         if isinstance(wanted, type):
             hits = {name for name, tapped in usable.items() if isinstance(tapped.module, wanted)}
         else:
-            hits = {name for name in usable if name == wanted or fnmatch.fnmatchcase(name, wanted)}
-            hits |= {name for name in usable if name.startswith(f"{wanted}.")}  # a whole block by its name
+            hits = {name for name in usable if name == wanted or name.startswith(f"{wanted}.")}  # a block by its name
+            if not hits and wanted in PRESETS:
+                hits = preset_layers(model, usable, wanted)
+            hits |= {name for name in usable if fnmatch.fnmatchcase(name, wanted)}
         if not hits:
             raise LayerError(_no_match(wanted, usable, reasons))
         chosen |= hits

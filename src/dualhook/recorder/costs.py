@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dualhook.capture import Selection, as_rows, observe
+from dualhook.capture import Selection, as_rows, observe, select_layers
+from dualhook.errors import LayerError
 from dualhook.maps import map_of
 from dualhook.model import run_model
 from dualhook.records import COORDINATES, LayerSpec, Rows
+from dualhook.store import shared_keys
 from dualhook.table import Table
 
 __all__ = ["estimate", "human", "row_sizes"]
 
 INDEX_BYTES = torch.int64.itemsize  # of each coordinate, and of the sides of maps
 SLOT_BYTES = torch.int32.itemsize
+NARROW = torch.bfloat16
+NAMED = 3  # kinds of layers that the words behind the table name
 
 
 def row_sizes(model: nn.Module, selection: Selection, dtype: torch.dtype | None) -> dict[str, int | None]:
     """Bytes of one row of every layer, stored in ``dtype`` or the weight's own; None: it depends on the input."""
-    dtypes = {name: dtype or parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return {spec.name: _row_bytes(spec, dtypes[spec.weight]) for spec in selection.specs}
+    dtypes = _dtypes(model, dtype)
+    widths = {spec: map_of(spec).row_width for spec in selection.specs}
+    return {
+        spec.name: None if width is None else width * dtypes[spec.weight].itemsize + _index_bytes(spec)
+        for spec, width in widths.items()
+    }
 
 
 def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torch.dtype | None, budget: int) -> Table:
@@ -30,39 +41,94 @@ def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torc
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.enable_grad(), observe(model, selection.layers) as calls:
         run_model(model, inputs)
-    dtypes = {name: dtype or parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
-    patterns, sizes = [], []
+    dtypes = _dtypes(model, dtype)
+    patterns, sizes, narrow = [], {}, 0
+    keys: dict[str, dict[str, Tensor]] = {}
     for spec in selection.specs:
         seen = [as_rows(spec, c.call, torch.zeros(c.shape), None, every=True) for c in calls[spec.name]]
         counts = [map_of(spec).counts(rows) for rows in seen]
         patterns.append(sum(len(r) if c is None else int(c.sum()) for r, c in zip(seen, counts, strict=True)))
-        sizes.append(sum(_bytes_of(spec, rows, dtypes[spec.weight]) for rows in seen))
-    total = sum(sizes)
+        costs = [_cost(spec, rows) for rows in seen]
+        sizes[spec.name] = sum(numbers * dtypes[spec.weight].itemsize + index for numbers, index in costs)
+        narrow += sum(numbers * NARROW.itemsize + index for numbers, index in costs)
+        if len(seen) == 1:
+            keys[spec.name] = {name: getattr(seen[0], name).cpu() for name in ("key", *COORDINATES)}
+    sharing = shared_keys(keys)
+    shared = sum(keys[s.name]["key"].numel() * dtypes[s.weight].itemsize for s in selection.specs if s.name in sharing)
+    words = _words(sizes, inputs, budget, {f"dtype={NARROW}": narrow, "layers='head'": _of_head(model, sizes)}, shared)
     return Table(
-        {"layer": [spec.name for spec in selection.specs], "patterns": patterns, "bytes": sizes},
+        {"layer": list(sizes), "patterns": patterns, "bytes": list(sizes.values())},
         title="one step",
-        footer=f"{human(total)} a step; the budget of {human(budget)} holds {budget // max(total, 1):,} steps",
+        footer=words,
         bars=(("layer",), "bytes"),
     )
 
 
-def _row_bytes(spec: LayerSpec, dtype: torch.dtype) -> int | None:
+def _words(sizes: Mapping[str, int], inputs: Any, budget: int, instead: Mapping[str, int], shared: int) -> str:
+    """What a step takes, what of it is most, and how it would be less; of all that only what there is to say."""
+    total, (count, unit) = sum(sizes.values()), _units(inputs)
+    each = f", {human(total / count)} a {unit}" if count > 1 else ""
+    words = [f"{human(total)} a step{each}; the budget of {human(budget)} holds {budget // max(total, 1):,} steps"]
+    if len(shares := _shares(sizes)) > 1:
+        words.append("the largest are " + ", ".join(shares[:NAMED]))
+    if shared:
+        words.append(f"about {human(shared)} of it are keys that another layer reads too: these are stored once")
+    if saving := [f"{human(size)} with {what}" for what, size in instead.items() if 0 < size < total]:
+        words.append("it would be " + ", ".join(saving))
+    return "\n".join(words)
+
+
+def _dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """What rows are stored in, by their weight."""
+    return {name: dtype or parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def _index_bytes(spec: LayerSpec) -> int:
+    return len(COORDINATES) * INDEX_BYTES + (SLOT_BYTES if spec.slots > 1 else 0)
+
+
+def _cost(spec: LayerSpec, rows: Rows) -> tuple[int, int]:
+    """How many floating numbers rows hold, and the bytes of what else they carry."""
     width = map_of(spec).row_width
-    if width is None:
-        return None
-    return width * dtype.itemsize + len(COORDINATES) * INDEX_BYTES + (SLOT_BYTES if spec.slots > 1 else 0)
-
-
-def _bytes_of(spec: LayerSpec, rows: Rows, dtype: torch.dtype) -> int:
-    one = _row_bytes(spec, dtype)
-    if one is not None:
-        return len(rows) * one
+    if width is not None:
+        return len(rows) * width, len(rows) * _index_bytes(spec)
     assert rows.extent is not None
-    numbers = rows.key.numel() + rows.output_grad.numel()
-    return numbers * dtype.itemsize + (len(rows) * len(COORDINATES) + rows.extent.numel()) * INDEX_BYTES
+    index = (len(rows) * len(COORDINATES) + rows.extent.numel()) * INDEX_BYTES
+    return rows.key.numel() + rows.output_grad.numel(), index
 
 
-def human(size: int) -> str:
+def _shares(sizes: Mapping[str, int]) -> list[str]:
+    """The shares of layers that differ in the numbers of their names only, as globs, the largest first."""
+    found: Counter[str] = Counter()
+    for name, size in sizes.items():
+        found[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)] += size
+    total = max(1, found.total())
+    return [f"{name} {size / total:.0%}" for name, size in found.most_common() if size]
+
+
+def _of_head(model: nn.Module, sizes: Mapping[str, int]) -> int:
+    """What the head alone takes of what has been counted; 0 if it has not been."""
+    try:
+        head = [spec.name for spec in select_layers(model, "head").specs]
+    except LayerError:
+        return 0
+    return sum(sizes[name] for name in head) if all(name in sizes for name in head) else 0
+
+
+def _units(inputs: Any) -> tuple[int, str]:
+    """What a step works on: the tokens of a batch of whole numbers [b, n], or samples."""
+    given = [inputs]
+    if isinstance(inputs, Mapping):  # tokenisers do not always put the tokens first
+        given = [inputs.get("input_ids"), *inputs.values()]
+    elif isinstance(inputs, tuple):
+        given = list(inputs)
+    first = next((one for one in given if isinstance(one, Tensor) and one.dim()), None)
+    if first is None:
+        return 0, "sample"
+    return (len(first), "sample") if first.is_floating_point() or first.dim() != 2 else (first.numel(), "token")
+
+
+def human(size: float) -> str:
     """A number of bytes for people."""
     amount = float(size)
     for unit in ("B", "kB", "MB", "GB"):

@@ -48,10 +48,14 @@ def instrument(
         model: trained by any loop; its results are bit-identical with and without the recorder.
         path: directory of the memory; None keeps it in a temporary directory that goes with the recorder and the
             memory it returns (:meth:`Recorder.save` keeps a copy).
-        layers: names, globs, module types, a predicate ``(name, module) -> bool`` or a preset (``"all"``,
-            ``"head"``); default every linear layer and what is like one (Hugging Face's ``Conv1D``, attention
-            projections, routers). Convolutions, embeddings, recurrent and expert weights have many rows: ``"all"`` or
-            their names record them. A frozen layer is recorded from the moment it trains.
+        layers: names, globs, module types, a predicate ``(name, module) -> bool``, presets, or a list of these
+            (``["head", "attention", "*.0.*"]``); default every linear layer and what is like one (Hugging Face's
+            ``Conv1D``, attention projections, routers). Convolutions, embeddings, recurrent and expert weights have
+            many rows: ``"all"`` or their names record them. A frozen layer is recorded from the moment it trains.
+            Presets are ``"all"``, ``"head"`` (the last linear layer) and, in models of repeated blocks,
+            ``"last_block"`` (with the head), ``"attention"`` (the projections of queries, keys, values and outputs)
+            and ``"mlp"`` (the rest of all blocks, routers and experts included); a layer or module that the model
+            itself calls so wins over a preset.
         optimizer: not needed, optimisers are found at their first step; named ones show in ``coverage`` before.
         dtype: dtype of the stored rows; default the one they were computed in (lossless).
         max_bytes: budget for patterns on disk; default half of what is free there.
@@ -69,8 +73,8 @@ def instrument(
         verbose: say in one line on standard error, after the first step, what is recorded and what it costs.
 
     Raises:
-        LayerError: the model has no linear map, ``layers`` matches none, the model is already instrumented, or
-            distributed in a way that cannot be recorded.
+        LayerError: the model has no linear map, ``layers`` matches none or is a preset that does not apply, the model
+            is already instrumented, or distributed in a way that cannot be recorded.
         StoreError: ``path`` holds a memory (without ``overwrite`` or ``resume``) or something else; or there is nothing
             to resume, or the model is not at the step to resume at.
         RuleError: ``optimizer`` is LBFGS, here or at its first step: several backward passes make one step.

@@ -205,7 +205,8 @@ class Recorder:
         """What one training step on ``inputs`` (a tensor, a tuple of arguments or a mapping) will write.
 
         Runs the model once in evaluation mode; random state and gradients stay as they are. Columns layer, patterns
-        (rows whose output gradient turns out zero will be dropped), bytes.
+        (rows whose output gradient turns out zero will be dropped), bytes; below in words bytes a step and a token
+        (of whole numbers [b, n]) or sample, what takes most of them, and what would take less.
         """
         return estimate(self._model, self._selection, inputs, dtype=self._dtype, budget=self._budget)
 

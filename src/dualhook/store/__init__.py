@@ -7,6 +7,17 @@ from dualhook.store.cutting import cut_after
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.reader import Store
 from dualhook.store.segment import SegmentBuilder
+from dualhook.store.sharing import shared_keys
 from dualhook.store.writer import Writer
 
-__all__ = ["FORMAT_VERSION", "AnswerFiles", "Layout", "Manifest", "SegmentBuilder", "Store", "Writer", "cut_after"]
+__all__ = [
+    "FORMAT_VERSION",
+    "AnswerFiles",
+    "Layout",
+    "Manifest",
+    "SegmentBuilder",
+    "Store",
+    "Writer",
+    "cut_after",
+    "shared_keys",
+]

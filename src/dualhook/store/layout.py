@@ -20,8 +20,9 @@ from dualhook.store.direct import DirectFile
 
 __all__ = ["FORMAT_VERSION", "Layout", "Manifest", "open_tensors", "read_header", "tensor_names", "write_tensors"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RANKS_SINCE = 2  # a reader of version 1 would miss the rows of other processes without a word
+SHARED_KEYS_SINCE = 3  # one of version 2 would miss the keys that another layer holds
 FOLDERS = ("segments", "origin", "snapshots", "columns")
 HEADER = "dualhook"  # the one key of every file's safetensors metadata; its value is a JSON object
 
@@ -116,24 +117,28 @@ class Layout:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a memory holds: versions, the linear maps of the model, and how many processes have written it."""
+    """What a memory holds: versions, the linear maps of the model, and how many processes have written it.
+
+    ``shares_keys``: some segment may hold keys once that several layers have read.
+    """
 
     layers: tuple[LayerSpec, ...]
     versions: Mapping[str, str]
     ranks: int = 1
+    shares_keys: bool = False
 
-    def write(self, layout: Layout) -> None:
-        """Put the manifest in place, whole or not at all."""
+    def write(self, layout: Layout, *, rank: int = 0) -> None:
+        """Put the manifest in place, whole or not at all; several processes may at the same time."""
         manifest: dict[str, Any] = {
             "format": "dualhook",
-            "version": RANKS_SINCE if self.ranks > 1 else 1,
+            "version": SHARED_KEYS_SINCE if self.shares_keys else RANKS_SINCE if self.ranks > 1 else 1,
             "written_by": dict(self.versions),
             "layers": [asdict(layer) for layer in self.layers],
         }
         if self.ranks > 1:
             manifest["ranks"] = self.ranks
         text = json.dumps(manifest, indent=2)
-        partial = layout.manifest.with_suffix(".json.partial")
+        partial = layout.manifest.with_suffix(f".json.{rank}.partial" if rank else ".json.partial")
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, layout.manifest)
 
@@ -155,7 +160,8 @@ class Manifest:
                 raise ValueError(f"format {found['format']!r}")
             if isinstance(version, int) and version <= FORMAT_VERSION:
                 layers = tuple(LayerSpec(**layer) for layer in found["layers"])
-                return cls(layers, found["written_by"], int(found.get("ranks", 1)))
+                ranks = int(found.get("ranks", 1))
+                return cls(layers, found["written_by"], ranks, version >= SHARED_KEYS_SINCE)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{layout.manifest} is no manifest of a memory: {error}") from error
         raise StoreError(

@@ -6,7 +6,7 @@ Buffers are kept and filled again after writing, since first-touch of fresh memo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dualhook.records import FIELDS, OPTIONAL, LedgerEntry, Rows, absent
 from dualhook.store.ledger import pack
+from dualhook.store.sharing import KEY_ROW, shared_keys
 from dualhook.store.streams import rows_of
 
 __all__ = ["SegmentBuilder"]
@@ -153,12 +154,20 @@ class SegmentBuilder:
     def contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The committed part as named tensors and the header that goes with them."""
         tensors, header = pack(self.ledger)
-        counts: dict[str, Mapping[str, int]] = {}
-        for name, buffer in self.layers.items():
-            if buffer.committed:
-                counts[name] = {"first": buffer.first, "count": buffer.committed}
-                for part, values in buffer.tensors.items():
-                    tensors[f"rows/{name}/{part}"] = values[: buffer.committed]
+        written = {name: buffer for name, buffer in self.layers.items() if buffer.committed}
+        rows = {
+            name: {part: values[: buffer.committed] for part, values in buffer.tensors.items()}
+            for name, buffer in written.items()
+        }
+        counts: dict[str, dict[str, Any]] = {
+            name: {"first": buffer.first, "count": buffer.committed} for name, buffer in written.items()
+        }
+        for name, shared in shared_keys(rows).items():
+            del rows[name]["key"]
+            counts[name]["key_of"] = shared.holder
+            if shared.rows is not None:
+                rows[name][KEY_ROW] = shared.rows
+        tensors |= {f"rows/{name}/{part}": values for name, own in rows.items() for part, values in own.items()}
         return tensors, {"steps": self.steps, **header, "rows": counts}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dualhook.maps import map_of
 from dualhook.records import FIELDS, OPTIONAL, LayerSpec, Rows
+from dualhook.store.sharing import KEY_ROW
 
 __all__ = ["USE", "Stored", "patterns_of", "rows_of"]
 
@@ -43,8 +44,10 @@ class Stored:
         return stop if self.counts is None else int(self.counts[:stop].sum())
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Stored rows without a copy."""
+        """Stored rows without a copy, but of keys that another layer holds and has more of."""
         part = {name: values[start:stop] for name, values in self.tensors.items()}
+        if KEY_ROW in part:
+            part["key"] = self.tensors["key"].index_select(0, part[KEY_ROW])
         return rows_of(part)
 
     def between(self, first_step: int, last_step: int) -> tuple[int, int]:

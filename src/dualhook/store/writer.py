@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +14,14 @@ from torch import Tensor
 from dualhook.errors import StoreError
 from dualhook.store.direct import DirectFile
 from dualhook.store.lanes import Segment
-from dualhook.store.layout import Layout, open_tensors, read_header, write_tensors
+from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, write_tensors
 from dualhook.store.segment import SegmentBuilder
+from dualhook.store.sharing import KEY_ROW
 
 __all__ = ["Writer"]
 
 SEGMENT_BYTES = 64 * 2**20
+NO_INDEX = torch.empty(0)
 BUILDERS = 3  # one filling, one being written, one waiting: training waits rather than take more memory
 
 
@@ -50,6 +54,8 @@ class Writer:
         self._after_write = after_write
         self._number = 0
         self._sealed_bytes = 0
+        self._shared_bytes = 0  # of what was sealed, not written since another layer holds it
+        self._shares_keys = False
         self._made = 1
         self._spare: queue.SimpleQueue[SegmentBuilder] = queue.SimpleQueue()
         self._sealed: queue.Queue[SegmentBuilder | None] = queue.Queue()
@@ -74,7 +80,7 @@ class Writer:
     @property
     def recorded_bytes(self) -> int:
         """Bytes of all rows so far, on disk or on their way."""
-        return self._sealed_bytes + self.builder.nbytes
+        return self._sealed_bytes - self._shared_bytes + self.builder.nbytes
 
     @property
     def full(self) -> bool:
@@ -194,6 +200,7 @@ class Writer:
 
     def _write(self, builder: SegmentBuilder) -> None:
         tensors, header = builder.contents()
+        self._share(header["rows"], tensors)
         path = self.layout.segment(self._number, self.rank)
         if self.rank:
             header["rank"] = self.rank
@@ -202,6 +209,16 @@ class Writer:
         self.bytes += path.stat().st_size
         if self._after_write is not None:
             self._after_write(self)
+
+    def _share(self, rows: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        """Count what a segment shares; before the first that does, the manifest says so."""
+        for name, own in rows.items():
+            if "key_of" in own:
+                row_bytes = tensors[f"rows/{own['key_of']}/key"][0].nbytes
+                self._shared_bytes += own["count"] * row_bytes - tensors.get(f"rows/{name}/{KEY_ROW}", NO_INDEX).nbytes
+                if not self._shares_keys:
+                    self._shares_keys = True
+                    replace(Manifest.read(self.layout), shares_keys=True).write(self.layout, rank=self.rank)
 
 
 def _named(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,0 +1,96 @@
+"""Keys that several layers have read are stored once: queries, keys and values read the same input, gates and ups too.
+
+Found where a segment is written, bit by bit, off the training thread: whatever made the keys of two layers equal, or
+different, they come back as they were. A layer may lack rows that the other has: those without output gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["KEY_ROW", "SharedKey", "shared_keys"]
+
+KEY_ROW = "key_row"  # the tensor that says which rows of the holder's keys a layer's are
+WORTH_BYTES = 16  # of a key, from where on an index is clearly smaller
+LOOKED_AT = 16  # numbers of a key that tell rows apart, before all are compared
+BLOCK_BYTES = 2**22  # of keys, compared at a time
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class SharedKey:
+    """The keys of a layer are those that ``holder`` stores: the ``rows`` [n] of them, int32; None: the very same."""
+
+    holder: str
+    rows: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A layer's keys as integers [n, i], and of each row a number that equal rows of one place have in common [n]."""
+
+    name: str
+    bits: Tensor
+    marks: Tensor
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """The marks in ascending order, and the rows they are of."""
+        ascending, rows = self.marks.sort(stable=True)
+        return ascending, rows
+
+    def hold(self, other: _Marked) -> SharedKey | None:
+        """The other layer's keys as some of these; None if it has one that is not here."""
+        if torch.equal(self.marks, other.marks):
+            return SharedKey(self.name, None) if torch.equal(self.bits, other.bits) else None
+        if not bool((self.marks == other.marks[0]).any()):  # nearly always, where layers read something else
+            return None
+        ascending, order = self._sorted
+        rows = order[torch.searchsorted(ascending, other.marks).clamp_(max=len(order) - 1)]
+        most = max(1, BLOCK_BYTES // self.bits[0].nbytes)
+        for start in range(0, len(rows), most):
+            part = slice(start, start + most)
+            if not torch.equal(self.bits[rows[part]], other.bits[part]):
+                return None
+        return SharedKey(self.name, rows.int())
+
+
+def shared_keys(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, SharedKey]:
+    """Of layers with their stored tensors those whose keys another one holds, which keeps its own."""
+    alike: dict[tuple[int, torch.dtype], list[str]] = {}
+    for name, tensors in layers.items():
+        key = tensors["key"]
+        if len(key) and key.shape[1] * key.dtype.itemsize >= WORTH_BYTES:
+            alike.setdefault((key.shape[1], key.dtype), []).append(name)
+    found: dict[str, SharedKey] = {}
+    for names in alike.values():
+        if len(names) > 1:
+            found |= dict(_within({name: layers[name] for name in names}))
+    return found
+
+
+def _within(layers: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, SharedKey]]:
+    """The same among layers with keys of one width and dtype; those with most rows hold them for others."""
+    holders: list[_Marked] = []
+    for name in sorted(layers, key=lambda name: -len(layers[name]["key"])):
+        own = _marked(name, layers[name])
+        found = next((shared for holder in reversed(holders) if (shared := holder.hold(own)) is not None), None)
+        if found is None:
+            holders.append(own)
+        else:
+            yield name, found
+
+
+def _marked(name: str, tensors: Mapping[str, Tensor]) -> _Marked:
+    bits = tensors["key"].view(INTEGERS[tensors["key"].dtype.itemsize])
+    looked_at = bits[:, :: max(1, bits.shape[1] // LOOKED_AT)].long()
+    parts = [looked_at, *(tensors[one][:, None] for one in ("step", "sample", "position"))]
+    several = torch.cat(parts, 1)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (several.shape[1],), generator=generator)
+    return _Marked(name, bits, (several * factors).sum(1))  # wraps around
