@@ -59,7 +59,8 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
     disk after every checkpoint and validation, and after an exception. ``"dualhook/rows"`` and
     ``"dualhook/bytes"`` are logged.
 
-    A fit that goes on from a checkpoint (``ckpt_path=``) is recorded from there, into a memory of its own.
+    A fit that goes on from a checkpoint (``ckpt_path=``) goes on with the memory at ``path``, if that checkpoint was
+    saved while it was recorded; else it is recorded from there, into a memory of its own.
 
     Args:
         path: directory of the memory; None keeps it in a temporary one that goes with the callback.
@@ -95,6 +96,7 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
         self._rows: _Rows | None = None
         self._named: Any = None
         self._flushed = 0
+        self._resumed_at: int | None = None  # the step of a checkpoint that has been loaded
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Have the training loaders note their rows.
@@ -105,7 +107,8 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
         if stage != "fit":
             return
         used = None if self.recorder is None else self.recorder.path
-        if self.path is not None and self.path.absolute() == used and not self.overwrite:
+        again = self.path is not None and self.path.absolute() == used
+        if again and not self.overwrite and trainer.ckpt_path is None:
             raise DualHookError(
                 f"this callback has recorded a fit at {self.path}: give each fit a callback or a path of its own "
                 "(callback.path = ...), or let overwrite=True replace the memory"
@@ -122,9 +125,10 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Instrument the model: weights and optimisers are set up, and restored from a checkpoint, by now."""
-        self.recorder = dualhook.instrument(
-            trainer.model, self.path, **self._options, overwrite=self.overwrite, verbose=self._verbose
-        )
+        there = self.path is not None and (self.path / "dualhook.json").is_file()
+        step, self._resumed_at = self._resumed_at, None
+        how = {"resume_at": step} if step and there else {"overwrite": self.overwrite}
+        self.recorder = dualhook.instrument(trainer.model, self.path, **self._options, **how, verbose=self._verbose)
         self.memory, self._flushed, self._is_recording = None, 0, True
         self._rows = _Rows(trainer)
 
@@ -140,8 +144,8 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
             self._named.__exit__()
         every = trainer.log_every_n_steps  # logging costs Lightning some tenths of a millisecond
         if self.recorder is not None and every and trainer.global_step % every == 0:
-            for name in ("patterns", "bytes"):  # tensors, since Lightning copies other numbers to the device
-                value = torch.tensor(getattr(self.recorder, name), dtype=torch.float64)
+            for name, number in (("rows", self.recorder.rows), ("bytes", self.recorder.nbytes)):
+                value = torch.tensor(number, dtype=torch.float64)  # Lightning copies other numbers to the device
                 pl_module.log(f"dualhook/{name}", value, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -151,6 +155,14 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put everything so far on disk."""
         self._flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the memory's step."""
+        return {"steps": self.recorder.steps} if self.recorder is not None and self._is_recording else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The memory's step when the checkpoint was saved."""
+        self._resumed_at = state_dict.get("steps")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the memory."""

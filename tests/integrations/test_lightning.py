@@ -301,6 +301,24 @@ def test_going_on_from_a_checkpoint_is_recorded_from_there(saved_at, tmp_path):
     assert callback.memory.verify().max_error < 1e-5
 
 
+@pytest.mark.parametrize("saved_at", [8, 6], ids=["within an epoch", "between epochs"])
+def test_a_fit_that_goes_on_from_a_checkpoint_goes_on_with_its_memory(saved_at, tmp_path):
+    """Cut off two steps after the checkpoint: of the first fit counts what was there by then."""
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=saved_at)
+    torch.manual_seed(3)
+    first = DualMemoryCallback(tmp_path / "memory", verbose=False)
+    stop = {"enable_checkpointing": True, "max_steps": saved_at + 2}
+    trainer(tmp_path, first, saving, **stop).fit(module(), LOADERS["workers"]())
+    assert first.memory.steps == saved_at + 2
+    kept = list(first.memory._store.blocks("net.0", last_step=saved_at, block_rows=10**6))
+    callback, model = DualMemoryCallback(tmp_path / "memory", verbose=False), module()
+    trainer(tmp_path, callback, max_epochs=3).fit(model, LOADERS["workers"](), ckpt_path=tmp_path / "last.ckpt")
+    keys, samples = rows_of(callback.memory)
+    assert torch.equal(keys, torch.cat([*(rows.key for rows in kept), *model.seen]))
+    assert torch.equal(keys, features()[samples])
+    assert callback.memory.verify(model)["exact"].all()
+
+
 def test_two_fits_with_one_callback(tmp_path):
     callback = DualMemoryCallback(tmp_path / "memory", verbose=False)
     trainer(tmp_path, callback).fit(module(), LOADERS["plain"]())

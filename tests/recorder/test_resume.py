@@ -22,7 +22,7 @@ OPTIMIZERS = {
 
 
 class Net(nn.Module):
-    """A tied embedding, a convolution, two layers that read the same (their keys are stored once) and a late starter."""
+    """A tied embedding, a convolution, two layers with the same keys (stored once), a late starter."""
 
     def __init__(self) -> None:
         super().__init__()
