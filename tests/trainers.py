@@ -65,6 +65,7 @@ class Way:
     settings: dict[str, Any] = field(default_factory=dict)
     optimizer: Callable[..., torch.optim.Optimizer] | None = None  # None: the Trainer's own, AdamW
     tolerance: float = 1e-5
+    padded: bool = True
 
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -93,6 +94,7 @@ WAYS = {
     "bf16": Way(llama, settings={"bf16": True}, optimizer=SGD, tolerance=3e-2),
     "fused": Way(llama, settings={"optim": "adamw_torch_fused", "weight_decay": 0.1}),
     "tokenizer": Way(),
+    "end-to-end": Way(llama, padded=False),
 }
 
 
@@ -110,14 +112,24 @@ def encoded(items: list[dict[str, Any]]) -> transformers.BatchEncoding:
     return transformers.BatchEncoding(default_data_collator(items))
 
 
+def laid_end_to_end(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sequences as one."""
+    parts = {name: [item[name] for item in items] for name in ("input_ids", "labels")}
+    positions = [torch.arange(len(ids)) for ids in parts["input_ids"]]
+    return {name: torch.cat(own)[None] for name, own in {**parts, "position_ids": positions}.items()}
+
+
+COLLATORS = {"tokenizer": encoded, "end-to-end": laid_end_to_end}
+
+
 def trainer_of(folder: Path, way: Way, callbacks: list[Any], dataset: Any = None, **settings: Any) -> Trainer:
     torch.manual_seed(0)
     model = way.model()
     optimizer = None if way.optimizer is None else way.optimizer(model.parameters())
-    dataset = Sentences() if dataset is None else dataset
+    dataset = Sentences(way.padded) if dataset is None else dataset
     return Trainer(
         model, arguments(folder, way, **settings), train_dataset=dataset, eval_dataset=Sentences(rows=5),
-        data_collator=encoded if way is WAYS["tokenizer"] else default_data_collator,
+        data_collator=next((c for n, c in COLLATORS.items() if way is WAYS[n]), default_data_collator),
         callbacks=callbacks, optimizers=(optimizer, None),
     )  # fmt: skip
 

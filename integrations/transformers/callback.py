@@ -203,15 +203,17 @@ class DualMemoryCallback(TrainerCallback):
     def _announce(self) -> None:
         if self._tape is None or not self._is_recording:
             return
-        rows = self._tape.next()
-        if rows is None:
+        found = self._tape.next()
+        if found is None:
             warnings.warn(
                 "the batches do not tell which rows of the data set they are (a collator that returns no mapping?): "
                 "patterns get no sample",
                 UserWarning,
                 stacklevel=2,
             )
-        self.recorder.batch(samples=torch.zeros(0, dtype=torch.int64) if rows is None else rows)
+            found = (torch.zeros(0, dtype=torch.int64),) * 2
+        rows, positions = found
+        self.recorder.batch(samples=rows, positions=positions)
 
     def _close(self) -> None:
         if self._tape is not None:

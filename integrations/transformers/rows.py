@@ -11,7 +11,7 @@ import copy
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,16 @@ _TAPES: weakref.WeakValueDictionary[int, RowTape] = weakref.WeakValueDictionary(
 
 
 class RowTape:
-    """The rows [b] of the batches that a loader has yielded and nobody has asked for yet, oldest first."""
+    """The rows of the batches that a loader has yielded and nobody has asked for yet, oldest first.
+
+    Of each batch: rows [b], and where in them the samples begin [b]. Of sequences that a collator lays end to end every
+    token is a sample.
+    """
 
     def __init__(self, loader: Any) -> None:
         number = next(_NUMBERS)
         _TAPES[number] = self
-        self._waiting: deque[Tensor] = deque()
+        self._waiting: deque[tuple[Tensor, Tensor]] = deque()
         self._arrived = 0  # samples of a stream, which have no rows but the order of their arrival
         self._loader: DataLoader[Any] = getattr(loader, "base_dataloader", loader)
         self._before = {"dataset": self._loader.dataset, "collate_fn": self._loader.collate_fn}
@@ -48,8 +52,8 @@ class RowTape:
         """Give the loader back as it was."""
         self._loader.__dict__.update(self._before)
 
-    def next(self) -> Tensor | None:
-        """The rows of the batch that comes next; None if they are not known."""
+    def next(self) -> tuple[Tensor, Tensor] | None:
+        """The rows of the batch that comes next, and the positions in them; None if they are not known."""
         return self._waiting.popleft() if self._waiting else None
 
     def drop_but(self, count: int) -> None:
@@ -57,11 +61,11 @@ class RowTape:
         while len(self._waiting) > count:
             self._waiting.popleft()
 
-    def saw(self, rows: Tensor) -> None:
+    def saw(self, rows: Tensor, positions: Tensor) -> None:
         """The loader yields a batch of these rows; of a stream they are numbers from 0."""
         is_stream = not isinstance(self._loader.dataset, _Numbered)
-        self._waiting.append(rows + self._arrived if is_stream else rows)
-        self._arrived += len(rows)
+        self._waiting.append((rows + self._arrived if is_stream else rows, positions))
+        self._arrived += int(rows.max()) + 1 if is_stream else 0
 
 
 class _Numbered:
@@ -99,22 +103,38 @@ class _Collator:
     def __call__(self, items: Any) -> Any:
         rows: Iterable[Any]
         if self._is_stream:
-            batch, rows = self._collate(items), range(len(items) if self._is_batched else 1)
+            parts = items if self._is_batched else [items]
+            batch, rows = self._collate(items), range(len(parts))
         elif self._is_batched:
-            batch, rows = self._collate([item for _, item in items]), [index for index, _ in items]
+            rows, parts = zip(*items, strict=True)
+            batch = self._collate(list(parts))
         else:
             index, item = items
-            batch, rows = self._collate(item), index if isinstance(index, Iterable) else [index]
+            batch, rows, parts = self._collate(item), index if isinstance(index, Iterable) else [index], []
         if not isinstance(batch, Mapping):
             return batch
         numbers = torch.as_tensor(list(rows)).long()
-        return _Carried(batch, torch.stack([numbers, torch.full_like(numbers, self._tape)], dim=1))
+        positions = torch.zeros_like(numbers)
+        if (lengths := _laid_end_to_end(batch, parts)) is not None:
+            numbers = numbers.repeat_interleave(lengths)
+            positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        return _Carried(batch, torch.stack([numbers, positions, torch.full_like(numbers, self._tape)], dim=1))
+
+
+def _laid_end_to_end(batch: Mapping[str, Any], items: Sequence[Any]) -> Tensor | None:
+    """The lengths of the sequences that a collator without padding has made one of; None if it has not."""
+    ids = batch.get("input_ids")
+    if len(items) < 2 or not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
+        return None
+    lengths = [len(item["input_ids"]) for item in items]
+    return torch.tensor(lengths) if sum(lengths) == ids.shape[1] else None
 
 
 class _Carried(dict[str, Any]):
     """A batch on its way, with its rows: a mapping like the collator's own, which it becomes again on the device.
 
-    Rows and the number of their tape [b, 2] are among the tensors, so that whoever takes the batch apart keeps them.
+    Rows, positions and the number of their tape [b, 3] are among the tensors, so that whoever takes the batch apart
+    keeps them.
     """
 
     def __init__(self, batch: Mapping[str, Any], rows: Tensor | None = None) -> None:
@@ -127,9 +147,9 @@ class _Carried(dict[str, Any]):
         """The collator's batch on the device; its rows are told."""
         batch: Any = dict(self)
         rows = batch.pop(ROWS, None)
-        tape = None if rows is None or not len(rows) else _TAPES.get(int(rows[0, 1]))
+        tape = None if rows is None or not len(rows) else _TAPES.get(int(rows[0, 2]))
         if tape is not None:
-            tape.saw(rows[:, 0])
+            tape.saw(rows[:, 0], rows[:, 1])
         if self._like is not None:  # as tokenisers have it; what is inside may have been pinned meanwhile
             inside, batch = batch, copy.copy(self._like)
             batch.data = inside

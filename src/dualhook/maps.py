@@ -182,7 +182,8 @@ class Convolution(LinearMap):
                 grad.permute(0, 3, 1, 2).reshape(count * each, -1),
                 part.step.repeat_interleave(each),
                 part.sample.repeat_interleave(each),
-                torch.arange(each // self.slots).repeat_interleave(self.slots).repeat(count),
+                part.position.repeat_interleave(each)
+                + torch.arange(each // self.slots).repeat_interleave(self.slots).repeat(count),
                 {name: values.repeat_interleave(each) for name, values in part.columns.items()},
                 first,
                 slot=torch.arange(self.slots).repeat(count * each // self.slots) if self.slots > 1 else None,

@@ -103,10 +103,14 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Batch:
-    """Which dataset rows the training loop is working on: ``samples`` [b] and further columns [b]."""
+    """Which dataset rows the training loop is working on: ``samples`` [b] and further columns [b].
+
+    ``positions`` [b] are the places in the dataset rows where the samples begin; None: the first.
+    """
 
     samples: Tensor
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)

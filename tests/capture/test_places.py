@@ -190,3 +190,47 @@ def test_uses_that_no_tap_sees_are_left_out_where_a_closure_makes_the_first_pass
     memory = recorder.close()
     assert memory.layers == ["used"]
     assert memory.verify()["exact"].all()
+
+
+def test_a_sample_may_begin_within_its_dataset_row():
+    """Windows of a text; the places of a convolution count from there as well."""
+    model = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 3, padding=1), torch.nn.Linear(4, 3))
+    recorder = dualhook.instrument(model, layers="all", verbose=False)
+    recorder.batch(samples=[7, 7, 8], positions=[0, 4, 10], window=[0, 1, 0])
+    model(torch.randn(3, 2, 4)).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    memory = recorder.close()
+    (linear,), (conv,) = (list(memory._store.blocks(layer, last_step=1, block_rows=99)) for layer in ("1", "0"))
+    assert linear.sample.tolist() == [7, 7, 7, 7, 8, 8]
+    assert linear.position.tolist() == [0, 1, 4, 5, 10, 11]
+    assert conv.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13]
+    x = torch.randn(1, 2, 4)
+    found = memory.attend(model, x, target=lambda y: y[:, 0, 0]).sum_by("position", layers="0")
+    assert found["position"].tolist() == sorted(set(conv.position.tolist()))
+
+
+def test_tokens_laid_end_to_end_are_samples_of_their_own():
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 3))
+    recorder = dualhook.instrument(model, layers="all", verbose=False)
+    recorder.batch(samples=[5, 5, 5, 2, 2], positions=[0, 1, 2, 0, 1])
+    model(torch.tensor([[1, 2, 3, 4, 5]])).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for layer in ("0", "1"):
+        (rows,) = recorder.close()._store.blocks(layer, last_step=1, block_rows=99)
+        assert rows.sample.tolist() == [5, 5, 5, 2, 2]
+        assert rows.position.tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([0, 1, 2], "names 3 places, samples= 2 dataset rows"),
+        ([0.5, 1], "where in its dataset row"),
+        ([0, -1], "number -1"),
+    ],
+)
+def test_positions_that_cannot_be(positions, message):
+    recorder = dualhook.instrument(torch.nn.Linear(2, 2), verbose=False)
+    with pytest.raises(dualhook.DualHookError, match=message):
+        recorder.batch(samples=[1, 2], positions=positions)
+    recorder.discard()

@@ -188,6 +188,8 @@ def _numbered(
         known = index.clamp(min=0)
         sample = torch.where(index < 0, NO_SAMPLE, batch.samples[known])
         columns = {name: _column(values[known], index) for name, values in batch.columns.items()}
+        if batch.positions is not None:
+            position = position + torch.where(index < 0, 0, batch.positions[known])
     # the step is known when one uses the rows
     return Rows(
         key, output_grad, torch.zeros_like(sample), sample, position, columns, slot=slot, constant=None, extent=extent

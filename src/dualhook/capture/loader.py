@@ -27,44 +27,59 @@ __all__ = ["TrackedLoader", "as_batch"]
 Announce = Callable[["Batch | None"], None]
 
 
-def as_batch(samples: Any, columns: Mapping[str, Any]) -> Batch:
-    """A batch from the sample numbers [b] and columns [b] (a single number stands for all samples).
+def as_batch(samples: Any, columns: Mapping[str, Any], positions: Any = None) -> Batch:
+    """A batch from the sample numbers [b], columns [b] (a single number stands for all samples) and positions [b].
 
     Raises:
-        DualHookError: samples that are no whole numbers, or a column of another length or of no numbers.
+        DualHookError: samples or positions that are no whole numbers, or a column of another length or of no numbers.
     """
-    expected = (
-        "expected the dataset row of every sample of the batch, a one-dimensional sequence of whole numbers from 0"
-    )
+    numbers = _whole_numbers("samples", samples)
+    values = {name: _column(name, column, numbers.numel()) for name, column in columns.items()}
+    begins = None if positions is None else _whole_numbers("positions", positions)
+    if begins is not None and len(begins) != len(numbers):
+        raise DualHookError(
+            f"positions= names {len(begins)} places, samples= {len(numbers)} dataset rows: expected one for each"
+        )
+    return Batch(numbers, values, begins)
+
+
+EXPECTED = {
+    "samples": "the dataset row of every sample of the batch, a one-dimensional sequence of whole numbers from 0",
+    "positions": "where in its dataset row every sample begins, a one-dimensional sequence of whole numbers from 0",
+}
+
+
+def _whole_numbers(what: str, given: Any) -> Tensor:
+    expected = f"expected {EXPECTED[what]}"
     try:
-        numbers = torch.as_tensor(samples).detach().cpu()
+        numbers = torch.as_tensor(given).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DualHookError(f"samples= of type {type(samples).__name__}: {expected}") from error
+        raise DualHookError(f"{what}= of type {type(given).__name__}: {expected}") from error
     if numbers.dim() > 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
-        raise DualHookError(f"samples= of shape {list(numbers.shape)} and {numbers.dtype}: {expected}")
+        raise DualHookError(f"{what}= of shape {list(numbers.shape)} and {numbers.dtype}: {expected}")
     numbers = numbers.reshape(-1).long().clone()
     if numbers.numel() and int(numbers.min()) < 0:
-        raise DualHookError(f"samples= with the number {int(numbers.min())}: {expected}")
-    values = {}
-    for name, column in columns.items():
-        if name in COORDINATES:
-            raise DualHookError(f"column {name!r} is recorded with every pattern anyway: choose another name")
-        try:
-            value = torch.as_tensor(column).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DualHookError(
-                f"column {name!r}: expected one number per sample; put texts into memory.add_column"
-            ) from error
-        value = value.double() if value.is_floating_point() else value.long()
-        if value.dim() == 0:
-            value = value.expand(numbers.numel())
-        if value.shape != numbers.shape:
-            raise DualHookError(
-                f"column {name!r} has shape {list(value.shape)}: expected one value for each of the batch's "
-                f"{numbers.numel()} samples"
-            )
-        values[name] = value.clone()
-    return Batch(numbers, values)
+        raise DualHookError(f"{what}= with the number {int(numbers.min())}: {expected}")
+    return numbers
+
+
+def _column(name: str, column: Any, count: int) -> Tensor:
+    if name in COORDINATES:
+        raise DualHookError(f"column {name!r} is recorded with every pattern anyway: choose another name")
+    try:
+        value = torch.as_tensor(column).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DualHookError(
+            f"column {name!r}: expected one number per sample; put texts into memory.add_column"
+        ) from error
+    value = value.double() if value.is_floating_point() else value.long()
+    if value.dim() == 0:
+        value = value.expand(count)
+    if value.shape != (count,):
+        raise DualHookError(
+            f"column {name!r} has shape {list(value.shape)}: expected one value for each of the batch's {count} samples"
+        )
+    return value.clone()
 
 
 class TrackedLoader:

@@ -169,16 +169,18 @@ class Recorder:
         """
         return TrackedLoader(loader, self._announce)
 
-    def batch(self, samples: Any, **columns: Any) -> BatchScope:
+    def batch(self, samples: Any, *, positions: Any = None, **columns: Any) -> BatchScope:
         """Name the dataset rows [b] of the batch that comes next, with further columns [b] or single numbers.
 
-        Holds until the next call; as a context manager, until the end of the block.
+        ``positions`` [b] say where in its row each sample begins, if that is not at 0: a window of a long text, or
+        every token of sequences that are laid end to end. Holds until the next call; as a context manager, until the
+        end of the block.
 
         Raises:
             DualHookError: samples that are no whole numbers, or a column that does not fit them.
         """
         scope = BatchScope(self._announce, self._book.batch)
-        self._announce(as_batch(samples, columns))
+        self._announce(as_batch(samples, columns, positions))
         return scope
 
     def pause(self) -> None:

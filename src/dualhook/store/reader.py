@@ -223,7 +223,8 @@ class Store:
         for segment in self.segments:
             for stored in self._stored(segment, self.uses(layer)):
                 if name == "position" and stored.counts is not None:
-                    yield torch.arange(int(stored.counts.max()) // stored.spec.slots)
+                    places = torch.arange(int(stored.counts.max()) // stored.spec.slots)
+                    yield (torch.unique(stored.tensors["position"])[:, None] + places).flatten()
                     continue
                 if name == f"column/{USE}" and name not in stored.tensors:
                     yield torch.tensor([stored.number])
