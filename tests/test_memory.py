@@ -162,6 +162,24 @@ def test_sum_by(trained):
         attention.sum_by("genre")
 
 
+def test_sum_by_several_columns(trained):
+    attention = trained.memory.attend(trained.model, trained.x[:2])
+    both = attention.sum_by(("step", "label"))
+    assert both.columns[:4] == ["query", "layer", "step", "label"]
+    every = attention.top(10**6)
+    step, label = every["step"], trained.y.numpy()[every["sample"]]
+    found = {tuple(row.values())[:4]: row for row in both}
+    assert len(found) == len(both) == len(set(zip(every["query"], every["layer"], step, label, strict=True)))
+    for (query, layer, at, of), row in found.items():
+        member = (every["query"] == query) & (every["layer"] == layer) & (step == at) & (label == of)
+        assert row["patterns"] == member.sum()
+        for name in ("weight", "contribution"):
+            assert row[name] == pytest.approx(every[name][member].sum())
+            assert row[f"abs_{name}"] == pytest.approx(np.abs(every[name][member]).sum())
+    with pytest.raises(dualhook.DualHookError, match="at least one column"):
+        attention.sum_by([])
+
+
 def test_receipt_and_its_parts(trained):
     attention = trained.memory.attend(trained.model, trained.x[:2])
     assert attention.receipt.columns == ["query", "layer", "explained", "cancellation"]

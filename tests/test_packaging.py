@@ -67,7 +67,7 @@ def test_wheel_in_a_clean_environment(source, clean, tmp_path):
     (wheel,) = tmp_path.glob("dualhook-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     modules = {f"dualhook/{path.relative_to(ROOT / 'src' / 'dualhook')}" for path in (ROOT / "src").rglob("*.py")}
-    modules |= {f"dualhook/integrations/{path.name}" for path in (ROOT / "integrations").glob("*.py")}
+    modules |= {f"dualhook/{path.relative_to(ROOT)}" for path in (ROOT / "integrations").rglob("*.py")}
     assert modules <= set(names)
     assert "dualhook/py.typed" in names
     assert {"dualhook/data/LICENSE-fashion-mnist", "dualhook/data/LICENSE-king-james"} <= set(names)

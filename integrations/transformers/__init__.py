@@ -1,4 +1,4 @@
-"""Language models in the Hugging Face Trainer: a callback that records what they train on.
+"""Language models of transformers: what a Trainer trains is recorded, and its memory read as text.
 
 Needs ``dualhook[transformers]``.
 """
@@ -6,5 +6,7 @@ Needs ``dualhook[transformers]``.
 from __future__ import annotations
 
 from .callback import DualMemoryCallback
+from .explaining import Explanation, explain
+from .text import Passages
 
-__all__ = ["DualMemoryCallback"]
+__all__ = ["DualMemoryCallback", "Explanation", "Passages", "explain"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class Attention:
         layers: Sequence[LayerQuery],
         grouping: Callable[[str, str], Grouping],
         *,
+        queries: Table,
         progress: ReplayProgress,
         keep: object = None,
         files: Answers | None = None,
@@ -56,6 +58,7 @@ class Attention:
         self._progress = progress
         self._layers = {asked.name: asked for asked in layers}
         self._grouping = grouping
+        self._queries = queries
         self._keep = keep  # what the source's files need to stay
         self._receipts: dict[str, Receipt] = {}
 
@@ -63,6 +66,15 @@ class Attention:
     def layers(self) -> list[str]:
         """The layers asked."""
         return list(self._layers)
+
+    @property
+    def queries(self) -> Table:
+        """What is asked: columns query, target (class, token) and score; of sequences sequence, position, probability.
+
+        score is the number that contributions are parts of: the logit of ``target``, or what a function made of the
+        output. Positions count the sequence's real tokens from 0; probability is that of ``target`` under a softmax.
+        """
+        return self._queries
 
     def __len__(self) -> int:
         return len(next(iter(self._layers.values())))
@@ -105,34 +117,41 @@ class Attention:
             bars=(("layer", "sample", "step"), by.removeprefix("abs_")),
         )
 
-    def sum_by(self, column: str, *, layers: str | Iterable[str] | None = None) -> Table:
+    def sum_by(self, column: str | Sequence[str], *, layers: str | Iterable[str] | None = None) -> Table:
         """Totals of weight and contribution per group of patterns.
 
         ``column`` is ``"step"``, ``"sample"``, ``"position"``, a column given to ``recorder.batch`` or one added by
         ``memory.add_column``. Columns query, layer, the column, weight, abs_weight, contribution, abs_contribution;
         the contributions of a query and layer add up to what the patterns put into the prediction (NaN for a layer
-        whose optimiser's rule is not registered any more).
+        whose optimiser's rule is not registered any more). Several columns, such as ``("sample", "position")``, make a
+        group of every combination that occurs, with one more column that counts its patterns.
 
         Raises:
             DualHookError: an unknown column.
         """
+        names = [column] if isinstance(column, str) else list(dict.fromkeys(column))
+        if not names:
+            raise DualHookError("column=[]: expected at least one column to group by")
         found = []
         for asked in self._asked(layers):
-            group = self._grouping(asked.name, column)
-            sums = GroupSums(len(asked), len(group.labels), group.code)
+            groups = [self._grouping(asked.name, name) for name in names]
+            sizes = [max(1, len(group.labels)) for group in groups]
+            sums = GroupSums(len(asked), partial(_combined, groups))
             self._pass(asked, sums)
-            there = sums.counts.numpy() > 0
-            labels = np.empty(len(group.labels), dtype=object)
-            labels[:] = list(group.labels)
-            shape = (len(asked), int(there.sum()))
+            codes, counts, totals = sums.result()
+            shape = (len(asked), len(codes))
             head = {
                 "query": np.broadcast_to(np.arange(shape[0])[:, None], shape),
                 "layer": np.full(shape, asked.name, dtype=object),
-                column: np.broadcast_to(_typed(labels[there]), shape),
             }
-            totals = {name: total.numpy()[:, there] for name, total in sums.totals.items()}
-            found.append({name: values.reshape(-1) for name, values in (head | totals).items()})
-        return self._by_query(found, title=f"totals by {column}", bars=(("layer", column), "contribution"))
+            for name, group, place in zip(names, groups, np.unravel_index(codes.numpy(), sizes), strict=True):
+                labels = np.empty(len(group.labels), dtype=object)
+                labels[:] = list(group.labels)
+                head[name] = np.broadcast_to(_typed(labels[place]), shape)
+            tail = {"patterns": np.broadcast_to(counts.numpy(), shape)} if len(names) > 1 else {}
+            values = head | {name: total.numpy() for name, total in totals.items()} | tail
+            found.append({name: value.reshape(-1) for name, value in values.items()})
+        return self._by_query(found, title=f"totals by {', '.join(names)}", bars=(("layer", *names), "contribution"))
 
     @property
     def receipt(self) -> Table:
@@ -265,6 +284,14 @@ class Attention:
                 f"cancellation {cancelled.min():.3g} to {cancelled.max():.3g}"
             )
         return Table({n: values[order] for n, values in columns.items()}, title=title, footer=note, bars=bars)
+
+
+def _combined(groups: Sequence[Grouping], rows: Rows) -> Tensor:
+    """The combination of groups [n] that every pattern is in, numbered with the last changing fastest."""
+    code = torch.zeros(len(rows), dtype=torch.int64)
+    for group in groups:
+        code = code * len(group.labels) + group.code(rows)
+    return code
 
 
 def _typed(labels: np.ndarray) -> np.ndarray:

@@ -14,21 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from dualhook.attention import Attention
-from dualhook.capture import directions, observe
 from dualhook.columns import Columns
 from dualhook.composition import compose, explanation, unknown_composition
 from dualhook.dual import DualLinear, dual_model
 from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
 from dualhook.maps import map_of
-from dualhook.model import Target, find_layers, predicted_scores, run_model
+from dualhook.model import Positions, Target, find_layers, model_inputs
 from dualhook.optimizers import average_weights
 from dualhook.progress import ReplayProgress
-from dualhook.query import REPLAY_BYTES, Composition, LayerQuery, rebuild
-from dualhook.questions import layer_query
+from dualhook.query import REPLAY_BYTES, Composition, rebuild
+from dualhook.questions import ask
 from dualhook.records import AVERAGE, VALUE, LayerSpec, Rows
 from dualhook.store import AnswerFiles, Store
 from dualhook.table import Table
-from dualhook.verification import VerifyReport, inexact_steps, verified
+from dualhook.verification import VerifyReport, explained_layers, verified
 
 __all__ = ["DualMemory", "VerifyReport", "load"]
 
@@ -136,15 +135,9 @@ class DualMemory:
         question takes: one pass over the patterns, or a replay of the optimiser over them. ``exact`` says whether the
         rule is, if only up to the optimiser's own rounding, ``inexact_steps`` how many steps are marked otherwise.
         """
-        rows = []
-        for spec in self._primary.values():
-            how, shape = explanation(self._store, spec), f"{spec.in_features}→{spec.out_features}"
-            count, inexact = self._store.count(spec.name), inexact_steps(self._store, spec, self.steps)
-            rows.append((spec.name, shape, count, how.optimizer, how.rule, how.kind, how.cost, how.exact, inexact))
-        names = ("layer", "shape", "patterns", "optimizer", "rule", "kind", "cost", "exact", "inexact_steps")
         begin = f"steps {self._store.first_step + 1} to {self.steps}, earlier ones folded into the origin"
         return Table(
-            {name: [row[k] for row in rows] for k, name in enumerate(names)},
+            explained_layers(self._store, self._primary.values(), self.steps),
             title=str(self.path),
             footer=f"{begin if self._store.first_step else f'{self.steps} steps'}, "
             f"{len(self.samples):,} samples, {self.nbytes / 1e9:.3g} GB in {len(self._store.segments)} segments; "
@@ -169,21 +162,26 @@ class DualMemory:
     def attend(
         self,
         model: nn.Module,
-        inputs: Any,
+        inputs: Any = None,
         *,
         target: Target = None,
+        positions: Positions = None,
         layers: str | Iterable[str] | None = None,
         step: int | None = None,
         method: Method = "exact",
         cache: bool = False,
+        **named: Any,
     ) -> Attention:
         """Which training patterns does this prediction attend to? Lazy: nothing is read until the answer is asked.
 
         Args:
             model: the trained model; it is run in evaluation mode and left as it was found.
             inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-            target: the class whose logit counts (one, or one per query), or a function from the model's output to
-                one number per query; default the predicted class.
+            target: the class or token whose logit counts (one, or one per query), or a function from the model's
+                output to one number per query; default the predicted one.
+            positions: of a sequence's logits [sequence, position, class] the places that count, one or several; each
+                of each sequence is a query, see :attr:`Attention.queries`. They count real tokens, those that the
+                model's ``attention_mask`` shows, negative ones from the end; default the last.
             layers: the layers to ask, default all.
             step: the step whose weights ``model`` holds, default the last.
             method: ``"exact"``, or ``"preview"``: under optimisers that would have to be replayed (Adam and its like)
@@ -194,11 +192,13 @@ class DualMemory:
                 time: the same question is then answered without a replay, also after reopening, and one that was
                 interrupted goes on from its finished layers, or within a long one from where it was a minute ago.
                 Answers of a layer that take more than a quarter of ``replay_bytes`` are not kept.
+            **named: keyword arguments of the model, in place of ``inputs``:
+                ``attend(model, **tokenizer(prompt, return_tensors="pt"))``.
 
         A layer whose optimiser's rule is not registered any more has attention weights, but no contributions.
 
         Raises:
-            LayerError: the model, the inputs or the target do not fit the memory.
+            LayerError: the model, the inputs, the target or the positions do not fit the memory.
             RuleError: a preview of an optimiser whose steps are made of more than its state (Lion, Muon, …).
         """
         if method not in METHODS:
@@ -207,24 +207,21 @@ class DualMemory:
         if not self._specs:
             raise LayerError(f"{self.path} holds no patterns: no optimiser step on a recorded layer was seen")
         specs = [self._specs[name] for name in self._named(layers)]
-        inner, layers_there = find_layers(model, specs)
-        with torch.inference_mode(False), torch.enable_grad(), observe(inner, layers_there) as calls:
-            scores = predicted_scores(run_model(inner, inputs), target)
-            seen = [(name, call) for name, own in calls.items() for call in own]
-            along = directions(scores, [call for _, call in seen])
-        asked: list[LayerQuery] = []
+        asked = ask(model, specs, model_inputs(inputs, named), target, positions)
         memory = f"{self._store.fingerprint} {self._average}"
-        for tapped in layers_there:
-            own = [(call, d) for (name, call), d in zip(seen, along, strict=True) if name == tapped.spec.name]
-            if own and all(other.name != tapped.spec.name for other in asked):
-                made_of = self._asked_about(tapped.spec, horizon, preview=method == "preview")
-                asked.append(layer_query(tapped, own, len(scores), made_of, memory))
-        if not asked:
-            names = ", ".join(spec.name for spec in specs)
-            raise LayerError(f"the model's forward pass calls none of {names}")
+        questions = [
+            layer.question(self._asked_about(layer.spec, horizon, preview=method == "preview"), memory)
+            for layer in asked.layers
+        ]
         files = AnswerFiles(self._store.layout.answers) if cache else None
         return Attention(
-            self._store, asked, self._columns.grouping, progress=self._progress, keep=self._keep, files=files
+            self._store,
+            questions,
+            self._columns.grouping,
+            queries=asked.queries,
+            progress=self._progress,
+            keep=self._keep,
+            files=files,
         )
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None) -> VerifyReport:

@@ -3,34 +3,130 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dualhook.capture import Observed, Tapped, as_rows
+from dualhook.capture import Observed, Tapped, as_rows, directions, observe
 from dualhook.errors import LayerError
 from dualhook.maps import map_of
+from dualhook.model import Positions, Target, find_layers, predicted, run_model
 from dualhook.query import Composition, LayerQuery, answered
 from dualhook.records import Batch, LayerSpec, Rows
+from dualhook.table import Table
 
-__all__ = ["layer_query"]
+__all__ = ["Asked", "AskedLayer", "ask"]
 
 
-def layer_query(
-    tapped: Tapped, calls: Sequence[tuple[Observed, Tensor]], queries: int, made_of: Composition, memory: str
-) -> LayerQuery:
-    """A layer's calls, each with the direction at its output, as a question to what the layer is ``made_of``.
+@dataclass(frozen=True)
+class Places:
+    """What queries put to a layer: inputs [q, p, c], their ``direction`` [q, p, o] and ``slot`` [q, p].
+
+    ``present`` [q, p]: which places count, see :class:`LayerQuery`.
+    """
+
+    query: Tensor
+    direction: Tensor
+    slot: Tensor | None
+    present: Tensor | None = None
+
+    def that_matter(self) -> Places:
+        """Only the places that each query's prediction depends on; all where it depends on none."""
+        matter = self.direction.ne(0).any(-1)
+        matter |= ~matter.any(1, keepdim=True)
+        order = matter.logical_not().long().argsort(dim=1, stable=True)[:, : int(matter.sum(1).max())]
+        present = matter.gather(1, order)
+        return Places(
+            self.query.take_along_dim(order[..., None], 1) * present[..., None],
+            self.direction.take_along_dim(order[..., None], 1) * present[..., None],
+            None if self.slot is None else torch.where(present, self.slot.gather(1, order), -1),
+            present,
+        )
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[Places]) -> Places:
+        """Several questions to each of some sequences, those of one sequence after those of another."""
+        most = max(part.query.shape[1] for part in parts)
+
+        def together(values: Sequence[Tensor | None], absent: int) -> Tensor | None:
+            found = [_filled(value, most, absent) for value in values if value is not None]
+            return torch.stack(found, 1).flatten(0, 1) if found else None
+
+        query, direction = together([p.query for p in parts], 0), together([p.direction for p in parts], 0)
+        assert query is not None
+        assert direction is not None
+        slot, present = together([p.slot for p in parts], -1), together([p.present for p in parts], 0)
+        return cls(query, direction, slot, present)
+
+
+@dataclass(frozen=True)
+class AskedLayer:
+    """A layer as one forward pass has asked it."""
+
+    tapped: Tapped
+    places: Places
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The layer."""
+        return self.tapped.spec
+
+    def question(self, made_of: Composition, memory: str) -> LayerQuery:
+        """The same as a question to what the layer is ``made_of``."""
+        (weight, bias), at = _matrices(self.tapped), self.places
+        output = answered(at.query, at.slot, weight)
+        size = answered(at.query.abs(), at.slot, weight.abs())
+        if bias is not None:
+            offset = bias if at.slot is None else bias.T[at.slot.clamp(min=0)]
+            output, size = output + offset, size + offset.abs()
+        return LayerQuery(made_of, at.query, at.direction, output, at.slot, size, memory, at.present)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a forward pass asks of a memory."""
+
+    layers: Sequence[AskedLayer]
+    queries: Table
+
+
+def ask(model: nn.Module, specs: Sequence[LayerSpec], inputs: Any, target: Target, positions: Positions) -> Asked:
+    """Run a model once and see what its layers are asked; one backward pass for each position.
 
     Raises:
-        LayerError: which row belongs to which query is not known.
+        LayerError: the model does not call these layers, or inputs, target or positions do not fit it.
     """
-    weight, bias = _matrices(tapped)
-    query, direction, slot = _by_query(tapped.spec, calls, queries)
-    output, size = answered(query, slot, weight), answered(query.abs(), slot, weight.abs())
-    if bias is not None:
-        offset = bias if slot is None else bias.T[slot.clamp(min=0)]
-        output, size = output + offset, size + offset.abs()
-    return LayerQuery(made_of, query, direction, output, slot, size, memory)
+    inner, layers = find_layers(model, specs)
+    there: dict[str, Tapped] = {}
+    for tapped in layers:
+        there.setdefault(tapped.spec.name, tapped)
+    parts: dict[str, list[Places]] = {}
+    with torch.inference_mode(False), torch.enable_grad(), observe(inner, layers) as calls:
+        about = predicted(run_model(inner, inputs), target, positions, inner, inputs)
+        seen = [(name, call) for name, own in calls.items() for call in own]
+        for left, scores in zip(reversed(range(about.scores.shape[1])), about.scores.unbind(1), strict=True):
+            along = directions(scores, [call for _, call in seen], last=not left)
+            for name, tapped in there.items():
+                own = [(call, d) for (called, call), d in zip(seen, along, strict=True) if called == name]
+                if own:
+                    places = _by_query(tapped.spec, own, len(scores))
+                    parts.setdefault(name, []).append(places.that_matter() if about.along_sequences else places)
+    if not parts:
+        names = ", ".join(spec.name for spec in specs)
+        raise LayerError(f"the model's forward pass calls none of {names}")
+    columns = {name: values.detach().reshape(-1).cpu() for name, values in about.columns.items()}
+    numbers = {n: (v.double() if v.is_floating_point() else v).numpy() for n, v in columns.items()}
+    queries = Table({"query": np.arange(about.scores.numel())} | numbers, title="queries", bars=(("query",), "score"))
+    return Asked([AskedLayer(there[name], Places.side_by_side(own)) for name, own in parts.items()], queries)
+
+
+def _filled(values: Tensor, most: int, absent: int) -> Tensor:
+    """Values [q, p, …] with as many places as asked."""
+    missing = (len(values), most - values.shape[1], *values.shape[2:])
+    return torch.cat([values, torch.full(missing, absent, dtype=values.dtype)], 1)
 
 
 def _matrices(tapped: Tapped) -> tuple[Tensor, Tensor | None]:
@@ -40,10 +136,8 @@ def _matrices(tapped: Tapped) -> tuple[Tensor, Tensor | None]:
     return found[0], found[1] if len(found) > 1 else None
 
 
-def _by_query(
-    spec: LayerSpec, calls: Sequence[tuple[Observed, Tensor]], queries: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A layer's calls as queries [q, p, c], their directions [q, p, o] and slots [q, p].
+def _by_query(spec: LayerSpec, calls: Sequence[tuple[Observed, Tensor]], queries: int) -> Places:
+    """A layer's calls, query by query.
 
     Calls and places of a sequence stand side by side as positions, in a layer of several slots filled up with empty
     ones (slot -1).
@@ -77,7 +171,7 @@ def _by_query(
     query = laid_out(torch.cat([rows.key for rows in parts]), 0.0)
     direction = laid_out(torch.cat([rows.output_grad for rows in parts]), 0.0)
     slots = [rows.slot for rows in parts if rows.slot is not None]
-    return query, direction, laid_out(torch.cat(slots).long(), -1) if slots else None
+    return Places(query, direction, laid_out(torch.cat(slots).long(), -1) if slots else None)
 
 
 def _patterns(spec: LayerSpec, call: Observed, direction: Tensor, queries: int) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from dualhook.records import LayerSpec
 from dualhook.store import Store
 from dualhook.table import Table
 
-__all__ = ["VerifyReport", "inexact_steps", "verified"]
+__all__ = ["VerifyReport", "explained_layers", "verified"]
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 NARROW = 1e-2  # the error that the steps' rounding can explain in narrower dtypes
@@ -44,7 +45,18 @@ def verified(
     return report
 
 
-def inexact_steps(store: Store, spec: LayerSpec, horizon: int) -> int:
+def explained_layers(store: Store, specs: Iterable[LayerSpec], horizon: int) -> dict[str, list[Any]]:
+    """The columns of :meth:`DualMemory.info`."""
+    names = ("layer", "shape", "patterns", "optimizer", "rule", "kind", "cost", "exact", "inexact_steps")
+    rows = []
+    for spec in specs:
+        how, shape = explanation(store, spec), f"{spec.in_features}→{spec.out_features}"
+        count, inexact = store.count(spec.name), _inexact_steps(store, spec, horizon)
+        rows.append((spec.name, shape, count, how.optimizer, how.rule, how.kind, how.cost, how.exact, inexact))
+    return {name: [row[k] for row in rows] for k, name in enumerate(names)}
+
+
+def _inexact_steps(store: Store, spec: LayerSpec, horizon: int) -> int:
     """How many steps on a layer are marked inexact."""
     return max(store.inexact_steps(name, horizon) for name in spec.parameters)
 
@@ -56,6 +68,6 @@ def _compared(
     left = sum(float((rebuilt[name] - actual[name].double().cpu()).square().sum()) for name in known)
     size = sum(float(actual[name].double().square().sum()) for name in known)
     error = (left / size) ** 0.5 if size else left**0.5 if known else float("nan")
-    inexact, how = inexact_steps(store, spec, horizon), explanation(store, spec)
+    inexact, how = _inexact_steps(store, spec, horizon), explanation(store, spec)
     rounding = ROUNDING.get(store.dtype(spec.weight), NARROW)
     return error, how.rule, how.exact and not inexact and error <= rounding, inexact

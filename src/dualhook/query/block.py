@@ -299,7 +299,8 @@ class Block:
         """What the rows of one step rebuild; on the shelf, or where the next one will be."""
         d, shape = rows.output_grad[:, self.units].to(self.dtype), self.place.weight.shape
         if rows.slot is not None or rows.constant is not None or self.share.is_natural:
-            return self._laid_out_gradient(d, rows)
+            found = self._laid_out_gradient(d, rows)
+            return found if shelf is None else shelf.keep(found)  # what comes off the shelf has room to be put back
         if shelf is None and self._gradients is None:
             self._gradients = torch.empty(shape, dtype=self.dtype)
         out = self._gradients if shelf is None else shelf.take(shape, self.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -80,20 +81,47 @@ class TopPatterns:
 
 
 class GroupSums:
-    """Totals of weight and contribution, signed and absolute, per group of patterns."""
+    """Totals of weight and contribution, signed and absolute, per group of patterns; groups that occur take room."""
 
     FIELDS = ("weight", "abs_weight", "contribution", "abs_contribution")
 
-    def __init__(self, queries: int, groups: int, group_of: Callable[[Rows], Tensor]) -> None:
+    def __init__(self, queries: int, group_of: Callable[[Rows], Tensor]) -> None:
         self._group_of = group_of
-        self.totals = {name: torch.zeros((queries, groups), dtype=torch.float64) for name in self.FIELDS}
-        self.counts = torch.zeros(groups, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64)
+        self._summed = [_Summed(none, none, torch.zeros((len(self.FIELDS), queries, 0), dtype=torch.float64))]
 
     def add(self, scores: Scores) -> None:
-        group = self._group_of(scores.rows)
-        self.counts.index_add_(0, group, torch.ones_like(group))
-        for name, total in self.totals.items():
-            total.index_add_(1, group, criterion(scores, name).double())  # type: ignore[arg-type]
+        groups = self._group_of(scores.rows)
+        totals = [criterion(scores, name).double() for name in self.FIELDS]  # type: ignore[arg-type]
+        self._summed.append(_Summed(groups, torch.ones_like(groups), torch.stack(totals)).by_group())
+        if sum(len(later.group) for later in self._summed[1:]) > len(self._summed[0].group):
+            self._merge()  # seldom enough that each group is moved a few times only
+
+    def result(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The groups [g] that occur, ascending, how many patterns each has [g], and the totals by name [q, g]."""
+        self._merge()
+        summed = self._summed[0]
+        return summed.group, summed.count, dict(zip(self.FIELDS, summed.totals, strict=True))
+
+    def _merge(self) -> None:
+        parts = [(each.group, each.count, each.totals) for each in self._summed]
+        self._summed = [_Summed(*(torch.cat(part, -1) for part in zip(*parts, strict=True))).by_group()]
+
+
+@dataclass(frozen=True)
+class _Summed:
+    """Totals [4, q, g] of ``count`` patterns [g] of each ``group`` [g]."""
+
+    group: Tensor
+    count: Tensor
+    totals: Tensor
+
+    def by_group(self) -> _Summed:
+        """The same with each group once, ascending."""
+        group, place = torch.unique(self.group, return_inverse=True)
+        count = torch.zeros_like(group).index_add_(0, place, self.count)
+        totals = self.totals.new_zeros(*self.totals.shape[:2], len(group)).index_add_(2, place, self.totals)
+        return _Summed(group, count, totals)
 
 
 class Receipt:
@@ -119,13 +147,19 @@ class Receipt:
         output = self._asked.output.double()
         trained = output - self.parts["origin"]
         rebuilt = self.parts["patterns"] + self.parts.get("weight-decay", 0.0)
-        left = (trained - rebuilt).flatten(1).norm(dim=1)
-        whole = trained.flatten(1).norm(dim=1)
+        left, whole = self._size(trained - rebuilt), self._size(trained)
         steps = self._asked.made_of.horizon + 1  # every step has rounded the weight once
-        size = output if self._asked.size is None else self._asked.size.double()
-        rounding = 4 * torch.finfo(self._asked.query.dtype).eps * steps**0.5 * size.flatten(1).norm(dim=1)
+        size = self._size(output if self._asked.size is None else self._asked.size.double())
+        rounding = 4 * torch.finfo(self._asked.query.dtype).eps * steps**0.5 * size
         nothing = torch.maximum(left, whole) <= rounding
         return torch.where(nothing, 1.0, 1.0 - left / whole)
+
+    def _size(self, values: Tensor) -> Tensor:
+        """The norm [q] of what stands at the positions that count."""
+        present = self._asked.present
+        counted = values if present is None else values * present[..., None]
+        norm: Tensor = counted.flatten(1).norm(dim=1)
+        return norm
 
     @property
     def cancellation(self) -> Tensor:

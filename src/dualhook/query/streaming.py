@@ -53,6 +53,8 @@ class LayerQuery:
     """``|W| |x| + |b|`` [q, p, o]: what the rounding of ``output`` goes with; None: its own size."""
     memory: str = ""
     """What tells the memory and the weights asked about from others: part of the :attr:`key`."""
+    present: Tensor | None = None
+    """Which positions count [q, p]; the others are zeros that fill up queries of fewer. None: all."""
 
     @cached_property
     def layer_key(self) -> str:
@@ -123,7 +125,9 @@ class Scores:
         """Attention weights ``key · query``, the bias's constant 1 included [q, n]."""
         if self._asked.made_of.bias is None:
             return self._products.sum(1)
-        ones = self._constants if self._constants is not None else 1.0
+        ones: Tensor | float = self._constants if self._constants is not None else 1.0
+        if self._asked.present is not None:
+            ones = ones * self._asked.present[..., None].to(self._dtype)
         return (self._products + ones).sum(1)
 
     @cached_property
