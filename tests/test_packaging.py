@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 BORROWED = "borrowed.pth"  # lends the clean environment torch and numpy, which would take minutes to install
 CHECK = """
 import importlib.util, sys, dualhook, dualhook.integrations, dualhook.integrations.torchvision, dualhook.cli
-from dualhook.data import load_fashion_mnist_subset
+from dualhook.data import load_fashion_mnist_subset, load_king_james_subset
 assert len(load_fashion_mnist_subset().train_images) == 5000
+assert len(load_king_james_subset().verses) == 3637
 print(dualhook.__file__, dualhook.integrations.__file__, sep="\\n")
 """
 
@@ -69,7 +70,7 @@ def test_wheel_in_a_clean_environment(source, clean, tmp_path):
     modules |= {f"dualhook/{path.relative_to(ROOT)}" for path in (ROOT / "integrations").rglob("*.py")}
     assert modules <= set(names)
     assert "dualhook/py.typed" in names
-    assert "dualhook/data/LICENSE-fashion-mnist" in names
+    assert {"dualhook/data/LICENSE-fashion-mnist", "dualhook/data/LICENSE-king-james"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]
     pip(clean, "install", "--no-deps", str(wheel))
     for place in imported(clean, tmp_path):

@@ -1,7 +1,12 @@
-"""A small subset of Fashion-MNIST that ships with the package (Zalando Research 2017, MIT licence)."""
+"""Small data that ships with the package.
+
+Images are a subset of Fashion-MNIST (Zalando Research 2017, MIT licence), texts some books of the King James Version
+(public domain); the ``LICENSE-*`` files beside them say more.
+"""
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
 from importlib import resources
 
@@ -9,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CLASSES", "FashionMnist", "load_fashion_mnist_subset"]
+__all__ = ["CLASSES", "FashionMnist", "KingJames", "load_fashion_mnist_subset", "load_king_james_subset"]
 
 CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -31,6 +36,14 @@ class FashionMnist:
     classes: tuple[str, ...] = CLASSES
 
 
+@dataclass(frozen=True)
+class KingJames:
+    """Bible verses, each with its reference ("Genesis 1:1"), in the order of the book."""
+
+    references: tuple[str, ...]
+    verses: tuple[str, ...]
+
+
 def load_fashion_mnist_subset() -> FashionMnist:
     """The first 500 training and 100 test images of every class, in the order of the original files."""
     with resources.files(__name__).joinpath("fashion_mnist_subset.npz").open("rb") as file:
@@ -41,6 +54,14 @@ def load_fashion_mnist_subset() -> FashionMnist:
             _pixels(arrays["test_images"]),
             _labels(arrays["test_labels"]),
         )
+
+
+def load_king_james_subset() -> KingJames:
+    """The 3,637 verses of Genesis, Ruth, Ecclesiastes, Jonah, Matthew and Mark."""
+    compressed = resources.files(__name__).joinpath("king_james_subset.txt.gz").read_bytes()
+    lines = [line.split("\t") for line in gzip.decompress(compressed).decode("ascii").splitlines()]
+    references, verses = zip(*lines, strict=True)
+    return KingJames(references, verses)
 
 
 def _pixels(images: np.ndarray) -> Tensor:
