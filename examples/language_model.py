@@ -1,12 +1,12 @@
 """Record the training of a small language model, then read which training passages its next words come from.
 
-    python examples/language_model.py                              # a GPT-2 in the Trainer, 250 MB of patterns
+    python examples/language_model.py                              # a GPT-2 in the Trainer, 75 MB of patterns
     python examples/language_model.py --model lstm                 # an LSTM in a plain loop, 200 MB
     python examples/language_model.py --model lstm --carry-state   # its state goes on from window to window
     python examples/language_model.py --text FILE --prompt "Once upon"    # a text of your own, one passage a line
     python examples/language_model.py --full                       # larger and on all of the text, some gigabytes
 
-By default it takes well under a minute and trains on the first verses of the King James text that ships with dualhook.
+By default it takes less than a minute and trains on the first verses of the King James text that ships with dualhook.
 What dualhook needs is marked with ``# (1)`` to ``# (3)``; the rest is ordinary training.
 """
 
@@ -156,7 +156,7 @@ def rows_of_windows(tokens: list[list[int]], size: Size) -> Rows:
 
 
 def train_gpt2(
-    rows: Rows, tokenizer: PreTrainedTokenizerFast, size: Size, out: Path, layers: list[str]
+    rows: Rows, tokenizer: PreTrainedTokenizerFast, size: Size, out: Path, layers: list[str] | None
 ) -> tuple[nn.Module, dualhook.DualMemory]:
     """Train under AdamW, the Trainer's default; questions run it again over the recorded rows."""
     config = GPT2Config(
@@ -173,6 +173,7 @@ def train_gpt2(
         warmup_steps=50,  # else AdamW's first steps would be its largest, and the first verses lead all lists
         dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
+    layers = layers or [f"transformer.h.{size.depth - 1}.mlp.c_proj"]  # the head's rows are wide as the vocabulary
     callback = DualMemoryCallback(out / "memory", layers=layers, overwrite=True)  # (1) that is all
     trainer = Trainer(
         model, settings, train_dataset=rows, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
@@ -215,7 +216,7 @@ class LSTM(nn.Module):
 
 
 def train_lstm(
-    rows: Rows, vocabulary: int, size: Size, out: Path, layers: list[str], carry_state: bool
+    rows: Rows, vocabulary: int, size: Size, out: Path, layers: list[str] | None, carry_state: bool
 ) -> tuple[nn.Module, dualhook.DualMemory]:
     """Train under SGD with truncated backpropagation: every sequence of a batch reads its own part of the text."""
     shape = (size.batch, -1, size.context)  # sequence, window, position
@@ -225,7 +226,7 @@ def train_lstm(
     model = LSTM(vocabulary, size.width, size.depth)
     optimizer = torch.optim.SGD(model.parameters(), lr=size.rate, momentum=0.9)
 
-    recorder = dualhook.instrument(model, out / "memory", layers=layers, overwrite=True)  # (1) the one line
+    recorder = dualhook.instrument(model, out / "memory", layers=layers or "head", overwrite=True)  # (1) one line
     for epoch in range(size.epochs):
         losses, state = [], None
         for window in range(inputs.shape[1]):
@@ -284,7 +285,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text of your own, one passage a line")
     parser.add_argument("--passages", type=int, metavar="N", help="train on the first ones only")
     parser.add_argument("--epochs", type=int, metavar="N")
-    parser.add_argument("--layers", nargs="+", default=["*head"], metavar="NAME", help="what to record (the head)")
+    parser.add_argument(
+        "--layers", nargs="+", metavar="NAME", help="what to record (the last layer before the head, the LSTM's head)"
+    )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to continue; may be given again")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to record (a folder that goes with the run)")
     return parser.parse_args()
