@@ -21,13 +21,11 @@ def cut_after(layout: Layout, step: int, *, rank: int = 0) -> None:
     """
     if not rank:
         layout.latest.unlink(missing_ok=True)  # no weights are better than those of another step
-    for path in reversed(layout.segments()):
+    for path in reversed(layout.segments(rank)):  # other processes are at theirs
         segment = Segment(path, read_header(path, open_tensors(path)))
-        if segment.rank != rank or segment.last_step <= step:
-            continue
         if segment.first_step > step:
             path.unlink()
-        else:
+        elif segment.last_step > step:
             tensors, header = _shortened(segment, step)
             write_tensors(path, tensors, header)
     if rank:

@@ -47,9 +47,10 @@ class Layout:
         """The file of a segment, counted from 0 in every process that records."""
         return self.root / "segments" / f"{f'r{rank:04d}-' if rank else ''}{number:08d}.safetensors"
 
-    def segments(self) -> list[Path]:
-        """Every committed segment, process by process, oldest first."""
-        return sorted(self.root.glob("segments/[0-9r]*.safetensors"))
+    def segments(self, rank: int | None = None) -> list[Path]:
+        """Every committed segment, or those that one process has written: process by process, oldest first."""
+        names = "[0-9r]*" if rank is None else f"r{rank:04d}-*" if rank else "[0-9]*"
+        return sorted(self.root.glob(f"segments/{names}.safetensors"))
 
     def origin(self, number: int) -> Path:
         """An origin file, counted from 0; a later one takes the place of earlier ones for the parameters it holds."""

@@ -67,8 +67,7 @@ class Writer:
 
     def go_on(self) -> None:
         """Continue what is in the directory: numbers of files and patterns go on from there."""
-        headers = [(path, read_header(path, open_tensors(path))) for path in self.layout.segments()]
-        own = [Segment(path, header) for path, header in headers if header.get("rank", 0) == self.rank]
+        own = [Segment(path, read_header(path, open_tensors(path))) for path in self.layout.segments(self.rank)]
         self._number = max((int(segment.header["number"]) + 1 for segment in own), default=0)
         self._origin_number = max((int(path.stem) + 1 for path in self.layout.origins()), default=0)
         self.folded = max((int(read_header(p, open_tensors(p))["folded"]) for p in self.layout.origins()), default=0)
