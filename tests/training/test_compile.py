@@ -255,3 +255,26 @@ def test_other_kinds_of_modules_are_recorded_in_whole_graphs_too():
     memory = recorder.close()
     assert memory.layers == ["embed", "conv", "head"]
     assert memory.verify()["exact"].all()
+
+
+class Bag(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.head = torch.nn.EmbeddingBag(7, 4, mode="sum"), torch.nn.Linear(4, 2)
+
+    def forward(self, ids, offsets):
+        return self.head(self.bag(ids, offsets))
+
+
+def test_what_compiled_code_cannot_tell_is_left_out_and_training_goes_on():
+    model = Bag()
+    recorder, optimizer, fast = dualhook.instrument(model, layers="all", verbose=False), sgd(model), compiled(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        fast(torch.randint(0, 7, (6,)), torch.tensor([0, 2, 3])).square().sum().backward()
+        optimizer.step()
+    coverage = recorder.coverage
+    memory = recorder.close()
+    assert memory.layers == ["head"]
+    assert memory.verify()["exact"].all()
+    assert "no tap sees it" in coverage["note"][coverage["parameter"].tolist().index("bag.weight")]
