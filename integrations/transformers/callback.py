@@ -110,7 +110,7 @@ class DualMemoryCallback(TrainerCallback):
         if getattr(args, "deepspeed", None):
             raise DualHookError("DeepSpeed steps on parameters of its own, which cannot be recorded: use DDP or FSDP2")
         assert model is not None
-        again = self._overwrite or self._close_unfinished(args, state)
+        again = self._close_earlier(args, state) or self._overwrite
         how = self._resumed(state.global_step) if state.global_step else {}
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._recorder = instrument(
@@ -222,16 +222,16 @@ class DualMemoryCallback(TrainerCallback):
         if self._is_recording:
             self._memory = self.recorder.close()
 
-    def _close_unfinished(self, args: TrainingArguments, state: TrainerState) -> bool:
+    def _close_earlier(self, args: TrainingArguments, state: TrainerState) -> bool:
         """End a training that an exception has ended; whether it is one that the Trainer itself begins again."""
-        if self._recorder is None or state.global_step:
-            self._close()
-            return False
-        if self._memory is None and args.auto_find_batch_size:
+        unfinished = self._is_recording
+        if unfinished and args.auto_find_batch_size:
             self.recorder.discard()
-            self._close()
-            return True
         self._close()
+        if self._recorder is None or self._overwrite or state.global_step:
+            return False
+        if unfinished and args.auto_find_batch_size:
+            return True
         raise DualHookError(
             f"this callback has recorded a training at {self.path} already: make another one with a path of its own, "
             "or with overwrite=True"

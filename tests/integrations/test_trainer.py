@@ -187,6 +187,23 @@ class TestBadInput:
         other = DualMemoryCallback(callback.path, overwrite=True, verbose=False)
         trainer_of(tmp_path / "o", WAYS["gpt2"], [other], max_steps=2).train()
         assert other.memory.steps == 2
+        trainer_of(tmp_path / "o", WAYS["gpt2"], [other], max_steps=3).train()
+        assert other.memory.steps == 3
+
+    def test_a_training_that_an_exception_has_ended_may_begin_again(self, tmp_path):
+        class Stop(transformers.TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if args.max_steps == 3:
+                    raise KeyboardInterrupt
+
+        callback = DualMemoryCallback(tmp_path / "memory", overwrite=True, verbose=False)
+        trainer = trainer_of(tmp_path / "o", WAYS["gpt2"], [callback, Stop()], max_steps=3)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.args.max_steps = 4
+        trainer.train()
+        assert callback.memory.steps == 4
+        assert callback.memory.verify()["exact"].all()
 
     def test_a_model_that_is_instrumented_already(self, tmp_path):
         trainer = trainer_of(tmp_path / "out", WAYS["gpt2"], [DualMemoryCallback(tmp_path / "m", verbose=False)])
