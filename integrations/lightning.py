@@ -60,7 +60,7 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
     ``"dualhook/bytes"`` are logged.
 
     A fit that goes on from a checkpoint (``ckpt_path=``) goes on with the memory at ``path``, if that checkpoint was
-    saved while it was recorded; else it is recorded from there, into a memory of its own.
+    saved while it was recorded or right after; else it is recorded from there, into a memory of its own.
 
     Args:
         path: directory of the memory; None keeps it in a temporary one that goes with the callback.
@@ -158,7 +158,7 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the memory's step."""
-        return {"steps": self.recorder.steps} if self.recorder is not None and self._is_recording else {}
+        return {} if self.recorder is None or self.recorder.stopped else {"steps": self.recorder.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The memory's step when the checkpoint was saved."""

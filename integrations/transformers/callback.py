@@ -124,7 +124,14 @@ class DualMemoryCallback(TrainerCallback):
         self._memory = None
         if not how:
             (self.path / CHECKPOINTS).unlink(missing_ok=True)
-        if several and type(train_dataloader).__name__ == "DataLoaderDispatcher":
+        if getattr(train_dataloader, "device", None) is None or not hasattr(train_dataloader, "base_dataloader"):
+            warnings.warn(
+                "the training loader is none that accelerate has prepared: patterns get no sample; name them with "
+                "callback.recorder.batch(samples=...)",
+                UserWarning,
+                stacklevel=2,
+            )
+        elif several and type(train_dataloader).__name__ == "DataLoaderDispatcher":
             warnings.warn(
                 "process 0 fetches the batches of all and hands parts of them on: patterns get no sample; pass "
                 "accelerator_config={'dispatch_batches': False}",
@@ -159,7 +166,7 @@ class DualMemoryCallback(TrainerCallback):
         if not self._is_recording:
             return
         self.recorder.flush()
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not self.recorder.stopped:  # else the memory ends before the checkpoint
             known = {**self._checkpoints(), str(state.global_step): self.recorder.steps}
             partial = self.path / f"{CHECKPOINTS}.partial"
             partial.write_text(json.dumps(known))

@@ -246,6 +246,20 @@ class TestBadInput:
         callback = DualMemoryCallback(tmp_path / "memory", verbose=False)
         trainer_of(tmp_path / "out", WAYS["gpt2"], [callback], **settings).train(resume_from_checkpoint=True)
 
+    def test_a_loader_that_accelerate_has_not_prepared_costs_the_samples_only(self, tmp_path):
+        class Plain(Trainer):
+            def get_train_dataloader(self):
+                return torch.utils.data.DataLoader(self.train_dataset, 4, collate_fn=default_data_collator)
+
+        torch.manual_seed(0)
+        callback = DualMemoryCallback(tmp_path / "memory", verbose=False)
+        settings = arguments(tmp_path / "out", WAYS["gpt2"], max_steps=2)
+        trainer = Plain(gpt2(), settings, train_dataset=Sentences(), callbacks=[callback])
+        with pytest.warns(UserWarning, match="none that accelerate has prepared"):
+            trainer.train()
+        assert callback.memory.samples.tolist() == []
+        assert callback.memory.verify()["exact"].all()
+
     def test_a_collator_that_returns_no_mapping_costs_the_samples_only(self, tmp_path):
         class Tuples(Trainer):
             def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from functools import partial
 
@@ -195,3 +196,25 @@ class TestRefusals:
             self.resume(tmp_path / "nothing")
         with pytest.raises(DualHookError, match="expected a path, and no overwrite=True"):
             dualhook.instrument(network(), resume=True)
+
+
+def test_steps_that_are_marked_inexact_do_not_speak_against_the_checkpoint(tmp_path):
+    """What they have left is not rebuilt; the weights of a flush that was not the last are not kept."""
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = dualhook.instrument(model, tmp_path / "m", verbose=False)
+    for step in range(4):
+        optimizer.zero_grad()
+        (model(torch.randn(5, 8)) - 1).square().sum().backward()
+        nn.utils.clip_grad_value_(model.parameters(), 0.3)
+        with pytest.warns(dualhook.InexactWarning) if not step else contextlib.nullcontext():
+            optimizer.step()
+        if step == 1:
+            recorder.flush()
+            checkpoint = copy.deepcopy(model.state_dict())
+    recorder.close()
+    resumed = nn.Linear(8, 3)
+    resumed.load_state_dict(checkpoint)
+    recorder = dualhook.instrument(resumed, tmp_path / "m", resume_at=2, verbose=False)
+    assert recorder.steps == 2
+    recorder.discard()

@@ -278,3 +278,49 @@ def test_what_compiled_code_cannot_tell_is_left_out_and_training_goes_on():
     assert memory.layers == ["head"]
     assert memory.verify()["exact"].all()
     assert "no tap sees it" in coverage["note"][coverage["parameter"].tolist().index("bag.weight")]
+
+
+def used(model, fast, steps: int = 2) -> None:
+    """Train a model of the kind "functional", which uses its children's weights in ``F.linear``."""
+    optimizer = sgd(model)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        fast(CASES["functional"][1]()).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_second_recorder_does_not_cut_the_first_off():
+    model = network("functional")
+    recorder = dualhook.instrument(model, verbose=False)
+    other = dualhook.instrument(torch.nn.Linear(2, 2), verbose=False)
+    used(model, compiled(model))
+    other.discard()
+    assert recorder.close().verify()["exact"].all()
+
+
+def test_parameters_that_share_one_storage_are_told_apart():
+    model = network("functional")
+    torch.nn.utils.vector_to_parameters(
+        torch.nn.utils.parameters_to_vector(model.parameters()).detach(), model.parameters()
+    )
+    recorder = dualhook.instrument(model, verbose=False)
+    used(model, compiled(model))
+    assert recorder.close().verify()["exact"].all()
+
+
+@pytest.mark.parametrize("puts_back", [False, True])
+def test_a_function_that_somebody_wraps_meanwhile_stays_usable(puts_back):
+    before, model = F.linear, network("functional")
+    recorder = dualhook.instrument(model, verbose=False)
+    used(model, compiled(model))
+    ours = F.linear
+    F.linear = lambda *args, **kwargs: ours(*args, **kwargs)  # a profiler
+    try:
+        recorder.close()
+        if puts_back:
+            F.linear = ours
+        recorder = dualhook.instrument(model, verbose=False)
+        used(model, model)
+        assert recorder.close().verify()["exact"].all()
+    finally:
+        F.linear = before

@@ -85,7 +85,8 @@ def _site_of(weight: Tensor, what: str) -> Site | None:
         own = site.tapped.weight
         if own is None or site.tapped.spec.kind not in KINDS[what]:
             continue
-        if own.device == weight.device and own.untyped_storage().data_ptr() == place:
+        inside = 0 <= weight.storage_offset() - own.storage_offset() < own.numel()  # several may share one storage
+        if inside and own.device == weight.device and own.untyped_storage().data_ptr() == place:
             return site if settings is None or has_settings(site.tapped.module, settings) else None
     return None
 

@@ -34,7 +34,7 @@ from dualhook.capture.kinds import Tapped
 from dualhook.capture.sites import Site, grouped_call, has_settings, linear_call
 from dualhook.capture.taps import report
 
-__all__ = ["Scope", "WhileCompiled", "scopes_of"]
+__all__ = ["Scope", "WhileCompiled", "scopes_of", "watch_compilations"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -50,6 +50,7 @@ _ACTIVE = _Active()
 _LOCK = threading.Lock()
 _ORIGINALS: dict[tuple[Any, str], Callable[..., Tensor]] = {}
 _REPLACED: dict[tuple[Any, str], Callable[..., Tensor]] = {}  # what stands there meanwhile
+_BURIED: set[tuple[Any, str]] = set()  # the places where somebody has put another function over ours
 _DEPTH = 0
 
 
@@ -133,8 +134,12 @@ def _replace() -> None:
         _DEPTH += 1
         if _DEPTH == 1:
             for owner, name in _places():
-                _ORIGINALS[owner, name] = getattr(owner, name)
-                setattr(owner, name, _REPLACED.setdefault((owner, name), _seeing(owner, name)))
+                place, found = (owner, name), getattr(owner, name)
+                if found is _REPLACED.get(place) or (place in _BURIED and found is not _ORIGINALS[place]):
+                    continue  # ours is there, or inside of what somebody has put over it
+                _BURIED.discard(place)
+                _ORIGINALS[place] = found
+                setattr(owner, name, _REPLACED.setdefault(place, _seeing(owner, name)))
 
 
 def _restore() -> None:
@@ -143,8 +148,11 @@ def _restore() -> None:
         _DEPTH -= 1
         if _DEPTH == 0:
             for (owner, name), original in _ORIGINALS.items():
-                if getattr(owner, name) is _REPLACED[owner, name]:  # else somebody has put another one over it
+                found = getattr(owner, name)
+                if found is _REPLACED[owner, name]:
                     setattr(owner, name, original)
+                elif found is not original:
+                    _BURIED.add((owner, name))
 
 
 class WhileCompiled:
@@ -157,8 +165,6 @@ class WhileCompiled:
         self._has_begun = False
         self._uses = Uses(sites)
         _OPEN.add(self)
-        if _on_compile not in callback_handler.start_callbacks:  # torch forgets it with what it has compiled
-            callback_handler.register_start_callback(_on_compile)
 
     def begin(self) -> None:
         """Code is about to be compiled."""
@@ -176,6 +182,12 @@ class WhileCompiled:
 
 
 _OPEN: weakref.WeakSet[WhileCompiled] = weakref.WeakSet()
+
+
+def watch_compilations() -> None:
+    """Hear of torch's next compilation, if anything needs to: torch forgets who does with what it has compiled."""
+    if _OPEN and _on_compile not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_on_compile)
 
 
 def _on_compile(*args: Any) -> None:

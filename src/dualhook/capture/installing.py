@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from dualhook.capture.functional import WhileCompiled, scopes_of
+from dualhook.capture.functional import WhileCompiled, scopes_of, watch_compilations
 from dualhook.capture.kinds import Tapped
 from dualhook.capture.recurrent_tap import RecurrentTap
 from dualhook.capture.sites import Site
@@ -48,4 +48,5 @@ def install(model: nn.Module, layers: Iterable[tuple[Tapped, Listener]]) -> list
         for site in sites:
             if site.tap is not None and site.is_seen_inside:
                 site.tap.is_seen_inside = True
+    watch_compilations()
     return handles

@@ -91,7 +91,8 @@ class Recorder:
         self._temporary = temporary
         self._memory: DualMemory | None = None
         self._closed = False
-        self._stopped = False
+        self.stopped = False
+        """Whether recording has ended before training: the budget was used up, or the disk failed."""
         self._pid = os.getpid()
         self._writer = Writer(
             layout,
@@ -134,7 +135,7 @@ class Recorder:
             self.discard()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "stopped" if self._stopped else "recording"
+        state = "closed" if self._closed else "stopped" if self.stopped else "recording"
         return f"Recorder({state}, {len(self._selection.specs)} layers, {self.steps} steps, {self.path})"
 
     @property
@@ -191,7 +192,7 @@ class Recorder:
     def resume(self) -> None:
         """Capture again after :meth:`pause`."""
         self._check_open("resume")
-        self._book.recording = not self._stopped
+        self._book.recording = not self.stopped
 
     @property
     def coverage(self) -> Table:
@@ -224,7 +225,7 @@ class Recorder:
         self._book.notice()
         try:
             self._writer.flush()
-            if not self._stopped:
+            if not self.stopped:
                 self._write_latest()
         finally:
             self._ranks.wait()
@@ -239,7 +240,7 @@ class Recorder:
         """
         if not self._closed:
             try:
-                self._finish(whole=not self._stopped and (self._ranks.connected or not self._ranks.sharded))
+                self._finish(whole=not self.stopped and (self._ranks.connected or not self._ranks.sharded))
             finally:
                 self._ranks.wait()
         if self._memory is None:
@@ -249,7 +250,7 @@ class Recorder:
     def close_alone(self) -> None:
         """Close without asking other processes: what only all of them together have is left out."""
         if not self._closed:
-            self._finish(whole=not (self._stopped or self._ranks.sharded))
+            self._finish(whole=not (self.stopped or self._ranks.sharded))
 
     def _finish(self, *, whole: bool) -> None:
         self._closed = True
@@ -294,14 +295,14 @@ class Recorder:
         self._book.batch, self._book.batch_since = batch, sequence_number()
 
     def _before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
-        if self._stopped:
+        if self.stopped:
             return
         if not has_closure:  # else the forward pass is still to come
             self._agree(optimizer)
         self._book.before(optimizer, has_closure)
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        if self._stopped:
+        if self.stopped:
             return
         self._agree(optimizer)
         self._book.after(optimizer)
@@ -332,7 +333,7 @@ class Recorder:
 
     def _stop(self, why: str, *, warn: bool = True) -> None:
         """Stop recording while training goes on; what was recorded up to now stays a whole memory."""
-        self._stopped, self._book.recording = True, False
+        self.stopped, self._book.recording = True, False
         if self._writer.error is None:
             self._writer.flush()
             self._write_latest()
