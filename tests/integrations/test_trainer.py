@@ -249,7 +249,7 @@ class TestBadInput:
     def test_a_loader_that_accelerate_has_not_prepared_costs_the_samples_only(self, tmp_path):
         class Plain(Trainer):
             def get_train_dataloader(self):
-                return torch.utils.data.DataLoader(self.train_dataset, 4, collate_fn=default_data_collator)
+                return torch.utils.data.DataLoader(self.train_dataset, 4, collate_fn=transformers.default_data_collator)
 
         torch.manual_seed(0)
         callback = DualMemoryCallback(tmp_path / "memory", verbose=False)
