@@ -124,14 +124,16 @@ class DualMemoryCallback(TrainerCallback):
         self._memory = None
         if not how:
             (self.path / CHECKPOINTS).unlink(missing_ok=True)
-        if getattr(train_dataloader, "device", None) is None or not hasattr(train_dataloader, "base_dataloader"):
+        dispatches = type(train_dataloader).__name__ == "DataLoaderDispatcher"
+        moves = dispatches or getattr(train_dataloader, "device", None) is not None  # batches to the device
+        if not (moves and hasattr(train_dataloader, "base_dataloader")):
             warnings.warn(
                 "the training loader is none that accelerate has prepared: patterns get no sample; name them with "
                 "callback.recorder.batch(samples=...)",
                 UserWarning,
                 stacklevel=2,
             )
-        elif several and type(train_dataloader).__name__ == "DataLoaderDispatcher":
+        elif several and dispatches:
             warnings.warn(
                 "process 0 fetches the batches of all and hands parts of them on: patterns get no sample; pass "
                 "accelerator_config={'dispatch_batches': False}",
