@@ -14,11 +14,9 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import itertools
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import dualhook
 from dualhook import DualHookError, DualMemory, Recorder
+from dualhook.sampling import SamplerTape
 
 __all__ = ["DualMemoryCallback"]
 
@@ -187,32 +186,6 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
 # ---- dataset rows ------------------------------------------------------------------------------------------------
 
 
-class _Tape:
-    """A sampler that notes what it hands out; a new pass over it has a new list."""
-
-    def __init__(self, sampler: Iterable[Any]) -> None:
-        self.sampler = sampler
-        self.drawn: deque[Any] = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        inner = iter(self.sampler)  # at once: some samplers draw random numbers here
-        self.drawn = deque()
-        return map(self._note, inner, itertools.repeat(self.drawn))
-
-    @staticmethod
-    def _note(indices: Any, drawn: deque[Any]) -> Any:
-        drawn.append(indices)
-        return indices
-
-    def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "sampler":  # a copy in the making
-            raise AttributeError(name)
-        return getattr(self.sampler, name)
-
-
 def _sampler_name(loader: DataLoader[Any]) -> str:
     """Where the loader's indices come from."""
     return "sampler" if loader.batch_sampler is None else "batch_sampler"
@@ -236,7 +209,7 @@ def _taped(loader: Any) -> Any:
     if _is_stream(loader) or _why_not(loader):
         return loader
     taped, name = copy.copy(loader), _sampler_name(loader)
-    vars(taped)[name] = _Tape(getattr(loader, name))  # DataLoader forbids setting it by attribute
+    vars(taped)[name] = SamplerTape(getattr(loader, name))  # DataLoader forbids setting it by attribute
     return taped
 
 

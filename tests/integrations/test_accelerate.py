@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from numbered import I, N, Plain, Stream, features
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
 import dualhook
 
 accelerate = pytest.importorskip("accelerate")
 state = pytest.importorskip("accelerate.state")
-N, I = 23, 4
 
 
 @pytest.fixture(autouse=True)
@@ -22,23 +22,6 @@ def _no_state_of_other_tests():
     yield
     state.AcceleratorState._reset_state(reset_partial_state=True)
     state.GradientState._reset_state()
-
-
-def features() -> torch.Tensor:
-    return torch.arange(N * I, dtype=torch.float32).reshape(N, I) / 100  # every row is its own
-
-
-class Plain(Dataset):
-    def __len__(self):
-        return N
-
-    def __getitem__(self, index):
-        return features()[index], index % 3
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from ((features()[k], k % 3) for k in range(N))
 
 
 LOADERS = {

@@ -6,35 +6,18 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from dualhook.integrations.lightning import DualMemoryCallback
+from numbered import I, N, Plain, Stream, features
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import dualhook
 
-N, I = 23, 4
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),  # few workers, no validation, few logged batches
     pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
 ]
-
-
-def features() -> torch.Tensor:
-    return torch.arange(N * I, dtype=torch.float32).reshape(N, I) / 100  # every row is its own
-
-
-class Plain(Dataset):
-    def __len__(self):
-        return N
-
-    def __getitem__(self, index):
-        return features()[index], index % 3
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from ((features()[k], k % 3) for k in range(N))
 
 
 class Lengthless:

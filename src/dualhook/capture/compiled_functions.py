@@ -10,7 +10,7 @@ import ast
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,22 +19,21 @@ from dualhook.capture.calls import Call, Places, embedding_call
 from dualhook.capture.compiled import OPTIONS
 from dualhook.capture.sites import Site, grouped_call, has_settings, linear_call
 
-__all__ = ["Uses", "compiled_convolution", "compiled_embedding", "compiled_grouped", "compiled_linear"]
+__all__ = ["OPEN", "compiled_convolution", "compiled_embedding", "compiled_grouped", "compiled_linear"]
 
 
-class Uses:
-    """The uses that compiled code may make of a recorder's parameters, as long as somebody holds them open."""
+class HasSites(Protocol):
+    """Somebody who is to be told of the uses that compiled code makes of parameters."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.sites = sites
-        _OPEN.add(self)
+    sites: Sequence[Site]
 
-    def close(self) -> None:
-        """Nobody is told of them any more."""
-        _OPEN.discard(self)
+    def begin(self) -> None:
+        """Code is about to be compiled."""
+        ...
 
 
-_OPEN: weakref.WeakSet[Uses] = weakref.WeakSet()
+OPEN: weakref.WeakSet[HasSites] = weakref.WeakSet()
+"""Those who are told, as long as they are there."""
 
 
 def compiled_linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -81,7 +80,7 @@ def _site_of(weight: Tensor, what: str) -> Site | None:
     place, settings = weight.untyped_storage().data_ptr(), None
     if what.startswith("conv "):
         what, settings = "conv", ast.literal_eval(what.removeprefix("conv "))
-    for site in itertools.chain(*(uses.sites for uses in list(_OPEN))):
+    for site in itertools.chain(*(one.sites for one in list(OPEN))):
         own = site.tapped.weight
         if own is None or site.tapped.spec.kind not in KINDS[what]:
             continue

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import threading
 import types
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.calls import Call, Places, embedding_call
 from dualhook.capture.compiled_functions import (
-    Uses,
+    OPEN,
     compiled_convolution,
     compiled_embedding,
     compiled_grouped,
@@ -163,8 +162,8 @@ class WhileCompiled:
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self._has_begun = False
-        self._uses = Uses(sites)
-        _OPEN.add(self)
+        self.sites = sites
+        OPEN.add(self)
 
     def begin(self) -> None:
         """Code is about to be compiled."""
@@ -174,24 +173,20 @@ class WhileCompiled:
 
     def remove(self) -> None:
         """Put them back, once nothing else needs them replaced."""
-        _OPEN.discard(self)
-        self._uses.close()
+        OPEN.discard(self)
         if self._has_begun:
             self._has_begun = False
             _restore()
 
 
-_OPEN: weakref.WeakSet[WhileCompiled] = weakref.WeakSet()
-
-
 def watch_compilations() -> None:
     """Hear of torch's next compilation, if anything needs to: torch forgets who does with what it has compiled."""
-    if _OPEN and _on_compile not in callback_handler.start_callbacks:
+    if OPEN and _on_compile not in callback_handler.start_callbacks:
         callback_handler.register_start_callback(_on_compile)
 
 
 def _on_compile(*args: Any) -> None:
-    for one in list(_OPEN):
+    for one in list(OPEN):
         one.begin()
 
 

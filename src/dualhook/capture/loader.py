@@ -7,7 +7,6 @@ a tape beside its sampler is all that is needed. Streams are counted in order of
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 import weakref
 from collections import deque
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dualhook.errors import DualHookError
 from dualhook.records import COORDINATES, Batch
+from dualhook.sampling import SamplerTape
 
 __all__ = ["TrackedLoader", "as_batch"]
 
@@ -173,32 +173,6 @@ class _Noting:
         return getattr(self.loader, name)
 
 
-class _Tape:
-    """A sampler that notes what it hands out."""
-
-    def __init__(self, sampler: Iterable[Any]) -> None:
-        self.sampler = sampler
-        self.drawn: deque[Any] = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        inner = iter(self.sampler)  # at once: some samplers draw random numbers here
-        self.drawn = deque()
-        return map(self._note, inner, itertools.repeat(self.drawn))
-
-    @staticmethod
-    def _note(indices: Any, drawn: deque[Any]) -> Any:
-        drawn.append(indices)
-        return indices
-
-    def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "sampler":  # a copy in the making
-            raise AttributeError(name)
-        return getattr(self.sampler, name)
-
-
 _TWINS: weakref.WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = weakref.WeakKeyDictionary()
 """The shadow of every tracked loader: kept, since it owns the persistent workers."""
 
@@ -219,8 +193,8 @@ def _taped(loader: DataLoader[Any]) -> Iterator[tuple[Tensor | None, Any]]:
     which = "sampler" if loader.batch_sampler is None else "batch_sampler"
     known = _TWINS.get(loader)
     tape = None if known is None else getattr(known, which)  # persistent workers go on with the one they know
-    if not isinstance(tape, _Tape) or tape.sampler is not getattr(loader, which):
-        tape = _Tape(getattr(loader, which))
+    if not isinstance(tape, SamplerTape) or tape.sampler is not getattr(loader, which):
+        tape = SamplerTape(getattr(loader, which))
     drawn: deque[Any] | None = None
     for batch in _twin(loader, **{which: tape}):
         drawn = tape.drawn if drawn is None else drawn  # of this pass over the loader
