@@ -137,18 +137,8 @@ class Passages:
                 rows.append(
                     (query, number + 1, row, column, *texts, weight, contribution, int(repeats), int(places[kind]))
                 )
-        names = (
-            "query",
-            "rank",
-            "sample",
-            "position",
-            "token",
-            "passage",
-            "weight",
-            "contribution",
-            "repeats",
-            "places",
-        )
+        told = ("sample", "position", "token", "passage", "weight", "contribution", "repeats", "places")
+        names = ("query", "rank", *told)
         return Table(
             {name: [row[n] for row in rows] for n, name in enumerate(names)},
             title=f"the {k} passages with the {'largest' if largest else 'smallest'} {by}, per query",
