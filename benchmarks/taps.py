@@ -1,7 +1,7 @@
 """What recording costs by kind of layer and by way of training: the ratio of a recorded to a bare training step.
 
 One layer of each kind alone (the dearest case: no other work hides the tap), then one network trained in every way.
-Bare and recorded take turns in blocks of steps within one process. What is not recorded, or not rebuilt exactly, is
+Bare and recorded take turns in blocks of steps, in one process or one pair. What is not recorded, or not rebuilt exactly, is
 printed as such in place of a ratio.
 
     python benchmarks/taps.py [--rounds 9] [--block 20] [--threads N] [--only linear]
@@ -21,7 +21,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from turns import in_turns, spread
 
@@ -76,6 +79,21 @@ def checkpointed(model: nn.Module, optimizer: torch.optim.Optimizer, *, reentran
 
 def compiled(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     return plain(torch.compile(model, backend="aot_eager"), optimizer)
+
+
+def functional(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    def step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        loss_of(functional_call(model, dict(model.named_parameters()), (x,))).backward()
+        optimizer.step()
+
+    return step
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
 
 
 def loss_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -133,6 +151,8 @@ class Subject:
     build: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
     way: Callable[[nn.Module, torch.optim.Optimizer], Step] = plain
+    together: Callable[[nn.Module], nn.Module] | None = None
+    """How two processes wrap it, each with a batch of its own; None: one process."""
 
 
 KINDS = {
@@ -152,6 +172,9 @@ WAYS = {
     "checkpoint": Subject(network, digits, partial(checkpointed, reentrant=False)),
     "checkpoint, reentrant": Subject(network, digits, partial(checkpointed, reentrant=True)),
     "compile, aot_eager": Subject(network, digits, compiled),
+    "functional_call": Subject(network, digits, functional),
+    "DDP, 2 processes": Subject(network, digits, together=DistributedDataParallel),
+    "FSDP2, 2 processes": Subject(network, digits, together=sharded),
 }
 
 
@@ -160,7 +183,7 @@ class Training:
 
     def __init__(self, subject: Subject, block: int, folder: Path | None = None) -> None:
         torch.manual_seed(0)
-        self.model = subject.build()
+        self.model = subject.build() if subject.together is None else subject.together(subject.build())
         self.recorder = None
         if folder is not None:
             self.recorder = dualhook.instrument(self.model, folder, layers="all", verbose=False)
@@ -206,6 +229,17 @@ def measured(subject: Subject, rounds: int, block: int, folder: Path) -> str:
     return f"{1e3 * statistics.median(seconds['bare']):>9.2f}{ratio:>26}{numbers}"
 
 
+def one_of_two(rank: int, name: str, rounds: int, block: int, folder: Path) -> None:
+    """A process's share of a way of training; process 0 leaves the line."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    line = measured(WAYS[name], rounds, block, folder / "memory")
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank == 0:
+        (folder / "line").write_text(line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
@@ -222,7 +256,11 @@ def main() -> None:
             if arguments.only.lower() in name.lower():
                 folder = Path(tempfile.mkdtemp(prefix="dualhook-benchmark-"))
                 try:
-                    line = measured(subject, arguments.rounds, arguments.block, folder / "memory")
+                    if subject.together is None:
+                        line = measured(subject, arguments.rounds, arguments.block, folder / "memory")
+                    else:
+                        multiprocessing.spawn(one_of_two, (name, arguments.rounds, arguments.block, folder), nprocs=2)
+                        line = (folder / "line").read_text()
                 finally:
                     shutil.rmtree(folder)
                 print(f"{name:<24}{line}", flush=True)
