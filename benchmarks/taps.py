@@ -1,8 +1,8 @@
 """What recording costs by kind of layer and by way of training: the ratio of a recorded to a bare training step.
 
 One layer of each kind alone (the dearest case: no other work hides the tap), then one network trained in every way.
-Bare and recorded take turns in blocks of steps, in one process or one pair. What is not recorded, or not rebuilt exactly, is
-printed as such in place of a ratio.
+Bare and recorded take turns in blocks of steps, in one process or one pair. What is not recorded, or not rebuilt
+exactly, is printed as such in place of a ratio.
 
     python benchmarks/taps.py [--rounds 9] [--block 20] [--threads N] [--only linear]
 """
