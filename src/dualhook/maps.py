@@ -83,13 +83,6 @@ class LinearMap:
         """How many patterns each stored row makes [n]; None: one each."""
         return None
 
-    def no_rows(self, dtype: torch.dtype) -> Rows:
-        """Stored rows of the kind, none of them."""
-        no = torch.zeros(0, dtype=torch.int64)
-        width = sum(self._widths) if self.spec.kind == "bilinear" else self.columns
-        key, output_grad = (torch.zeros(0, n, dtype=dtype) for n in (width, self.spec.out_features))
-        return Rows(key, output_grad, no, no, no, slot=no.int() if self.slots > 1 else None)
-
     def some(self, rows: Rows, slot: int, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Output gradients [n, outputs] and key columns [n, inputs] of the patterns that fill a slot."""
         if rows.slot is not None:
@@ -193,10 +186,6 @@ class Convolution(LinearMap):
     def counts(self, rows: Rows) -> Tensor | None:
         assert rows.extent is not None
         return rows.extent[:, self.dimensions :].prod(1) * self.slots
-
-    def no_rows(self, dtype: torch.dtype) -> Rows:
-        no, nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0, dtype=dtype)
-        return Rows(nothing, nothing, no, no, no, extent=no.reshape(0, 2 * self.dimensions))
 
     def some(self, rows: Rows, slot: int, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         k = math.prod(self.kernel)

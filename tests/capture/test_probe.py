@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dualhook
+from dualhook.capture import Use
 from dualhook.capture.probe import LayerProbe, Measurement, fit_scales
 from dualhook.records import LayerSpec, Mark, Rows
 
@@ -298,9 +299,9 @@ def test_a_dead_corner_of_the_grid_is_left_for_the_largest_entries():
     key[:, alive_in], output_grad[:, alive_out] = 1.0, 2.0
     rows = Rows(key, output_grad, *(torch.zeros(5, dtype=torch.int64) for _ in range(3)))
     gradient = 0.5 * output_grad.T @ key
-    (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient}, rows).values()))
+    (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient}, [Use(spec, spec, rows)]).values()))
     assert fit.scale == pytest.approx(0.5)
-    (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient + 1}, rows).values()))
+    (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient + 1}, [Use(spec, spec, rows)]).values()))
     assert not fit.explained
 
 
@@ -313,7 +314,7 @@ def test_the_whole_gradient_is_looked_at(dtype, parameter):
     key, output_grad = torch.randn(32, 200, dtype=dtype), torch.randn(32, 300, dtype=dtype)
     rows = Rows(key, output_grad, *(torch.zeros(32, dtype=torch.int64) for _ in range(3)))
     gradients = {"layer.weight": output_grad.T @ key, "layer.bias": output_grad.sum(0)}
-    fits = fit_scales(list(probe.measure(gradients, rows, whole=True).values()))
+    fits = fit_scales(list(probe.measure(gradients, [Use(spec, spec, rows)], whole=True).values()))
     assert all(fit.explained for fit in fits)
     off = next(o for o in range(300) if o not in set(probe._outputs.tolist()))
     if parameter == "layer.weight":
@@ -321,7 +322,7 @@ def test_the_whole_gradient_is_looked_at(dtype, parameter):
     else:
         gradients[parameter][off] *= 0.9
     for whole, explained in ((False, True), (True, False)):
-        found = probe.measure(gradients, rows, whole=whole)
+        found = probe.measure(gradients, [Use(spec, spec, rows)], whole=whole)
         (fit,) = fit_scales([found[parameter]])
         assert fit.explained is explained
 
@@ -329,5 +330,5 @@ def test_the_whole_gradient_is_looked_at(dtype, parameter):
 def test_gradient_without_rows_is_unexplained_unless_zero():
     probe = LayerProbe(LayerSpec("layer", 3, 2, "layer.weight", None))
     for gradient, explained in ((torch.zeros(2, 3), True), (torch.full((2, 3), 1e-9), False)):
-        (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient}, None).values()))
+        (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient}, []).values()))
         assert fit.explained is explained

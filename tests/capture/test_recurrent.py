@@ -382,8 +382,13 @@ def test_products_are_in_the_graph():
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
 def test_autocast_is_as_near_as_its_rounding(kind):
-    module = layer(kind, 2, dropout=0.3).float()
-    recorded, x = Recorded(module), torch.randn(T, B, I)
+    module, x = layer(kind, 2, dropout=0.3).float(), torch.randn(T, B, I)
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            module(x)
+        except RuntimeError as error:  # oneDNN's LSTM asks for a processor with AVX-512
+            pytest.skip(f"torch cannot run it here: {error}")
+    recorded = Recorded(module)
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = module(x)
     (output.float() ** 2).sum().backward()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualhook.capture import LayerProbe, fit_scales
+from dualhook.capture import LayerProbe, Use, fit_scales
 from dualhook.recorder.measuring import Measuring
 from dualhook.recorder.ranks import Ranks
 from dualhook.records import LayerSpec, Rows
@@ -40,6 +40,10 @@ def rows(count: int, seed: int, dtype: torch.dtype = torch.float64) -> Rows:
     return Rows(values[:, : SPEC.in_features].to(dtype), values[:, SPEC.in_features :].to(dtype), no, no, no)
 
 
+def uses(*there: Rows | None) -> list[Use]:
+    return [Use(SPEC, SPEC, part) for part in there if part is not None]
+
+
 def gradients(both: list[Rows | None]) -> dict[str, torch.Tensor]:
     """The mean over processes, as DistributedDataParallel makes it."""
     there = [part for part in both if part is not None]
@@ -55,7 +59,7 @@ def together(tmp_path, both: list[Rows | None], of: dict[str, torch.Tensor], who
     def measure(rank: int) -> None:
         writer = Writer(Layout(tmp_path / str(rank)), rank=rank)
         measuring = Measuring(Pair(rank, meeting, board), writer, [LayerProbe(SPEC)])
-        found[rank] = measuring.measure({SPEC.name: of}, {SPEC.name: both[rank]}, whole=whole)
+        found[rank] = measuring.measure({SPEC.name: of}, {SPEC.name: uses(both[rank])}, whole=whole)
         writer.close(discard=True)
 
     threads = [threading.Thread(target=measure, args=(rank,)) for rank in range(2)]
@@ -93,7 +97,7 @@ def test_two_processes_measure_what_one_with_all_rows_does(tmp_path, both, whole
     of = gradients(both)
     first, second = together(tmp_path, both, of, whole)
     there = [part for part in both if part is not None]
-    alone = LayerProbe(SPEC).measure(of, there[0] if len(there) == 1 else there[0].joined(there[1]), whole=whole)
+    alone = LayerProbe(SPEC).measure(of, uses(*there), whole=whole)
     for name, expected in alone.items():
         for found in (first[name], second[name]):
             for part in ("gradient", "rebuilt", "absolute"):

@@ -17,6 +17,7 @@ from dualhook.capture.recompute import sequence_number
 from dualhook.capture.selection import Selection, select_layers, unwrapped
 from dualhook.capture.sharded import Place, is_sharded, local, whole
 from dualhook.capture.steps import StepWatcher, innermost
+from dualhook.capture.uses import Use
 
 __all__ = [
     "ROOT",
@@ -33,6 +34,7 @@ __all__ = [
     "StepWatcher",
     "Tapped",
     "TrackedLoader",
+    "Use",
     "Verdict",
     "as_batch",
     "as_rows",

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from dualhook.capture.sharded import is_sharded, local, rows_at, spread
-from dualhook.maps import gradient, map_of
-from dualhook.records import LayerSpec, Rows
+from dualhook.capture.uses import Use, are_alike, signed_sums
+from dualhook.maps import map_of
+from dualhook.records import LayerSpec
 
 __all__ = ["Corner", "LayerProbe", "Measurement", "fit_scales"]
 
 GRID = (64, 16)  # outputs × inputs: about a thousand entries for two thin gathers
+RUN = 16  # outputs side by side: what is gathered of a row is some cache lines, not as many as there are outputs
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # of the sum of absolute row contributions: near-null gradients make the gradient's own size a wrong yardstick
 REDUCED = 1e-2  # the same where float32 products are allowed to run in TF32 or bfloat16
 
 SUBNORMAL = torch.finfo(torch.float32).tiny  # below it rounding is no longer relative to the number
-
-BLOCK_ROWS = 2**16  # patterns that are looked at together
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -95,40 +95,44 @@ class Corner:
 
 
 class LayerProbe:
-    """The probed entries of one layer's parameters; ``is_shared``: other layers use its weight as well."""
+    """The probed entries of one layer's parameters; ``others`` use its weight as well."""
 
-    def __init__(self, spec: LayerSpec, *, is_shared: bool = False) -> None:
+    def __init__(self, spec: LayerSpec, others: Sequence[LayerSpec] = ()) -> None:
         self.spec = spec
+        self.is_slotted = spec.slots > 1 and all(are_alike(spec, other) for other in others)
+        """Whether every pattern fills one of several slots."""
         self._map = map_of(spec)
-        self._is_shared = is_shared
+        # a slot of an embedding is one column, of which a sum tells no more than the entry itself
+        self._sums_per = spec.slots if self.is_slotted and self._map.columns > 1 else 1
         generator = torch.Generator().manual_seed(0)  # its own: training's random numbers stay as they are
-        self._outputs = torch.randperm(spec.out_features, generator=generator)[: GRID[0]].sort().values
+        self._outputs = _runs(spec.out_features, GRID[0], generator)
         self._inputs = self._map.grid_inputs(GRID[1], generator)
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
 
     def measure(
-        self, gradients: Mapping[str, Tensor], rows: Rows | None, *, whole: bool = False
+        self, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool = False
     ) -> dict[str, Measurement]:
-        """Compare the gradients of the layer's parameters, by name, with what ``rows`` rebuild.
+        """Compare the gradients of the layer's parameters, by name, with what the rows of its ``uses`` rebuild.
 
         ``whole`` looks at every entry of the gradients, if only in sums.
         """
-        if rows is None or not len(rows):
+        if not any(len(use.rows) for use in uses):
             return self.without_rows(gradients)
-        slot, _ = self.busiest_slot(rows)
-        found = self.at(self.usual(slot), gradients, rows, whole=whole)
-        corner = self.largest(slot, *self.sizes(rows, slot)) if self.is_dead(found) else None
-        return found if corner is None else self.at(corner, gradients, rows, whole=whole)
+        slot, _ = self.busiest_slot(uses)
+        found = self.at(self.usual(slot), gradients, uses, whole=whole)
+        corner = self.largest(slot, *self.sizes(uses, slot)) if self.is_dead(found) else None
+        return found if corner is None else self.at(corner, gradients, uses, whole=whole)
 
     def usual(self, slot: int) -> Corner:
         """Where a slot is probed unless nothing is there."""
         return Corner(slot, self._outputs, self._inputs)
 
-    def at(self, corner: Corner, gradients: Mapping[str, Tensor], rows: Rows, *, whole: bool) -> dict[str, Measurement]:
+    def at(
+        self, corner: Corner, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool
+    ) -> dict[str, Measurement]:
         """The same in one corner; of sharded gradients what is in this process."""
-        d, x = map(_numpy, self._map.some(rows, corner.slot, corner.outputs, corner.inputs))
-        one = np.ones(len(d)) if rows.constant is None else _numpy(rows.constant)
-        sums = self._sums(gradients, rows) if whole else {}
+        gathered = [use.some(corner.slot, corner.outputs, corner.inputs) for use in uses]
+        sums = self._sums(gradients, uses) if whole else {}
         found = {}
         for name, own in gradients.items():
             is_weight, seen = name == self.spec.weight, rows_at(self._matrix(name, own), corner.outputs)
@@ -137,9 +141,12 @@ class LayerProbe:
                 seen = seen.index_select(1, columns.to(seen.device))
             elif seen.dim() == 2:
                 seen = seen[:, corner.slot]
-            keys = x if is_weight else one
-            dtype = _coarser(rows.output_grad.dtype, own.dtype)
-            found[name] = Measurement(_numpy(seen), d.T @ keys, abs(d).T @ abs(keys), dtype, sums.get(name))
+            rebuilt, absolute = np.zeros(seen.shape), np.zeros(seen.shape)
+            for d, x, one in gathered:
+                values, keys = _numpy(d), _numpy(x if is_weight else one)
+                rebuilt += values.T @ keys
+                absolute += abs(values).T @ abs(keys)
+            found[name] = Measurement(_numpy(seen), rebuilt, absolute, _dtype_of(own, uses), sums.get(name))
         return found
 
     @staticmethod
@@ -147,18 +154,23 @@ class LayerProbe:
         """Whether the probed corner is one that the rows leave untouched."""
         return not all(one.absolute.any() for one in found.values())
 
-    def busiest_slot(self, rows: Rows) -> tuple[int, int]:
+    def busiest_slot(self, uses: Sequence[Use]) -> tuple[int, int]:
         """The slot that most of the rows fill, and how many do."""
-        if rows.slot is None or not len(rows):
-            return 0, len(rows)
-        slot = int(rows.slot.mode().values)
-        return slot, int((rows.slot == slot).sum())
+        slots = [use.slot for use in uses if use.slot is not None and len(use.slot)]
+        if not slots:
+            return 0, sum(len(use.rows) for use in uses)
+        every = torch.cat(slots)
+        slot = int(every.mode().values)
+        return slot, int((every == slot).sum())
 
-    def sizes(self, rows: Rows, slot: int) -> tuple[Array, Array]:
+    def sizes(self, uses: Sequence[Use], slot: int) -> tuple[Array, Array]:
         """How large the rows are in every output [o], and in every column of a slot [c]."""
-        every = torch.arange(self.spec.out_features), torch.arange(self._map.columns)
-        d, x = self._map.some(rows, slot, *every)
-        return _numpy(d.abs().sum(0)), _numpy(x.abs().sum(0))
+        outputs, inputs = np.zeros(self.spec.out_features), np.zeros(self._map.columns)
+        for use in uses:
+            of_outputs, of_inputs = use.sizes(slot)
+            outputs += _numpy(of_outputs)
+            inputs += _numpy(of_inputs)
+        return outputs, inputs
 
     def largest(self, slot: int, outputs: Array, inputs: Array) -> Corner | None:
         """Where rows of these sizes are largest; None where there are none."""
@@ -166,11 +178,6 @@ class LayerProbe:
             return None
         of_outputs, of_inputs = torch.from_numpy(outputs), torch.from_numpy(inputs)
         return Corner(slot, of_outputs.topk(len(self._outputs)).indices, of_inputs.topk(len(self._inputs)).indices)
-
-    def no_rows(self, gradients: Mapping[str, Tensor]) -> Rows:
-        """What a process without rows adds to a measurement: nothing."""
-        rows = self._map.no_rows(next(iter(gradients.values())).dtype)
-        return self._map.seen_from(self.spec, rows) if self._is_shared else rows
 
     def without_rows(self, gradients: Mapping[str, Tensor]) -> dict[str, Measurement]:
         """Gradients that no rows stand against: is there anything to explain?"""
@@ -190,37 +197,22 @@ class LayerProbe:
             gradient = spread(local(gradient), gradient)
         return self._map.matrix(name, gradient)
 
-    def _sums(self, gradients: Mapping[str, Tensor], rows: Rows) -> dict[str, Measurement]:
-        """Every output's sum over all inputs of every slot, with random signs."""
-        slots, dtype = self.spec.slots, torch.promote_types(rows.output_grad.dtype, torch.float32)
-        whole = rows.slot is None and rows.extent is None  # keys over all slots at once: one sum
-        weight, size, bias, ones = (
-            torch.zeros(self.spec.out_features, 1 if whole else slots, dtype=torch.float64) for _ in range(4)
-        )
-        signs = self._signs.reshape(1 if whole else slots, -1).to(dtype)
-        for part in self._map.patterns(rows, BLOCK_ROWS):
-            d, x = part.output_grad.to(dtype), part.key.to(dtype)
-            slot = torch.zeros(len(part), dtype=torch.int64) if part.slot is None else part.slot.long()
-            constant = torch.ones(len(part), dtype=dtype) if part.constant is None else part.constant.to(dtype)
-            signed = x @ signs[0] if len(signs) == 1 else (x * signs[slot]).sum(1)
-            for total, values, factor in (
-                (weight, d, signed),
-                (size, d.abs(), x.abs().sum(1)),
-                (bias, d, constant),
-                (ones, d.abs(), constant),
-            ):
-                total += gradient(values, factor[:, None], slot, total.shape[1])
+    def _sums(self, gradients: Mapping[str, Tensor], uses: Sequence[Use]) -> dict[str, Measurement]:
+        """Every output's sum over all inputs, of every slot or of all, with random signs."""
+        made = signed_sums(self.spec, uses, self._signs, self._sums_per)
         found = {}
         for name, own in gradients.items():
             matrix, is_weight = self._matrix(name, own), name == self.spec.weight
-            held = local(matrix)
+            held, dtype = local(matrix), torch.promote_types(own.dtype, torch.float32)
+            held = held.reshape(len(held), self._sums_per, -1).to(dtype)
             if is_weight:
-                sums = (held.to(dtype) * signs.reshape(-1).to(held.device)).reshape(len(held), *signs.shape).sum(2)
+                signs = self._signs.reshape(self._sums_per, -1).to(held.device, dtype)
+                sums = (held[:, 0] @ signs[0])[:, None] if len(signs) == 1 else (held * signs).sum(2)
             else:  # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
-                sums = held.clone() if held.dim() == 2 else held.clone()[:, None]
-            pair = (weight, size) if is_weight else (bias, ones)
+                sums = held.sum(2)
+            pair = (made.weight, made.size) if is_weight else (made.bias, made.ones)
             seen, rebuilt, absolute = (_numpy(part.squeeze(1)) for part in (spread(sums, matrix), *pair))
-            found[name] = Measurement(seen, rebuilt, absolute, _coarser(rows.output_grad.dtype, own.dtype))
+            found[name] = Measurement(seen, rebuilt, absolute, _dtype_of(own, uses))
         return found
 
 
@@ -270,8 +262,17 @@ def _tolerance(dtype: torch.dtype) -> float:
     return REDUCED if reduced else TOLERANCE.get(dtype, 1e-2)
 
 
-def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    return max(a, b, key=lambda dtype: TOLERANCE.get(dtype, 1e-2))
+def _dtype_of(gradient: Tensor, uses: Sequence[Use]) -> torch.dtype:
+    """The coarsest dtype of a gradient and the rows that rebuild it."""
+    every = [gradient.dtype, *(use.rows.output_grad.dtype for use in uses)]
+    return max(every, key=lambda dtype: TOLERANCE.get(dtype, 1e-2))
+
+
+def _runs(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """About ``count`` of the numbers below ``size`` in runs at random places, ascending."""
+    starts = torch.randperm(max(1, -(-size // RUN)), generator=generator)[: max(1, count // RUN)] * RUN
+    found = (starts[:, None] + torch.arange(RUN)).flatten()
+    return found[found < size].sort().values
 
 
 def _numpy(values: Tensor) -> Array:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from torch import nn
 
-from dualhook.capture import Intake, LayerProbe, Place, Selection, Sink, Verdict, local
-from dualhook.maps import map_of
+from dualhook.capture import Intake, LayerProbe, Place, Selection, Sink, Use, Verdict, local
 from dualhook.recorder.watched import Watched, gradient_of
 from dualhook.records import LayerSpec, Rows
 
@@ -85,19 +83,13 @@ class Layers:
             intake.spec = left[intake.spec.name]
         self._arrange()
 
-    def together(self, spec: LayerSpec, rows: Mapping[str, Rows]) -> Rows | None:
-        """The rows of all uses of a weight, by layer, as one of them sees them; None if there are none."""
-        if len(self._by_weight[spec.weight]) == 1:
-            return rows.get(spec.name)
-        found: Rows | None = None
-        for layer, own in rows.items():
-            seen = map_of(self.spec(layer)).seen_from(spec, replace(own, columns={}))
-            found = seen if found is None else found.joined(seen)
-        return found
+    def seen_as(self, spec: LayerSpec, rows: Mapping[str, Rows]) -> list[Use]:
+        """The rows of all uses of a weight, by layer, for one of them."""
+        return [Use(spec, self.spec(layer), own) for layer, own in rows.items()]
 
     def probes(self) -> list[LayerProbe]:
         """One of each weight."""
-        return [LayerProbe(spec, is_shared=len(self._by_weight[spec.weight]) > 1) for spec in self.primary]
+        return [LayerProbe(spec, self._by_weight[spec.weight]) for spec in self.primary]
 
     def _arrange(self) -> None:
         self._by_weight: dict[str, list[LayerSpec]] = {}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dualhook.capture import Corner, LayerProbe, Measurement
+from dualhook.capture import Corner, LayerProbe, Measurement, Use
 from dualhook.recorder.ranks import Ranks
-from dualhook.records import Rows
 from dualhook.store import Writer
 
 __all__ = ["Measuring"]
@@ -42,27 +41,26 @@ class Measuring:
         return str(self._writer.error or "another process failed") if self._told[1] else None
 
     def measure(
-        self, gradients: Mapping[str, Mapping[str, Tensor]], rows: Mapping[str, Rows | None], *, whole: bool
+        self, gradients: Mapping[str, Mapping[str, Tensor]], uses: Mapping[str, Sequence[Use]], *, whole: bool
     ) -> dict[str, Measurement]:
-        """Measurements by parameter, from the ``gradients`` by layer and parameter; of all processes in one exchange.
+        """Measurements by parameter, from ``gradients`` and ``uses`` by layer; of all processes in one exchange.
 
         It takes another one where layers have slots, and in rare cases two more: where the probed corner of a layer is
         dead.
         """
         if not (self._ranks.several or self._ranks.sharded):
-            found = [self._probes[layer].measure(own, rows[layer], whole=whole) for layer, own in gradients.items()]
+            found = [self._probes[layer].measure(own, uses[layer], whole=whole) for layer, own in gradients.items()]
             return {name: one for own in found for name, one in own.items()}
-        there = {layer: rows[layer] or self._probes[layer].no_rows(own) for layer, own in gradients.items()}
         told = np.array([self._writer.recorded_bytes, self._writer.error is not None], dtype=np.float64)
-        corners = {layer: self._probes[layer].usual(slot) for layer, slot in self._slots(there).items()}
+        corners = {layer: self._probes[layer].usual(slot) for layer, slot in self._slots(uses).items()}
 
         def look(corner: Corner, layer: str) -> dict[str, Measurement]:
-            return self._probes[layer].at(corner, gradients[layer], there[layer], whole=whole)
+            return self._probes[layer].at(corner, gradients[layer], uses[layer], whole=whole)
 
         everywhere, self._told = _summed(self._ranks, {layer: look(at, layer) for layer, at in corners.items()}, told)
         dead = [layer for layer, found in everywhere.items() if LayerProbe.is_dead(found)]
         if dead:  # look where this step's rows are largest, all of them
-            own = [self._probes[layer].sizes(there[layer], corners[layer].slot) for layer in dead]
+            own = [self._probes[layer].sizes(uses[layer], corners[layer].slot) for layer in dead]
             sizes = iter(self._ranks.sum([size for both in own for size in both]))
             moved = {}
             for layer in dead:
@@ -72,10 +70,10 @@ class Measuring:
             everywhere |= _summed(self._ranks, moved, told)[0]
         return {name: one for found in everywhere.values() for name, one in found.items()}
 
-    def _slots(self, rows: Mapping[str, Rows]) -> dict[str, int]:
+    def _slots(self, uses: Mapping[str, Sequence[Use]]) -> dict[str, int]:
         """The slot of each layer that most rows fill in any one process."""
-        own = {layer: self._probes[layer].busiest_slot(found) for layer, found in rows.items()}
-        slotted = [layer for layer, found in rows.items() if found.slot is not None]
+        own = {layer: self._probes[layer].busiest_slot(found) for layer, found in uses.items()}
+        slotted = [layer for layer in uses if self._probes[layer].is_slotted]
         if slotted:
             told = np.zeros((self._ranks.size, len(slotted), 2))
             told[self._ranks.rank] = [own[layer] for layer in slotted]

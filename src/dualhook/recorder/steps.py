@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dualhook.capture import Audit, Measurement, Selection, fit_scales, whole
+from dualhook.capture import Audit, Measurement, Selection, Use, fit_scales, whole
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
 from dualhook.recorder.layers import Layers
 from dualhook.recorder.measuring import Measuring
@@ -290,17 +290,17 @@ class StepBook:
             gradient = gradient_of(watched)
             if gradient is not None:
                 layers.setdefault(watched.spec.name, {})[watched.name] = gradient
-        rows = {layer: self._rows_of(self.layers.spec(layer)) for layer in layers}
-        step.measured = self.measuring.measure(layers, rows, whole=self.step < 4 or self.step % WHOLE_EVERY == 0)
+        uses = {layer: self._uses_of(self.layers.spec(layer)) for layer in layers}
+        step.measured = self.measuring.measure(layers, uses, whole=self.step < 4 or self.step % WHOLE_EVERY == 0)
 
-    def _rows_of(self, spec: LayerSpec) -> Rows | None:
+    def _uses_of(self, spec: LayerSpec) -> list[Use]:
         """The rows that a step on a layer uses, of all uses of its weight."""
         for intake in self.layers.intakes_of(spec):
             intake.discard_if_zeroed()
         # weight and bias in two optimisers: the first has committed the rows
         committed = self.step if self._stepping else None
         found = {layer: self.pending.of(layer, committed) for layer in self.layers.uses(spec)}
-        return self.layers.together(spec, {layer: rows for layer, rows in found.items() if rows is not None})
+        return self.layers.seen_as(spec, {layer: rows for layer, rows in found.items() if rows is not None})
 
     def _show_trackers(self, step: Step) -> None:
         """Let those who fit the step see its gradients; a foreach step may write to them."""

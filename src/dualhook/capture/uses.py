@@ -1,0 +1,125 @@
+"""The rows of one use of a weight, seen as the layer that is asked about: what a probe gathers and sums of them.
+
+Layers that share a weight may use it in other ways: the head of a language model multiplies by the matrix that the
+embedding looks up, which is the transpose of the embedding's own. Rows are never laid out as whole matrices for that: a
+lookup is as wide as the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualhook.maps import gradient, map_of
+from dualhook.records import LayerSpec, Rows
+
+__all__ = ["Sums", "Use", "are_alike", "signed_sums"]
+
+BLOCK_BYTES = 2**20  # of rows that are looked at together: they stay in a processor's cache
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What rows add up to per output and slot [o, s], or per output over all columns [o, 1], in float64.
+
+    ``weight`` and ``bias`` are parts of the gradients, a weight's summed over its inputs with signs; ``size`` and
+    ``ones`` the sums of the absolute values of the same.
+    """
+
+    weight: Tensor
+    size: Tensor
+    bias: Tensor
+    ones: Tensor
+
+
+class Use:
+    """The stored rows of the layer ``own``, for a layer ``asked`` that has the same weight, or is the same."""
+
+    def __init__(self, asked: LayerSpec, own: LayerSpec, rows: Rows) -> None:
+        self.rows = rows
+        self._asked = asked
+        self._own = own
+        self._map = map_of(own)
+        self._is_alike = are_alike(own, asked)
+        # keys stand for output gradients then, and the other way round
+        self._is_swapped = self._map.is_transposed != map_of(asked).is_transposed
+
+    @property
+    def slot(self) -> Tensor | None:
+        """Which slot of the asked layer every stored row fills [n]; None: rows do not tell."""
+        return self.rows.slot if self._is_alike else None
+
+    def some(self, slot: int, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output gradients [n, outputs], keys [n, inputs] and bias constants [n] of the patterns that fill a slot."""
+        if self._is_alike:
+            d, x = self._map.some(self.rows, slot, outputs, inputs)
+            there = self.rows if self.rows.slot is None else self.rows.where(self.rows.slot == slot)
+            return d, x, self._constants(there, len(d))
+        inputs = slot * (self._asked.in_features // self._asked.slots) + inputs
+        of_grads, of_keys = (inputs, outputs) if self._is_swapped else (outputs, inputs)
+        grads, keys = self.rows.output_grad.index_select(1, of_grads), self._keys(of_keys)
+        d, x = (keys, grads) if self._is_swapped else (grads, keys)
+        return d, x, self._constants(self.rows, len(d))
+
+    def sizes(self, slot: int) -> tuple[Tensor, Tensor]:
+        """How large the rows are in every output [o], and in every column of a slot [c]."""
+        if self._is_swapped and self.rows.slot is not None:
+            ones = self.rows.key.new_ones(len(self.rows), 1)
+            outputs = gradient(ones, self.rows.key.abs(), self.rows.slot, self._own.in_features)
+            return outputs[0], self.rows.output_grad.abs().sum(0)
+        every = torch.arange(self._asked.out_features), torch.arange(self._asked.in_features // self._asked.slots)
+        d, x, _ = self.some(slot, *every)
+        return d.abs().sum(0), x.abs().sum(0)
+
+    def add_to(self, sums: Sums, signs: Tensor) -> None:
+        """Add the sums of all patterns, with ``signs`` [i] for the asked layer's inputs."""
+        rows, dtype = self.rows, torch.promote_types(self.rows.output_grad.dtype, torch.float32)
+        signs = signs.to(dtype)
+        row_bytes = max(1, rows.key.shape[1] + rows.output_grad.shape[1]) * dtype.itemsize
+        for part in self._map.patterns(rows, max(16, BLOCK_BYTES // row_bytes)):
+            d, x = part.output_grad.to(dtype), part.key.to(dtype)
+            if self._is_swapped:
+                signed, size, width = d @ signs, d.abs().sum(1), self._own.in_features
+                sums.weight.add_(gradient(signed[:, None], x, part.slot, width).T)
+                sums.size.add_(gradient(size[:, None], x.abs(), part.slot, width).T)
+                continue
+            own = signs if part.slot is None else signs.reshape(self._own.slots, -1)[part.slot.long()]
+            constant = self._constants(part, len(d)).to(dtype)
+            slot = part.slot if sums.weight.shape[1] > 1 else None
+            for values, factor, total in (
+                (d, x @ own if part.slot is None else (x * own).sum(1), sums.weight),
+                (d.abs(), x.abs().sum(1), sums.size),
+                (d, constant, sums.bias),
+                (d.abs(), constant.abs(), sums.ones),
+            ):
+                total += gradient(values, factor[:, None], slot, total.shape[1])
+
+    def _keys(self, columns: Tensor) -> Tensor:
+        """Keys at some columns of the use's whole matrix [n, columns]."""
+        if self.rows.slot is None:
+            return self.rows.key.index_select(1, columns)
+        width = self.rows.key.shape[1]
+        fills = self.rows.slot[:, None] == columns // width
+        return self.rows.key.index_select(1, columns % width) * fills
+
+    def _constants(self, rows: Rows, count: int) -> Tensor:
+        """The keys' components for the asked layer's bias [count]."""
+        if rows.constant is not None:
+            return rows.constant
+        return torch.full((count,), float(self._own.bias == self._asked.bias), dtype=rows.output_grad.dtype)
+
+
+def are_alike(a: LayerSpec, b: LayerSpec) -> bool:
+    """Whether two uses lay out their weight in the same way."""
+    return a.kind == b.kind and a.slots == b.slots
+
+
+def signed_sums(asked: LayerSpec, uses: Iterable[Use], signs: Tensor, columns: int) -> Sums:
+    """The sums over the patterns of all uses, with ``signs`` [i]; per slot, or in 1 of ``columns``."""
+    found = Sums(*(torch.zeros(asked.out_features, columns, dtype=torch.float64) for _ in range(4)))
+    for use in uses:
+        use.add_to(found, signs)
+    return found
