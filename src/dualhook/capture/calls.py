@@ -26,6 +26,8 @@ __all__ = [
     "nonzero_rows",
 ]
 
+FIRST = 16  # output gradients of a row that are looked at before all of them
+
 
 @dataclass(frozen=True)
 class Places:
@@ -251,5 +253,9 @@ def _of_places(places: Places, size: int, may_be_flat: bool) -> tuple[Tensor, Te
 
 def nonzero_rows(rows: Rows) -> Rows:
     """The rows whose output gradient is not exactly zero."""
-    used = rows.output_grad.abs().amax(dim=1) != 0 if len(rows) else rows.sample.bool()  # three times as fast as any()
+    grads = rows.output_grad
+    used = (grads[:, :FIRST] != 0).any(1)  # mostly that tells
+    if grads.shape[1] > FIRST and not bool(used.all()):
+        left = (~used).nonzero().squeeze(1)
+        used[left] = grads.index_select(0, left).abs().amax(1) != 0  # three times as fast as any()
     return rows if bool(used.all()) else rows.at(used.nonzero().squeeze(1).cpu())

@@ -25,7 +25,7 @@ from dualhook.records import LayerSpec
 
 __all__ = ["Corner", "LayerProbe", "Measurement", "fit_scales"]
 
-GRID = (64, 16)  # outputs × inputs: about a thousand entries for two thin gathers
+GRID = (32, 16)  # outputs × inputs: some hundred entries for two thin gathers
 RUN = 16  # outputs side by side: what is gathered of a row is some cache lines, not as many as there are outputs
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # of the sum of absolute row contributions: near-null gradients make the gradient's own size a wrong yardstick
@@ -131,7 +131,7 @@ class LayerProbe:
         self, corner: Corner, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool
     ) -> dict[str, Measurement]:
         """The same in one corner; of sharded gradients what is in this process."""
-        gathered = [use.some(corner.slot, corner.outputs, corner.inputs) for use in uses]
+        rebuilt, absolute = self._rebuilt(corner, uses)
         sums = self._sums(gradients, uses) if whole else {}
         found = {}
         for name, own in gradients.items():
@@ -141,13 +141,23 @@ class LayerProbe:
                 seen = seen.index_select(1, columns.to(seen.device))
             elif seen.dim() == 2:
                 seen = seen[:, corner.slot]
-            rebuilt, absolute = np.zeros(seen.shape), np.zeros(seen.shape)
-            for d, x, one in gathered:
-                values, keys = _numpy(d), _numpy(x if is_weight else one)
-                rebuilt += values.T @ keys
-                absolute += abs(values).T @ abs(keys)
-            found[name] = Measurement(_numpy(seen), rebuilt, absolute, _dtype_of(own, uses), sums.get(name))
+            entries = np.s_[:, :-1] if is_weight else np.s_[:, -1]
+            found[name] = Measurement(
+                _numpy(seen), rebuilt[entries], absolute[entries], _dtype_of(own, uses), sums.get(name)
+            )
         return found
+
+    def _rebuilt(self, corner: Corner, uses: Sequence[Use]) -> tuple[Array, Array]:
+        """What the rows rebuild of a corner and, in a last column, of the bias; and the sums of absolute parts."""
+        found = torch.zeros(2, len(corner.outputs), len(corner.inputs) + 1, dtype=torch.float64)
+        for use in uses:
+            d, x, one = use.some(corner.slot, corner.outputs, corner.inputs)
+            keys = torch.cat([x, one[:, None]], 1)
+            found[0] += d.double().T @ keys.double()
+            # a yardstick for rounding need not be exact
+            coarse = torch.promote_types(d.dtype, torch.float32)
+            found[1] += d.abs().to(coarse).T @ keys.abs().to(coarse)
+        return found[0].numpy(), found[1].numpy()
 
     @staticmethod
     def is_dead(found: Mapping[str, Measurement]) -> bool:

@@ -87,15 +87,21 @@ class Use:
                 sums.size.add_(gradient(size[:, None], x.abs(), part.slot, width).T)
                 continue
             own = signs if part.slot is None else signs.reshape(self._own.slots, -1)[part.slot.long()]
-            constant = self._constants(part, len(d)).to(dtype)
-            slot = part.slot if sums.weight.shape[1] > 1 else None
+            signed, constant = (
+                x @ own if part.slot is None else (x * own).sum(1),
+                self._constants(part, len(d)).to(dtype),
+            )
+            per_slot, sizes = part.slot if sums.weight.shape[1] > 1 else None, d.abs()
             for values, factor, total in (
-                (d, x @ own if part.slot is None else (x * own).sum(1), sums.weight),
-                (d.abs(), x.abs().sum(1), sums.size),
+                (d, signed, sums.weight),
+                (sizes, x.abs().sum(1), sums.size),
                 (d, constant, sums.bias),
-                (d.abs(), constant.abs(), sums.ones),
+                (sizes, constant.abs(), sums.ones),
             ):
-                total += gradient(values, factor[:, None], slot, total.shape[1])
+                if per_slot is None:
+                    total[:, 0] += values.T @ factor  # far faster than as a matrix of one column
+                else:
+                    total += gradient(values, factor[:, None], per_slot, total.shape[1])
 
     def _keys(self, columns: Tensor) -> Tensor:
         """Keys at some columns of the use's whole matrix [n, columns]."""

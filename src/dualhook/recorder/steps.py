@@ -32,7 +32,7 @@ from dualhook.store import Writer
 
 __all__ = ["StepBook"]
 
-WHOLE_EVERY = 8  # steps between two looks at the whole gradient; the first few have one each
+WHOLE_EVERY = 16  # steps between two looks at the whole gradient; the first few have one each
 
 
 @dataclass
