@@ -67,6 +67,7 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
         dtype: dtype of the stored rows.
         max_bytes: budget for patterns on disk.
         on_full: ``"fold"``, ``"stop"`` or ``"error"``.
+        head_grads: how the output gradients of wide layers are kept.
         overwrite: replace a memory that is already at ``path``, one of an earlier ``fit`` with this callback too.
         verbose: say in one line what is recorded and what it costs.
     """
@@ -79,6 +80,7 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         max_bytes: int | None = None,
         on_full: Literal["fold", "stop", "error"] | None = None,
+        head_grads: Literal["computed", "dense"] | int = "computed",
         overwrite: bool = False,
         verbose: bool = True,
     ) -> None:
@@ -89,7 +91,9 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
         """The recorder of the fit that runs or was the last."""
         self.memory: DualMemory | None = None
         """The memory, once that fit is over."""
-        self._options = {"layers": layers, "dtype": dtype, "max_bytes": max_bytes, "on_full": on_full}
+        self._options = {
+            "layers": layers, "dtype": dtype, "max_bytes": max_bytes, "on_full": on_full, "head_grads": head_grads,
+        }  # fmt: skip
         self._verbose = verbose
         self._is_recording = False
         self._rows: _Rows | None = None

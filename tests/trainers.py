@@ -17,17 +17,19 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 import dualhook
 
 VOCABULARY, LENGTH, ROWS = 32, 6, 22
+WIDE = 600  # words of a vocabulary whose output gradients are not written
 SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=2, n_head=2, **SMALL)
+def gpt2(words: int = VOCABULARY) -> nn.Module:
+    config = transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=2, n_head=2, **(SMALL | {"vocab_size": words}))
     return transformers.GPT2LMHeadModel(config)
 
 
-def llama() -> nn.Module:
+def llama(words: int = VOCABULARY) -> nn.Module:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=1, **SMALL))
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, **(SMALL | {"vocab_size": words}))
+    return transformers.LlamaForCausalLM(config)
 
 
 def t5() -> nn.Module:
@@ -95,6 +97,13 @@ WAYS = {
     "fused": Way(llama, settings={"optim": "adamw_torch_fused", "weight_decay": 0.1}),
     "tokenizer": Way(),
     "end-to-end": Way(llama, padded=False),
+    "wide-head": Way(partial(gpt2, WIDE), settings={"gradient_accumulation_steps": 3}),
+    "wide-head-bf16": Way(
+        partial(llama, WIDE),
+        settings={"bf16": True, "gradient_accumulation_steps": 3},
+        optimizer=SGD,
+        tolerance=3e-2,
+    ),
 }
 
 

@@ -39,10 +39,12 @@ class DualMemoryCallback(TrainerCallback):
     Args:
         path: directory of the memory.
         layers: which layers, as ``dualhook.instrument`` takes them; by default all that are linear, the head of a
-            language model included, whose rows are as wide as the vocabulary.
+            language model included.
         dtype: dtype of the stored rows; default the one they were computed in.
         max_bytes: budget on disk; default half of what is free there.
         on_full: ``"fold"``, ``"stop"`` or ``"error"`` beyond the budget.
+        head_grads: how output gradients as wide as the vocabulary are kept, as ``dualhook.instrument`` takes it; by
+            default they are computed again when they are asked for, where the loss is cross-entropy.
         overwrite: replace a memory that is already there; one that a checkpoint belongs to is continued, not replaced.
         verbose: say once what is recorded and what it costs.
     """
@@ -55,12 +57,14 @@ class DualMemoryCallback(TrainerCallback):
         dtype: torch.dtype | None = None,
         max_bytes: int | None = None,
         on_full: Literal["fold", "stop", "error"] | None = None,
+        head_grads: Literal["computed", "dense"] | int = "computed",
         overwrite: bool = False,
         verbose: bool = True,
     ) -> None:
         self.path = Path(path)
         self._settings = {
-            "layers": layers, "dtype": dtype, "max_bytes": max_bytes, "on_full": on_full, "verbose": verbose,
+            "layers": layers, "dtype": dtype, "max_bytes": max_bytes, "on_full": on_full,
+            "head_grads": head_grads, "verbose": verbose,
         }  # fmt: skip
         self._overwrite = overwrite
         self._recorder: Recorder | None = None

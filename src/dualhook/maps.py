@@ -90,7 +90,7 @@ class LinearMap:
         elif self.slots > 1:
             inputs = slot * self.columns + inputs
         key = _outer(rows.key, self._widths) if self.spec.kind == "bilinear" else rows.key
-        return rows.output_grad.index_select(1, outputs), key.index_select(1, inputs)
+        return rows.grads(outputs), key.index_select(1, inputs)
 
     def grid_inputs(self, count: int, generator: torch.Generator) -> Tensor:
         """Some columns of a slot, ascending."""

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dualhook.packing import Packed, changed
+
 __all__ = [
     "AVERAGE",
     "COORDINATES",
@@ -120,7 +122,8 @@ class Rows:
     ``key`` [n, i], ``output_grad`` [n, o] (raw, as autograd gave it), ``step``, ``sample`` and ``position`` [n].
     ``first`` is the pattern number of the block's first row. In a layer of several slots keys are [n, i / slots] and
     ``slot`` [n] says which they fill; None: keys are whole. ``constant`` [n] is the key's component for the bias;
-    None: 1. Stored rows that are whole maps carry their ``extent`` [n, 2 · dimensions], input and output.
+    None: 1. Stored rows that are whole maps carry their ``extent`` [n, 2 · dimensions], input and output. Rows of one
+    step on their way to the disk may be ``packed``: their ``output_grad`` is [n, 0], :meth:`grads` makes it.
     """
 
     key: Tensor
@@ -133,9 +136,20 @@ class Rows:
     slot: Tensor | None = None
     constant: Tensor | None = None
     extent: Tensor | None = None
+    packed: Packed | None = None
 
     def __len__(self) -> int:
         return int(self.key.shape[0])
+
+    def grads(self, outputs: Tensor | None = None) -> Tensor:
+        """The output gradients [n, o], or those of some ``outputs`` of the layer."""
+        if self.packed is not None:
+            return self.packed.dense(self.key, outputs)
+        return self.output_grad if outputs is None else self.output_grad.index_select(1, outputs)
+
+    def unpacked(self) -> Rows:
+        """The same with all output gradients there."""
+        return self if self.packed is None else replace(self, output_grad=self.grads(), packed=None)
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``, without a copy."""
@@ -152,20 +166,21 @@ class Rows:
 
     def joined(self, *others: Rows) -> Rows:
         """These rows and those that follow them; a column that some lack is absent there."""
-        parts, columns = (self, *others), {}
+        parts, columns = [part.unpacked() for part in (self, *others)], {}
         for name in dict.fromkeys(name for part in parts for name in part.columns):
             like = next(part.columns[name] for part in parts if name in part.columns)
             own = [part.columns.get(name, like.new_full((len(part),), absent(like))) for part in parts]
             columns[name] = torch.cat(own)
         there = [*FIELDS, *(name for name in OPTIONAL if getattr(self, name) is not None)]
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in there}
+        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in there}
         return Rows(columns=columns, first=self.first, **joined)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        there = [*FIELDS, *(name for name in OPTIONAL if getattr(self, name) is not None)]
+        parts: dict[str, Any] = {name: change(getattr(self, name)) for name in there}
         columns = {name: change(values) for name, values in self.columns.items()}
-        parts = {name: change(getattr(self, name)) for name in FIELDS}
-        optional = {name: change(values) for name in OPTIONAL if (values := getattr(self, name)) is not None}
-        return Rows(**parts, columns=columns, first=self.first, **optional)
+        packed = None if self.packed is None else changed(self.packed, change)
+        return Rows(**parts, columns=columns, first=self.first, packed=packed)
 
 
 def absent(like: Tensor) -> float:

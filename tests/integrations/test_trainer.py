@@ -74,6 +74,17 @@ class TestEveryWay:
         assert (per_row > 0).sum() >= ROWS - dropped
 
 
+@pytest.mark.parametrize("name", ["wide-head", "wide-head-bf16"])
+def test_a_wide_head_is_computed_again(runs, name):
+    _, recorded, callback = runs(name)
+    rows = [segment.stored(callback.memory._spec("lm_head")) for segment in callback.memory._store.segments]
+    assert ["softmax/target" in stored.tensors for stored in rows] == [
+        False,
+        True,
+    ]  # the first step has not counted yet
+    assert len(rows[-1].tensors["weight_step"]) == recorded.state.global_step - 1
+
+
 @pytest.mark.parametrize(
     ("name", "workers", "accumulated"), [("gpt2", 0, 1), ("gpt2", 2, 3), ("llama-sgd", 0, 3), ("llama-sgd", 1, 1)]
 )

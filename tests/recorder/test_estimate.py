@@ -98,3 +98,12 @@ def test_an_estimate_counts_what_the_step_is_given(inputs, each):
     words = footer(inputs, layers="out", dtype=torch.bfloat16)[1]
     assert words.splitlines() == [words]  # one layer, already narrow: no more to say
     assert words.partition(";")[0].endswith(each)
+
+
+def test_a_head_that_is_computed_again_says_what_it_takes():
+    model = nn.Sequential(nn.Embedding(600, 8), nn.Linear(8, 600, bias=False))
+    recorder = dualhook.instrument(model, layers="all", verbose=False)
+    words = str(recorder.estimate(torch.zeros(4, 32, dtype=torch.int64)))
+    kept, whole = 128 * (2 * 4 + 4) + 600 * 8 * 4, 128 * 600 * 4
+    assert f"they take {human(kept)} instead of {human(whole)}" in words
+    assert "computed again" not in str(recorder.estimate(torch.zeros(1, 17, dtype=torch.int64)))

@@ -145,7 +145,7 @@ def test_the_version_rises_before_the_first_segment_that_shares_and_in_no_other_
         writer.flush()
     writer.close()
     assert seen == [1, 1, 3, 3]
-    assert Manifest.read(writer.layout) == replace(Manifest(LAYERS, {"dualhook": "test"}), shares_keys=True)
+    assert Manifest.read(writer.layout) == replace(Manifest(LAYERS, {"dualhook": "test"}), needs=3)
     assert not list((tmp_path / "run").glob("*.partial"))
 
 

@@ -14,11 +14,16 @@ __all__ = ["coverage_table"]
 
 
 def coverage_table(
-    model: nn.Module, selection: Selection, rules: Mapping[str, str], row_bytes: Mapping[str, int | None]
+    model: nn.Module,
+    selection: Selection,
+    rules: Mapping[str, str],
+    row_bytes: Mapping[str, int | None],
+    forms: Mapping[str, str],
 ) -> Table:
     """Columns parameter, shape, layer (None if not recorded), kind, rule, bytes_per_row, note.
 
-    ``rules`` maps parameters to what explains their optimiser; ``row_bytes`` layers to the bytes of one row.
+    ``rules`` maps parameters to what explains their optimiser; ``row_bytes`` layers to the bytes of one row, whole;
+    ``forms`` layers to how their output gradients are kept, where that is to be told.
     """
     maps = {p: tapped.spec.name for tapped in linear_maps(model) for p in tapped.spec.parameters}
     owner = {name: spec for spec in selection.specs for name in spec.parameters}
@@ -34,6 +39,7 @@ def coverage_table(
         note = known[0] if known else f"a parameter of {kind}: no linear map"
         if spec is not None:
             note = "stored as whole maps: estimate() tells the bytes" if row_bytes[spec.name] is None else ""
+            note = forms.get(spec.name, note) if name == spec.weight else note
             note = note if parameter.requires_grad else "frozen: recorded from the moment it trains"
         lines.append(
             (

@@ -60,7 +60,7 @@ class Use:
             return d, x, self._constants(there, len(d))
         inputs = slot * (self._asked.in_features // self._asked.slots) + inputs
         of_grads, of_keys = (inputs, outputs) if self._is_swapped else (outputs, inputs)
-        grads, keys = self.rows.output_grad.index_select(1, of_grads), self._keys(of_keys)
+        grads, keys = self.rows.grads(of_grads), self._keys(of_keys)
         d, x = (keys, grads) if self._is_swapped else (grads, keys)
         return d, x, self._constants(self.rows, len(d))
 
@@ -69,7 +69,7 @@ class Use:
         if self._is_swapped and self.rows.slot is not None:
             ones = self.rows.key.new_ones(len(self.rows), 1)
             outputs = gradient(ones, self.rows.key.abs(), self.rows.slot, self._own.in_features)
-            return outputs[0], self.rows.output_grad.abs().sum(0)
+            return outputs[0], self.rows.grads().abs().sum(0)
         every = torch.arange(self._asked.out_features), torch.arange(self._asked.in_features // self._asked.slots)
         d, x, _ = self.some(slot, *every)
         return d.abs().sum(0), x.abs().sum(0)
@@ -78,9 +78,10 @@ class Use:
         """Add the sums of all patterns, with ``signs`` [i] for the asked layer's inputs."""
         rows, dtype = self.rows, torch.promote_types(self.rows.output_grad.dtype, torch.float32)
         signs = signs.to(dtype)
-        row_bytes = max(1, rows.key.shape[1] + rows.output_grad.shape[1]) * dtype.itemsize
+        width = rows.key.shape[1] + (rows.output_grad.shape[1] or self._own.out_features)
+        row_bytes = max(1, width) * dtype.itemsize
         for part in self._map.patterns(rows, max(16, BLOCK_BYTES // row_bytes)):
-            d, x = part.output_grad.to(dtype), part.key.to(dtype)
+            d, x = part.grads().to(dtype), part.key.to(dtype)
             if self._is_swapped:
                 signed, size, width = d @ signs, d.abs().sum(1), self._own.in_features
                 sums.weight.add_(gradient(signed[:, None], x, part.slot, width).T)

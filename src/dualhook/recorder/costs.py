@@ -14,6 +14,7 @@ from dualhook.capture import Selection, as_rows, observe, select_layers
 from dualhook.errors import LayerError
 from dualhook.maps import map_of
 from dualhook.model import run_model
+from dualhook.recorder.heads import computed_bytes
 from dualhook.records import COORDINATES, LayerSpec, Rows
 from dualhook.store import shared_keys
 from dualhook.table import Table
@@ -55,7 +56,13 @@ def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torc
             keys[spec.name] = {name: getattr(seen[0], name).cpu() for name in ("key", *COORDINATES)}
     sharing = shared_keys(keys)
     shared = sum(keys[s.name]["key"].numel() * dtypes[s.weight].itemsize for s in selection.specs if s.name in sharing)
-    words = _words(sizes, inputs, budget, {f"dtype={NARROW}": narrow, "layers='head'": _of_head(model, sizes)}, shared)
+    heads = {
+        spec.name: (n * spec.out_features * dtypes[spec.weight].itemsize, own)
+        for spec, n in zip(selection.specs, patterns, strict=True)
+        if (own := computed_bytes(spec, n, dtypes[spec.weight].itemsize)) is not None
+    }
+    instead = {f"dtype={NARROW}": narrow, "layers='head'": _of_head(model, sizes)}
+    words = _words(sizes, inputs, budget, instead, shared, heads)
     return Table(
         {"layer": list(sizes), "patterns": patterns, "bytes": list(sizes.values())},
         title="one step",
@@ -64,8 +71,18 @@ def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torc
     )
 
 
-def _words(sizes: Mapping[str, int], inputs: Any, budget: int, instead: Mapping[str, int], shared: int) -> str:
-    """What a step takes, what of it is most, and how it would be less; of all that only what there is to say."""
+def _words(
+    sizes: Mapping[str, int],
+    inputs: Any,
+    budget: int,
+    instead: Mapping[str, int],
+    shared: int,
+    heads: Mapping[str, tuple[int, int]],
+) -> str:
+    """What a step takes, what of it is most, and how it would be less; of all that only what there is to say.
+
+    ``shared`` are bytes of keys that are stored once; ``heads`` those of a head's output gradients, whole and computed.
+    """
     total, (count, unit) = sum(sizes.values()), _units(inputs)
     each = f", {human(total / count)} a {unit}" if count > 1 else ""
     words = [f"{human(total)} a step{each}; the budget of {human(budget)} holds {budget // max(total, 1):,} steps"]
@@ -73,6 +90,11 @@ def _words(sizes: Mapping[str, int], inputs: Any, budget: int, instead: Mapping[
         words.append("the largest are " + ", ".join(shares[:NAMED]))
     if shared:
         words.append(f"about {human(shared)} of it are keys that another layer reads too: these are stored once")
+    for name, (whole, computed) in heads.items():
+        words.append(
+            f"under softmax cross-entropy the output gradients of {name} are computed again when asked for: they "
+            f"take {human(computed)} instead of {human(whole)}"
+        )
     if saving := [f"{human(size)} with {what}" for what, size in instead.items() if 0 < size < total]:
         words.append("it would be " + ", ".join(saving))
     return "\n".join(words)

@@ -18,6 +18,7 @@ from dualhook.capture import Selection, innermost, select_layers, tapped, unwrap
 from dualhook.capture.selection import LayerChoice
 from dualhook.errors import DualHookError, LayerError, StoreError
 from dualhook.recorder.front import OPEN, OnFull, Recorder
+from dualhook.recorder.heads import HeadGrads
 from dualhook.recorder.ranks import Ranks, ranks_of
 from dualhook.recorder.resuming import resumed
 from dualhook.recorder.scope import TemporaryRoot
@@ -36,6 +37,7 @@ def instrument(
     dtype: torch.dtype | None = None,
     max_bytes: int | None = None,
     on_full: OnFull | None = None,
+    head_grads: HeadGrads = "computed",
     group: Any = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -62,6 +64,11 @@ def instrument(
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
             exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop. Default
             ``"fold"``, but ``"stop"`` where several processes train the model: their patterns cannot be folded.
+        head_grads: how the output gradients of linear layers with 512 outputs or more are kept, a language model's head
+            among them. ``"computed"``: under softmax cross-entropy not at all, but computed again when they are asked
+            for, from keys, targets and the weights of every step (exact but for rounding; where that takes less room);
+            whole otherwise. ``"dense"``: whole. A number k: where they are not computed, the k largest of each row;
+            what that loses shows in the receipts. ``coverage`` tells which it was.
         group: the ``torch.distributed`` process group that trains the model together, where the model is not wrapped
             in ``DistributedDataParallel`` yet; otherwise found by itself, of ``fully_shard`` too. Every process calls
             ``instrument`` with the same path, on one file system, and gets one memory of all.
@@ -91,6 +98,9 @@ def instrument(
         raise DualHookError(f"on_full={on_full!r}: expected 'fold', 'stop' or 'error'")
     if max_bytes is not None and not (isinstance(max_bytes, int) and max_bytes > 0):
         raise DualHookError(f"max_bytes={max_bytes}: expected a number of bytes above 0, or None")
+    is_count = isinstance(head_grads, int) and not isinstance(head_grads, bool) and head_grads > 0
+    if head_grads not in ("computed", "dense") and not is_count:
+        raise DualHookError(f"head_grads={head_grads!r}: expected 'computed', 'dense' or a number above 0")
     given: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer] if optimizer else []
     for one in given:
         if not isinstance(one, Optimizer):
@@ -119,8 +129,8 @@ def instrument(
     budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
     return Recorder(
         inner, selection, layout, optimizers=given, dtype=dtype, budget=budget,
-        on_full=on_full or ("stop" if ranks.several else "fold"), ranks=ranks, verbose=verbose, temporary=temporary,
-        resumed_at=resumed_at,
+        on_full=on_full or ("stop" if ranks.several else "fold"), head_grads=head_grads, ranks=ranks, verbose=verbose,
+        temporary=temporary, resumed_at=resumed_at,
     )  # fmt: skip
 
 

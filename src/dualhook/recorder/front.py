@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -36,6 +37,7 @@ from dualhook.memory import DualMemory
 from dualhook.optimizers import LOOKAHEAD, rule_for
 from dualhook.recorder.costs import estimate, human, row_sizes
 from dualhook.recorder.folding import folding_to
+from dualhook.recorder.heads import HeadGrads, Heads
 from dualhook.recorder.notices import tell_of_latest
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.scope import BatchScope, TemporaryRoot, weakly
@@ -75,6 +77,7 @@ class Recorder:
         dtype: torch.dtype | None,
         budget: int,
         on_full: OnFull,
+        head_grads: HeadGrads,
         ranks: Ranks,
         verbose: bool,
         temporary: TemporaryRoot | None,
@@ -101,7 +104,9 @@ class Recorder:
             rank=ranks.rank,
         )
         # the model's hooks hold the book, the book the recorder: it lives as long as the model, whoever holds it
-        self._book = StepBook(selection, self._writer, ranks=ranks, dtype=dtype, on_step=self._on_step)
+        self._book = StepBook(
+            selection, self._writer, ranks=ranks, dtype=dtype, heads=Heads(head_grads), on_step=self._on_step
+        )
         if resumed_at is not None:
             self._writer.go_on()
             self._book.go_on(resumed_at, Store(layout.root).origin_steps)
@@ -202,7 +207,8 @@ class Recorder:
             rule = rule_for(name)
             synced = f", {LOOKAHEAD}" if self._book.layers.watched[parameter].synchronized else ""
             rules[parameter] = f"{rule.name}{synced} ({rule.exactness.value})"
-        return coverage_table(self._model, self._selection, rules, row_sizes(self._model, self._selection, self._dtype))
+        sizes = row_sizes(self._model, self._selection, self._dtype)
+        return coverage_table(self._model, self._selection, rules, sizes, self._book.layers.heads.forms)
 
     def estimate(self, inputs: Any) -> Table:
         """What one training step on ``inputs`` (a tensor, a tuple of arguments or a mapping) will write.
@@ -391,8 +397,7 @@ class Recorder:
         self._selection = audited
         self._book.narrow(audited)
         if not self._ranks.rank:
-            manifest = Manifest.read(self._layout)
-            Manifest(self._selection.specs, manifest.versions, manifest.ranks).write(self._layout)
+            replace(Manifest.read(self._layout), layers=self._selection.specs).write(self._layout)
 
     def _check_open(self, what: str) -> None:
         if self._closed:

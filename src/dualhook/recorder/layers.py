@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from dualhook.capture import Intake, LayerProbe, Place, Selection, Sink, Use, Verdict, local
+from dualhook.recorder.heads import Heads
 from dualhook.recorder.watched import Watched, gradient_of
 from dualhook.records import LayerSpec, Rows
 
@@ -19,7 +20,8 @@ class Layers:
     That is one without slots, where there is one.
     """
 
-    def __init__(self, selection: Selection, sink: Sink) -> None:
+    def __init__(self, selection: Selection, sink: Sink, heads: Heads) -> None:
+        self.heads = heads
         self._intakes: dict[str, list[Intake]] = {}
         self.watched: dict[str, Watched] = {}
         for tapped in selection.layers:
@@ -82,6 +84,13 @@ class Layers:
         for intake in self.intakes:
             intake.spec = left[intake.spec.name]
         self._arrange()
+
+    def pack(self, layer: str, rows: Rows, *, is_first: bool) -> Rows:
+        """Rows of a layer as they are to be kept; ``is_first``: no others wait for the coming step."""
+        spec = self.spec(layer)
+        watched = {name: self.watched[name].parameter for name in spec.parameters if name in self.watched}
+        used = {name: parameter for name, parameter in watched.items() if parameter is not None}
+        return self.heads.pack(spec, rows, used, is_first=is_first)
 
     def seen_as(self, spec: LayerSpec, rows: Mapping[str, Rows]) -> list[Use]:
         """The rows of all uses of a weight, by layer, for one of them."""

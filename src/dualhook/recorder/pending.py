@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from dualhook.packing import Packed, Softmax, changed
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.staging import Staging
 from dualhook.records import Rows
@@ -42,6 +44,9 @@ class Pending:
         self.seen = True
         dtype = self._dtype or rows.key.dtype
         rows = replace(rows, columns=self._ranks.columns(rows))
+        if rows.packed is not None:
+            self._keep_packed(layer, rows, rows.packed, dtype)
+            return
         if self._staging.takes(rows):
             self._staging.put(layer, rows, dtype)
             return
@@ -83,4 +88,23 @@ class Pending:
         return [layer for layer, steps in self._waited.items() if steps >= PATIENCE]
 
     def _keep(self, layer: str, rows: Rows) -> None:
-        self._writer.builder.append(layer, rows)
+        waiting = self._writer.builder.pending(layer)
+        if waiting is not None and type(waiting.packed) is not type(rows.packed):  # of one step, kept in two ways
+            whole = waiting.unpacked().at(torch.arange(len(waiting)))  # a copy: it stands where it will be written
+            self._writer.builder.rewind(layer)
+            self._keep(layer, whole)
+            rows = rows.unpacked()
+        if not self._writer.builder.takes(layer, rows):
+            self._writer.seal()
+        if self._writer.builder.takes(layer, rows):  # else it has not been sealed, after an error
+            self._writer.builder.append(layer, rows)
+
+    def _keep_packed(self, layer: str, rows: Rows, packed: Packed, dtype: torch.dtype) -> None:
+        """Keys that output gradients are computed from stay as they are: their rounding would be in an exponent."""
+        packed = changed(packed, Tensor.cpu)
+        if isinstance(packed, Softmax):
+            packed, dtype = replace(packed, weight=packed.weight.cpu()), rows.key.dtype
+        else:
+            packed = replace(packed, value=packed.value.to(dtype))
+        empty = rows.output_grad.to("cpu", dtype)
+        self._keep(layer, replace(rows, key=rows.key.to("cpu", dtype), output_grad=empty, packed=packed))

@@ -10,22 +10,23 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dualhook.capture import Audit, Measurement, Selection, Use, fit_scales, whole
+from dualhook.capture import Audit, Selection, Use, fit_scales, whole
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
+from dualhook.recorder.heads import Heads
 from dualhook.recorder.layers import Layers
 from dualhook.recorder.measuring import Measuring
 from dualhook.recorder.notices import Notices
 from dualhook.recorder.pending import PATIENCE, PENDING_BYTES, Pending
 from dualhook.recorder.ranks import Ranks
-from dualhook.recorder.selfcheck import Prediction, is_due, predict
+from dualhook.recorder.selfcheck import is_due, predict
 from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
+from dualhook.recorder.step import Step
 from dualhook.recorder.watched import Watched, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LayerSpec, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
@@ -33,27 +34,6 @@ from dualhook.store import Writer
 __all__ = ["StepBook"]
 
 WHOLE_EVERY = 16  # steps between two looks at the whole gradient; the first few have one each
-
-
-@dataclass
-class Step:
-    """One optimiser step, between torch's hook before it and the one after it."""
-
-    optimizer: Optimizer
-    name: str  # what the ledger calls the optimiser
-    has_closure: bool
-    stepped: list[tuple[Watched, int, Mark]]  # parameter, its group, what is known beforehand
-    hyper: list[dict[str, float]]
-    state: dict[str, dict[str, float]]
-    loss_scale: float  # what the step itself divides the gradients by
-    fitting: dict[str, Tensor] = field(default_factory=dict)  # copies of parameters whose change is to be fitted
-    measured: dict[str, Measurement] = field(default_factory=dict)
-    predicted: dict[str, Prediction] = field(default_factory=dict)
-
-    def gradient_of(self, watched: Watched) -> Tensor | None:
-        """The gradient that the step works with."""
-        gradient = gradient_of(watched)
-        return gradient if gradient is None or self.loss_scale == 1.0 else gradient / self.loss_scale
 
 
 class StepBook:
@@ -69,6 +49,7 @@ class StepBook:
         *,
         ranks: Ranks,
         dtype: torch.dtype | None,
+        heads: Heads,
         on_step: Callable[[int], None],
     ) -> None:
         self.writer = writer
@@ -81,7 +62,7 @@ class StepBook:
         """The class of the optimiser that holds each parameter, as far as it has been seen."""
         self.pending = Pending(writer, ranks, dtype)
         self._on_step = on_step
-        self.layers = Layers(selection, self)
+        self.layers = Layers(selection, self, heads)
         self.measuring = Measuring(ranks, writer, self.layers.probes())
         self.audit: Audit | None = None
         self.input_sizes: frozenset[int] = frozenset()
@@ -120,6 +101,7 @@ class StepBook:
         self._end_step()
         if self.pending.is_full:
             self._give_up(self.layers.names, f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
+        rows = self.layers.pack(layer, rows, is_first=not self.pending.holds(layer))
         self.pending.take(layer, rows)
 
     def drop(self, layer: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dualhook.store.lanes import Segment
 from dualhook.store.layout import Layout, open_tensors, read_header, tensor_names, write_tensors
+from dualhook.store.packed import PER_STEP, WEIGHT_STEP
 
 __all__ = ["cut_after"]
 
@@ -53,7 +54,10 @@ def _shortened(segment: Segment, step: int) -> tuple[dict[str, Tensor], dict[str
         owner = rest.rpartition("/")[0]
         if room == "rows":
             layer = next(layer for layer in counts if rest.startswith(f"{layer}/"))
-            values = values[: counts[layer]]
+            count = counts[layer]
+            if rest.removeprefix(f"{layer}/") in PER_STEP:
+                count = int(torch.searchsorted(file.get_tensor(f"rows/{layer}/{WEIGHT_STEP}"), step, right=True))
+            values = values[:count]
         elif name in ("ledger/entry", "ledger/measured"):
             values = values[early]
         elif room == "fit":

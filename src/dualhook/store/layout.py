@@ -18,11 +18,22 @@ from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
 from dualhook.store.direct import DirectFile
 
-__all__ = ["FORMAT_VERSION", "Layout", "Manifest", "open_tensors", "read_header", "tensor_names", "write_tensors"]
+__all__ = [
+    "FORMAT_VERSION",
+    "PACKED_SINCE",
+    "SHARED_KEYS_SINCE",
+    "Layout",
+    "Manifest",
+    "open_tensors",
+    "read_header",
+    "tensor_names",
+    "write_tensors",
+]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 RANKS_SINCE = 2  # a reader of version 1 would miss the rows of other processes without a word
 SHARED_KEYS_SINCE = 3  # one of version 2 would miss the keys that another layer holds
+PACKED_SINCE = 4  # one of version 3 would take packed output gradients for none
 FOLDERS = ("segments", "origin", "snapshots", "columns")
 HEADER = "dualhook"  # the one key of every file's safetensors metadata; its value is a JSON object
 
@@ -120,19 +131,19 @@ class Layout:
 class Manifest:
     """What a memory holds: versions, the linear maps of the model, and how many processes have written it.
 
-    ``shares_keys``: some segment may hold keys once that several layers have read.
+    ``needs``: the format version that its segments need: of shared keys, of packed output gradients.
     """
 
     layers: tuple[LayerSpec, ...]
     versions: Mapping[str, str]
     ranks: int = 1
-    shares_keys: bool = False
+    needs: int = 1
 
     def write(self, layout: Layout, *, rank: int = 0) -> None:
         """Put the manifest in place, whole or not at all; several processes may at the same time."""
         manifest: dict[str, Any] = {
             "format": "dualhook",
-            "version": SHARED_KEYS_SINCE if self.shares_keys else RANKS_SINCE if self.ranks > 1 else 1,
+            "version": max(self.needs, RANKS_SINCE if self.ranks > 1 else 1),
             "written_by": dict(self.versions),
             "layers": [asdict(layer) for layer in self.layers],
         }
@@ -162,7 +173,7 @@ class Manifest:
             if isinstance(version, int) and version <= FORMAT_VERSION:
                 layers = tuple(LayerSpec(**layer) for layer in found["layers"])
                 ranks = int(found.get("ranks", 1))
-                return cls(layers, found["written_by"], ranks, version >= SHARED_KEYS_SINCE)
+                return cls(layers, found["written_by"], ranks, version)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{layout.manifest} is no manifest of a memory: {error}") from error
         raise StoreError(

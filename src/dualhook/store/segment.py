@@ -7,13 +7,16 @@ Buffers are kept and filled again after writing, since first-touch of fresh memo
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dualhook.packing import Packed, Softmax, parts_of
 from dualhook.records import FIELDS, OPTIONAL, LedgerEntry, Rows, absent
 from dualhook.store.ledger import pack
+from dualhook.store.packed import StepWeights
 from dualhook.store.sharing import KEY_ROW, shared_keys
 from dualhook.store.streams import rows_of
 
@@ -27,17 +30,34 @@ class LayerBuffer:
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.weights = StepWeights()
         self.committed = 0
         self.filled = 0
         self.first = 0  # pattern number of row 0
+        self._like: Packed | None = None  # rows that are kept as those here are
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in all tensors."""
         return sum(values[0].nbytes for values in self.tensors.values() if len(values))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is committed."""
+        return self.committed * self.row_bytes + self.weights.nbytes
+
+    def takes(self, rows: Rows) -> bool:
+        """Whether rows can follow those that are here: output gradients are packed in one way, or not."""
+        return not self.filled or type(rows.packed) is type(self._like)
+
     def append(self, rows: Rows) -> None:
         """Copy rows behind the pending ones."""
+        assert self.takes(rows)
+        if not self.filled and type(rows.packed) is not type(self._like):
+            self.tensors = {}
+        self._like = rows.packed
+        if isinstance(rows.packed, Softmax):
+            self.weights.take(rows.packed.weight)
         start, self.filled = self.filled, self.filled + len(rows)
         for name, values in _fields(rows).items():
             room = self._room(name, values, start)[start : self.filled]
@@ -52,7 +72,15 @@ class LayerBuffer:
     def view(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` without a copy."""
         cut = {name: values[start:stop] for name, values in self.tensors.items()}
-        return rows_of(cut, self.first + start)
+        rows, like = rows_of(cut, self.first + start), self._like
+        if like is None:
+            return rows
+        fields: dict[str, Any] = {field: cut[f"{like.name}/{field}"] for field in like.fields}
+        packed = replace(like, **fields)
+        if isinstance(packed, Softmax):
+            step = None if start >= self.committed else int(cut["step"][0])
+            packed = replace(packed, weight=self.weights.of(step))
+        return replace(rows, packed=packed)
 
     def _room(self, name: str, like: Tensor, start: int) -> Tensor:
         """The named tensor, grown to hold ``filled`` rows and widened to hold ``like``'s numbers without loss."""
@@ -86,6 +114,10 @@ class SegmentBuilder:
         """Add pending rows."""
         self.layers.setdefault(layer, LayerBuffer()).append(rows)
 
+    def takes(self, layer: str, rows: Rows) -> bool:
+        """Whether rows of the layer can follow those that are here."""
+        return layer not in self.layers or self.layers[layer].takes(rows)
+
     def start_at(self, layer: str, number: int) -> None:
         """The layer's next row is the pattern with this number."""
         self.layers.setdefault(layer, LayerBuffer()).first = number
@@ -94,6 +126,7 @@ class SegmentBuilder:
         """Forget the layer's pending rows."""
         if layer in self.layers:
             self.layers[layer].filled = self.layers[layer].committed
+            self.layers[layer].weights.rewind()
 
     def pending(self, layer: str) -> Rows | None:
         """The layer's pending rows, or None."""
@@ -114,6 +147,7 @@ class SegmentBuilder:
         if buffer is not None and buffer.filled > buffer.committed:
             buffer.tensors["step"][buffer.committed : buffer.filled].fill_(step)
             buffer.committed = buffer.filled
+            buffer.weights.commit(step)
 
     def add(self, step: int, entries: Iterable[LedgerEntry]) -> None:
         """Add the ledger entries of a step; it may have none, where all that it stepped on was frozen."""
@@ -123,8 +157,7 @@ class SegmentBuilder:
     @property
     def nbytes(self) -> int:
         """Bytes of the committed rows and the ledger."""
-        rows = sum(buffer.committed * buffer.row_bytes for buffer in self.layers.values())
-        return rows + ENTRY_BYTES * len(self.ledger)
+        return sum(buffer.nbytes for buffer in self.layers.values()) + ENTRY_BYTES * len(self.ledger)
 
     @property
     def recorded_rows(self) -> int:
@@ -150,6 +183,7 @@ class SegmentBuilder:
         self.steps = None
         for buffer in self.layers.values():
             buffer.committed = buffer.filled = 0
+            buffer.weights.reset()
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The committed part as named tensors and the header that goes with them."""
@@ -167,11 +201,15 @@ class SegmentBuilder:
             counts[name]["key_of"] = shared.holder
             if shared.rows is not None:
                 rows[name][KEY_ROW] = shared.rows
+        for name, buffer in written.items():
+            rows[name] |= buffer.weights.tensors()
         tensors |= {f"rows/{name}/{part}": values for name, own in rows.items() for part, values in own.items()}
         return tensors, {"steps": self.steps, **header, "rows": counts}
 
 
 def _fields(rows: Rows) -> dict[str, Tensor]:
     fields = {name: getattr(rows, name) for name in FIELDS}
+    if rows.packed is not None:
+        fields |= parts_of(rows.packed)
     fields |= {name: values for name in OPTIONAL if (values := getattr(rows, name)) is not None}
     return fields | {f"column/{name}": values for name, values in rows.columns.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dualhook.maps import map_of
 from dualhook.records import FIELDS, OPTIONAL, LayerSpec, Rows
+from dualhook.store.packed import PER_STEP, form_of, unpacked
 from dualhook.store.sharing import KEY_ROW
 
 __all__ = ["USE", "Stored", "patterns_of", "rows_of"]
@@ -44,10 +45,12 @@ class Stored:
         return stop if self.counts is None else int(self.counts[:stop].sum())
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Stored rows without a copy, but of keys that another layer holds and has more of."""
-        part = {name: values[start:stop] for name, values in self.tensors.items()}
+        """Stored rows; a copy is made of keys that another layer holds and has more of, and of what is packed."""
+        part = {name: values[start:stop] for name, values in self.tensors.items() if name not in PER_STEP}
         if KEY_ROW in part:
             part["key"] = self.tensors["key"].index_select(0, part[KEY_ROW])
+        if form_of(part) is not None:
+            part["output_grad"] = unpacked(self.tensors, part["key"], start, stop, self.spec.out_features)
         return rows_of(part)
 
     def between(self, first_step: int, last_step: int) -> tuple[int, int]:
@@ -59,9 +62,13 @@ class Stored:
         """The patterns of stored rows in blocks, numbered from 0."""
         most = min(block_rows, max(1, UNFOLDED_BYTES // (4 * self.spec.in_features // self.spec.slots)))
         own, most = map_of(self.spec), block_rows if self.spec.kind == "linear" else most
-        for rows in own.patterns(self.rows(start, stop), most):
-            for at in range(0, len(rows), block_rows):
-                yield rows.part(at, min(len(rows), at + block_rows))
+        taken = stop - start
+        if form_of(self.tensors) is not None:
+            taken = min(block_rows, max(1, UNFOLDED_BYTES // (4 * self.spec.out_features)))
+        for first in range(start, stop, max(1, taken)):
+            for rows in own.patterns(self.rows(first, min(stop, first + taken)), most):
+                for at in range(0, len(rows), block_rows):
+                    yield rows.part(at, min(len(rows), at + block_rows))
 
 
 def patterns_of(

@@ -14,7 +14,16 @@ from torch import Tensor
 from dualhook.errors import StoreError
 from dualhook.store.direct import DirectFile
 from dualhook.store.lanes import Segment
-from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, write_tensors
+from dualhook.store.layout import (
+    PACKED_SINCE,
+    SHARED_KEYS_SINCE,
+    Layout,
+    Manifest,
+    open_tensors,
+    read_header,
+    write_tensors,
+)
+from dualhook.store.packed import form_of
 from dualhook.store.segment import SegmentBuilder
 from dualhook.store.sharing import KEY_ROW
 
@@ -55,7 +64,7 @@ class Writer:
         self._number = 0
         self._sealed_bytes = 0
         self._shared_bytes = 0  # of what was sealed, not written since another layer holds it
-        self._shares_keys = False
+        self._needs = 1  # the format version of what was written
         self._made = 1
         self._spare: queue.SimpleQueue[SegmentBuilder] = queue.SimpleQueue()
         self._sealed: queue.Queue[SegmentBuilder | None] = queue.Queue()
@@ -199,7 +208,8 @@ class Writer:
 
     def _write(self, builder: SegmentBuilder) -> None:
         tensors, header = builder.contents()
-        self._share(header["rows"], tensors)
+        self._count_shared(header["rows"], tensors)
+        self._tell_version(header["rows"], tensors)
         path = self.layout.segment(self._number, self.rank)
         if self.rank:
             header["rank"] = self.rank
@@ -209,15 +219,23 @@ class Writer:
         if self._after_write is not None:
             self._after_write(self)
 
-    def _share(self, rows: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-        """Count what a segment shares; before the first that does, the manifest says so."""
+    def _count_shared(self, rows: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        """Count what a segment shares."""
         for name, own in rows.items():
             if "key_of" in own:
                 row_bytes = tensors[f"rows/{own['key_of']}/key"][0].nbytes
                 self._shared_bytes += own["count"] * row_bytes - tensors.get(f"rows/{name}/{KEY_ROW}", NO_INDEX).nbytes
-                if not self._shares_keys:
-                    self._shares_keys = True
-                    replace(Manifest.read(self.layout), shares_keys=True).write(self.layout, rank=self.rank)
+
+    def _tell_version(self, rows: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        """Before the first segment that older readers would misread, the manifest says so."""
+        shares = any("key_of" in own for own in rows.values())
+        packs = any(form_of(name.removeprefix(f"rows/{layer}/") for name in tensors) for layer in rows)
+        needs = PACKED_SINCE if packs else SHARED_KEYS_SINCE if shares else 1
+        if needs > self._needs:
+            self._needs = needs
+            manifest = Manifest.read(self.layout)
+            if needs > manifest.needs:
+                replace(manifest, needs=needs).write(self.layout, rank=self.rank)
 
 
 def _named(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

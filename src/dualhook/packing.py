@@ -1,0 +1,144 @@
+"""Output gradients kept by less than all their numbers: those of a head that is as wide as a vocabulary.
+
+Under softmax cross-entropy a row is a multiple of ``softmax(W x + b) - onehot(target)``: with its key, three numbers
+and the weights as they were it is there again. Of any other row the largest can be kept, which loses the rest.
+
+Letters: ``n`` pattern, ``i`` input, ``o`` output, ``k`` numbers kept of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["FORMS", "Largest", "Packed", "Softmax", "changed", "pack_largest", "pack_softmax", "parts_of"]
+
+LOOKED_AT = 32  # outputs of every row that are compared before it counts as one of a softmax
+# what an entry may be off by: of itself, since an exponent carries the rounding of a logit, and of the loss's factor
+RELATIVE = {torch.float64: 1e-10, torch.float32: 3e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+ABSOLUTE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+FAINT = 1e-12  # of the target's entry: a probability that tells little of the others
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Rows of one step under softmax cross-entropy: ``exp(W x + b - offset)``, but ``value`` at the ``target``.
+
+    ``target`` [n] int32 is the class that was right, ``offset`` [n] the logarithm of what the softmax divides by less
+    that of the loss's factor. ``weight`` [o, i], or [o, i + 1] with the bias behind it, is what the forward passes of
+    the step have used.
+    """
+
+    name: ClassVar[str] = "softmax"
+    fields: ClassVar[tuple[str, ...]] = ("target", "value", "offset")
+
+    target: Tensor
+    value: Tensor
+    offset: Tensor
+    weight: Tensor
+
+    def dense(self, key: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """The output gradients [n, o], or those of some ``outputs``, for keys [n, i] and in their dtype."""
+        weight = self.weight if outputs is None else self.weight.index_select(0, outputs)
+        grads = _logits(key, weight).sub_(self.offset[:, None]).exp_().to(key.dtype)
+        if outputs is None:
+            return grads.scatter_(1, self.target.long()[:, None], self.value[:, None])
+        return torch.where(self.target[:, None] == outputs, self.value[:, None], grads)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Rows of which only the ``value`` [n, k] at some ``index`` [n, k] int32 is kept, of ``width`` outputs."""
+
+    name: ClassVar[str] = "largest"
+    fields: ClassVar[tuple[str, ...]] = ("value", "index")
+
+    value: Tensor
+    index: Tensor
+    width: int
+
+    def dense(self, key: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """The output gradients [n, o], or those of some ``outputs``; zero where nothing is kept."""
+        if outputs is not None:
+            return torch.stack([(self.value * (self.index == output)).sum(1) for output in outputs.tolist()], 1)
+        return self.value.new_zeros(len(self.value), self.width).scatter_(1, self.index.long(), self.value)
+
+
+Packed = Softmax | Largest
+
+FORMS: Mapping[str, type[Packed]] = {form.name: form for form in (Softmax, Largest)}
+
+
+def parts_of(packed: Packed) -> dict[str, Tensor]:
+    """What is kept of every row, by name: ``softmax/target`` and the like."""
+    return {f"{packed.name}/{field}": getattr(packed, field) for field in packed.fields}
+
+
+def changed(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
+    """The same with a change to what is kept of every row."""
+    fields: dict[str, Any] = {field: change(getattr(packed, field)) for field in packed.fields}
+    return replace(packed, **fields)
+
+
+def pack_softmax(key: Tensor, output_grad: Tensor, weight: Tensor, start: int) -> Softmax | None:
+    """Rows under softmax cross-entropy; None if some are something else.
+
+    That is told from some entries of every row, others for another ``start``, and from the sums: all are nothing.
+    ``key`` [n, i], ``output_grad`` [n, o]; ``weight`` [o, i], or [o, i + 1] with the bias, as in the forward pass.
+    """
+    if not len(key) or output_grad.shape[1] < 2 or key.dtype not in RELATIVE:
+        return None
+    value, target = output_grad.min(1)
+    sure = value >= 0
+    if bool(sure.any()):  # a probability of 1 has left no gradient to tell the target by
+        target[sure] = _logits(key[sure], weight).argmax(1)
+        value = output_grad.gather(1, target[:, None]).squeeze(1)
+    stride = max(1, output_grad.shape[1] // LOOKED_AT)
+    outputs = torch.arange(start % stride, output_grad.shape[1], stride, device=key.device)
+    seen = output_grad.index_select(1, outputs)
+    largest, place = seen.max(1)
+    other = outputs[place]
+    faint = largest <= FAINT * value.abs()
+    if bool(faint.any()):  # the probabilities that are looked at are next to nothing
+        largest[faint], other[faint] = output_grad[faint].max(1)
+    offset = _logit_at(key, weight, other) - largest.to(_computed_in(largest)).log()
+    scale = (_logit_at(key, weight, target) - offset).exp() - value  # of the loss: what a probability of 1 adds
+    found = Softmax(target.int(), value, offset, weight)
+    off = (found.dense(key, outputs) - seen).abs() - RELATIVE[key.dtype] * seen.abs()
+    sums = output_grad.sum(1, dtype=offset.dtype).abs()
+    limit = ABSOLUTE[key.dtype] * scale
+    is_softmax = (off <= limit[:, None]).all() & (sums <= limit).all()  # comparisons with NaN are false
+    return found if bool(is_softmax) else None
+
+
+def pack_largest(output_grad: Tensor, count: int) -> Largest:
+    """Rows by their ``count`` largest numbers."""
+    index = output_grad.abs().topk(min(count, output_grad.shape[1]), dim=1).indices
+    return Largest(output_grad.gather(1, index), index.int(), output_grad.shape[1])
+
+
+def _computed_in(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _logits(key: Tensor, weight: Tensor) -> Tensor:
+    """``W x + b`` [n, o], rounded to the dtype of ``key`` as a layer under autocast does it, in 32 bits at least."""
+    dtype = _computed_in(key)
+    used = weight.to(key.dtype).to(dtype)
+    has_bias = weight.shape[1] > key.shape[1]
+    found = F.linear(key.to(dtype), used[:, : key.shape[1]], used[:, -1] if has_bias else None)
+    return found.to(key.dtype).to(dtype)
+
+
+def _logit_at(key: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """One entry of the same per row [n], at ``index`` [n]."""
+    dtype = _computed_in(key)
+    used = weight.index_select(0, index).to(key.dtype).to(dtype)
+    found = (used[:, : key.shape[1]] * key.to(dtype)).sum(1)
+    found = found if weight.shape[1] == key.shape[1] else found + used[:, -1]
+    return found.to(key.dtype).to(dtype)

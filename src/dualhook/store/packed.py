@@ -1,0 +1,88 @@
+"""Packed output gradients in a segment: what is kept of every row, and the weights of every step that has such rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from dualhook.packing import FORMS, Largest, Softmax
+
+__all__ = ["PER_STEP", "WEIGHT_STEP", "StepWeights", "form_of", "unpacked"]
+
+WEIGHT, WEIGHT_STEP = PER_STEP = ("weight", "weight_step")
+"""The tensors of a layer that have no row for every pattern: weights [step, o, i] and their steps, ascending."""
+
+
+class StepWeights:
+    """The weights that rows of a softmax are computed with, one for each step; memory is kept and filled again."""
+
+    def __init__(self) -> None:
+        self._values: Tensor | None = None
+        self._steps: list[int] = []
+        self._is_pending = False
+
+    def take(self, weight: Tensor) -> None:
+        """Copy the weight that the rows of the coming step are made with, if this has not been done."""
+        if self._is_pending:
+            return
+        self._is_pending, count = True, len(self._steps)
+        if self._values is None or len(self._values) == count:
+            grown = torch.empty((count + 1 + count // 2, *weight.shape), dtype=weight.dtype)
+            if self._values is not None:
+                grown[:count] = self._values
+            self._values = grown
+        self._values[count] = weight
+
+    def commit(self, step: int) -> None:
+        """The coming step is ``step``."""
+        if self._is_pending:
+            self._steps.append(step)
+            self._is_pending = False
+
+    def rewind(self) -> None:
+        """Forget that of the coming step."""
+        self._is_pending = False
+
+    def reset(self) -> None:
+        """Forget all."""
+        self._steps, self._is_pending = [], False
+
+    def of(self, step: int | None) -> Tensor:
+        """The weight of a step; None: of the coming one."""
+        assert self._values is not None
+        return self._values[len(self._steps) if step is None else self._steps.index(step)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of steps that have been."""
+        return len(self._steps) * self._values[0].nbytes if self._values is not None else 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is to be written."""
+        if self._values is None or not self._steps:
+            return {}
+        return {WEIGHT: self._values[: len(self._steps)], WEIGHT_STEP: torch.tensor(self._steps)}
+
+
+def form_of(names: Iterable[str]) -> str | None:
+    """How the output gradients of rows with tensors of these names are packed; None: they are not."""
+    return next((form for form in FORMS if any(name.startswith(f"{form}/") for name in names)), None)
+
+
+def unpacked(tensors: Mapping[str, Tensor], key: Tensor, start: int, stop: int, width: int) -> Tensor:
+    """The output gradients [n, o] of some stored rows, ``start`` to ``stop``, with their keys [n, i]."""
+    form = FORMS[form_of(tensors) or ""]
+    fields = {field: tensors[f"{form.name}/{field}"][start:stop] for field in form.fields}
+    if form is Largest:
+        return Largest(**fields, width=width).dense(key)
+    steps, counts = torch.unique_consecutive(tensors["step"][start:stop], return_counts=True)
+    places = torch.searchsorted(tensors[WEIGHT_STEP], steps)
+    parts, at = [], 0
+    for place, count in zip(places.tolist(), counts.tolist(), strict=True):
+        own = slice(at, at + count)
+        packed = Softmax(**{name: values[own] for name, values in fields.items()}, weight=tensors[WEIGHT][place])
+        parts.append(packed.dense(key[own]))
+        at += count
+    return torch.cat(parts) if parts else key.new_zeros(0, width)
