@@ -176,7 +176,7 @@ def _by_query(spec: LayerSpec, calls: Sequence[tuple[Observed, Tensor]], queries
 
 def _patterns(spec: LayerSpec, call: Observed, direction: Tensor, queries: int) -> Rows:
     batch = Batch(torch.arange(queries))
-    rows = as_rows(spec, call.call, direction, batch, every=True)
+    rows = as_rows(spec, call.call, direction, batch)
     on_cpu = Rows(
         rows.key.cpu(), rows.output_grad.cpu(), rows.step, rows.sample, rows.position,
         slot=None if rows.slot is None else rows.slot.cpu(), extent=rows.extent,

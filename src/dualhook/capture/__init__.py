@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dualhook.capture.audit import Audit, RootHook, Verdict
-from dualhook.capture.calls import as_rows, nonzero_rows
+from dualhook.capture.calls import as_rows, used_rows
 from dualhook.capture.compiled import forget_compiled_code
 from dualhook.capture.coverage import coverage_table
 from dualhook.capture.hooks import tapped
@@ -47,11 +47,11 @@ __all__ = [
     "is_sharded",
     "linear_maps",
     "local",
-    "nonzero_rows",
     "observe",
     "select_layers",
     "sequence_number",
     "tapped",
     "unwrapped",
+    "used_rows",
     "whole",
 ]

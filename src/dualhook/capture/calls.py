@@ -23,7 +23,7 @@ __all__ = [
     "compiled_input",
     "is_sequence_first",
     "module_call",
-    "nonzero_rows",
+    "used_rows",
 ]
 
 FIRST = 16  # output gradients of a row that are looked at before all of them
@@ -132,17 +132,11 @@ def _bag_call(
     return Call(key[:, None], ids, of_places=bag)
 
 
-def as_rows(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None, *, every: bool = False) -> Rows:
-    """The rows of one call with the gradient of its output [..., o], with their coordinates.
-
-    Rows that add nothing to any weight, because their output gradient is exactly zero, are left out unless ``every``.
-    """
+def as_rows(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None) -> Rows:
+    """The rows of one call with the gradient of its output [..., o], with their coordinates."""
     if map_of(spec).stores_maps:
-        rows = _maps(spec, call, output_grad, batch)
-    else:
-        rows = _vectors(spec, call, output_grad, batch)
-    # on a CUDA device the look at the numbers would make training wait: it is taken where they have come to the host
-    return rows if every or rows.key.is_cuda else nonzero_rows(rows)
+        return _maps(spec, call, output_grad, batch)
+    return _vectors(spec, call, output_grad, batch)
 
 
 def _vectors(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None) -> Rows:
@@ -251,11 +245,10 @@ def _of_places(places: Places, size: int, may_be_flat: bool) -> tuple[Tensor, Te
     return index // each, index % each
 
 
-def nonzero_rows(rows: Rows) -> Rows:
-    """The rows whose output gradient is not exactly zero."""
-    grads = rows.output_grad
-    used = (grads[:, :FIRST] != 0).any(1)  # mostly that tells
-    if grads.shape[1] > FIRST and not bool(used.all()):
+def used_rows(output_grad: Tensor) -> Tensor | None:
+    """Which rows [n, o] are not exactly zero, as an index on the CPU; None: all. The others add nothing to a weight."""
+    used = (output_grad[:, :FIRST] != 0).any(1)  # mostly that tells
+    if output_grad.shape[1] > FIRST and not bool(used.all()):
         left = (~used).nonzero().squeeze(1)
-        used[left] = grads.index_select(0, left).abs().amax(1) != 0  # three times as fast as any()
-    return rows if bool(used.all()) else rows.at(used.nonzero().squeeze(1).cpu())
+        used[left] = output_grad.index_select(0, left).abs().amax(1) != 0  # three times as fast as any()
+    return None if bool(used.all()) else used.nonzero().squeeze(1).cpu()

@@ -26,6 +26,8 @@ from dualhook.records import Batch, Rows
 
 __all__ = ["Intake", "Sink"]
 
+FIRST = 64  # entries of a gradient that are looked at before all of them
+
 
 class Sink(Protocol):
     """Where rows go that have been accumulated; the recorder is one."""
@@ -178,7 +180,7 @@ class Intake:
         if _state(gradient) == self._left:
             return  # untouched since
         # all-zero gradients without rows are as exact as with them, so a zero that came by chance costs nothing
-        zero = not any(bool(local(one).any()) for one in self._gradients())
+        zero = not any(_any(local(one)) for one in self._gradients())
         # a shard may well be zero all along: then what wrote to it has zeroed between passes, or scaled before a step
         told = self._any is None or current_task() >= 0 or bool(self._any)
         if gradient is None or (zero and told):
@@ -230,6 +232,11 @@ class Intake:
 
     def _forget(self, task: int) -> None:
         self._arrived = [arrival for arrival in self._arrived if arrival.task != task]
+
+
+def _any(values: Tensor) -> bool:
+    """Whether a number is not zero; the first ones mostly tell."""
+    return bool(values.flatten()[:FIRST].any()) or bool(values.any())
 
 
 def _state(gradient: Tensor | None) -> tuple[int, int] | None:

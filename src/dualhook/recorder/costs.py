@@ -46,7 +46,7 @@ def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torc
     patterns, sizes, narrow = [], {}, 0
     keys: dict[str, dict[str, Tensor]] = {}
     for spec in selection.specs:
-        seen = [as_rows(spec, c.call, torch.zeros(c.shape), None, every=True) for c in calls[spec.name]]
+        seen = [as_rows(spec, c.call, torch.zeros(c.shape), None) for c in calls[spec.name]]
         counts = [map_of(spec).counts(rows) for rows in seen]
         patterns.append(sum(len(r) if c is None else int(c.sum()) for r, c in zip(seen, counts, strict=True)))
         costs = [_cost(spec, rows) for rows in seen]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dualhook.packing import Packed, Softmax, changed
+from dualhook.packing import Softmax, changed
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.staging import Staging
 from dualhook.records import Rows
@@ -39,22 +39,21 @@ class Pending:
         """Whether so many rows wait that they must go before others come."""
         return self._writer.builder.pending_bytes > PENDING_BYTES
 
-    def take(self, layer: str, rows: Rows) -> None:
-        """Keep rows."""
+    def take(self, layer: str, rows: Rows, kept: Tensor | None) -> None:
+        """Keep rows, or those of an index ``kept`` [m]."""
         self.seen = True
         dtype = self._dtype or rows.key.dtype
         rows = replace(rows, columns=self._ranks.columns(rows))
         if rows.packed is not None:
-            self._keep_packed(layer, rows, rows.packed, dtype)
+            self._keep_packed(layer, rows, kept, dtype)
             return
         if self._staging.takes(rows):
             self._staging.put(layer, rows, dtype)
             return
-        if rows.key.device.type != "cpu" or dtype != rows.key.dtype:
+        if rows.key.device.type != "cpu":
             slot = None if rows.slot is None else rows.slot.cpu()
-            key, output_grad = rows.key.to("cpu", dtype), rows.output_grad.to("cpu", dtype)
-            rows = replace(rows, key=key, output_grad=output_grad, slot=slot)
-        self._keep(layer, rows)
+            rows = replace(rows, key=rows.key.cpu(), output_grad=rows.output_grad.cpu(), slot=slot)
+        self._keep(layer, rows, kept, dtype)
 
     def drop(self, layers: Iterable[str]) -> None:
         """Forget the rows of some layers."""
@@ -87,7 +86,8 @@ class Pending:
             return []
         return [layer for layer, steps in self._waited.items() if steps >= PATIENCE]
 
-    def _keep(self, layer: str, rows: Rows) -> None:
+    def _keep(self, layer: str, rows: Rows, kept: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        """Copy rows, or those of an index ``kept`` [m], to where they will be written from, as ``dtype``."""
         waiting = self._writer.builder.pending(layer)
         if waiting is not None and type(waiting.packed) is not type(rows.packed):  # of one step, kept in two ways
             whole = waiting.unpacked().at(torch.arange(len(waiting)))  # a copy: it stands where it will be written
@@ -97,14 +97,16 @@ class Pending:
         if not self._writer.builder.takes(layer, rows):
             self._writer.seal()
         if self._writer.builder.takes(layer, rows):  # else it has not been sealed, after an error
-            self._writer.builder.append(layer, rows)
+            self._writer.builder.append(layer, rows, kept, dtype)
 
-    def _keep_packed(self, layer: str, rows: Rows, packed: Packed, dtype: torch.dtype) -> None:
+    def _keep_packed(self, layer: str, rows: Rows, kept: Tensor | None, dtype: torch.dtype) -> None:
         """Keys that output gradients are computed from stay as they are: their rounding would be in an exponent."""
-        packed = changed(packed, Tensor.cpu)
+        assert rows.packed is not None
+        packed = changed(rows.packed, Tensor.cpu)
         if isinstance(packed, Softmax):
             packed, dtype = replace(packed, weight=packed.weight.cpu()), rows.key.dtype
+            kept = packed.used_rows() if kept is None else kept
         else:
             packed = replace(packed, value=packed.value.to(dtype))
-        empty = rows.output_grad.to("cpu", dtype)
-        self._keep(layer, replace(rows, key=rows.key.to("cpu", dtype), output_grad=empty, packed=packed))
+        key, empty = rows.key.cpu(), rows.output_grad.cpu()
+        self._keep(layer, replace(rows, key=key, output_grad=empty, packed=packed), kept, dtype)

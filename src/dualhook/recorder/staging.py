@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dualhook.capture import nonzero_rows
+from dualhook.capture import used_rows
 from dualhook.records import Rows
 
 __all__ = ["Staging"]
@@ -28,7 +28,7 @@ class Staged:
 class Staging:
     """Copies rows on a stream of its own; :meth:`drain` waits for the copies and hands them to ``keep``, in order."""
 
-    def __init__(self, keep: Callable[[str, Rows], None]) -> None:
+    def __init__(self, keep: Callable[[str, Rows, Tensor | None], None]) -> None:
         self._keep = keep
         self._staged: list[Staged] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -63,7 +63,7 @@ class Staging:
         for one in staged:
             if one.done is not None:
                 one.done.synchronize()
-            self._keep(one.layer, nonzero_rows(one.rows))
+            self._keep(one.layer, one.rows, used_rows(one.rows.output_grad))
 
     def _copied(self, source: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event]:
         device = source[0].device

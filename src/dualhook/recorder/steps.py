@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dualhook.capture import Audit, Selection, Use, fit_scales, whole
+from dualhook.capture import Audit, Selection, Use, fit_scales, used_rows, whole
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
 from dualhook.recorder.heads import Heads
 from dualhook.recorder.layers import Layers
@@ -101,8 +101,9 @@ class StepBook:
         self._end_step()
         if self.pending.is_full:
             self._give_up(self.layers.names, f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
-        rows = self.layers.pack(layer, rows, is_first=not self.pending.holds(layer))
-        self.pending.take(layer, rows)
+        # on a CUDA device a look at the numbers would make training wait: it is taken where they have come to the host
+        kept = None if rows.key.is_cuda else used_rows(rows.output_grad)
+        self.pending.take(layer, self.layers.pack(layer, rows, is_first=not self.pending.holds(layer)), kept)
 
     def drop(self, layer: str) -> None:
         """Forget rows whose gradient was zeroed."""

@@ -34,12 +34,15 @@ class LayerBuffer:
         self.committed = 0
         self.filled = 0
         self.first = 0  # pattern number of row 0
+        self._row_bytes: int | None = 0  # None: to be counted again
         self._like: Packed | None = None  # rows that are kept as those here are
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in all tensors."""
-        return sum(values[0].nbytes for values in self.tensors.values() if len(values))
+        if self._row_bytes is None:
+            self._row_bytes = sum(values[0].nbytes for values in self.tensors.values() if len(values))
+        return self._row_bytes
 
     @property
     def nbytes(self) -> int:
@@ -50,24 +53,32 @@ class LayerBuffer:
         """Whether rows can follow those that are here: output gradients are packed in one way, or not."""
         return not self.filled or type(rows.packed) is type(self._like)
 
-    def append(self, rows: Rows) -> None:
-        """Copy rows behind the pending ones."""
+    def append(self, rows: Rows, kept: Tensor | None, dtype: torch.dtype | None) -> None:
+        """Copy rows, or those of an index ``kept`` [m], behind the pending ones; floating numbers as ``dtype``.
+
+        In one go: fresh memory for a copy of the copy would cost more than both.
+        """
         assert self.takes(rows)
         if not self.filled and type(rows.packed) is not type(self._like):
-            self.tensors = {}
+            self.tensors, self._row_bytes = {}, None
         self._like = rows.packed
         if isinstance(rows.packed, Softmax):
             self.weights.take(rows.packed.weight)
-        start, self.filled = self.filled, self.filled + len(rows)
+        start, self.filled = self.filled, self.filled + (len(rows) if kept is None else len(kept))
         for name, values in _fields(rows).items():
-            room = self._room(name, values, start)[start : self.filled]
-            if room.shape == values.shape:
-                room.copy_(values)
-            else:  # a smaller map than others: its extent says how much of the row it takes
+            as_dtype = dtype or values.dtype if name in ("key", "output_grad") else values.dtype
+            room = self._room(name, values, start, as_dtype)[start : self.filled]
+            if room.shape[1:] != values.shape[1:]:  # a smaller map: its extent says how much of the row it takes
                 room[:, values.shape[1] :].zero_()
-                room[:, : values.shape[1]].copy_(values)
+                room = room[:, : values.shape[1]]
+            if kept is not None and room.dtype == values.dtype and room.is_contiguous():
+                torch.index_select(values, 0, kept, out=room)
+            else:
+                room.copy_(values if kept is None else values.index_select(0, kept))
         for name in self.tensors.keys() - _fields(rows).keys():  # a column that this batch does not have
-            self._room(name, self.tensors[name], start)[start : self.filled].fill_(absent(self.tensors[name]))
+            self._room(name, self.tensors[name], start, self.tensors[name].dtype)[start : self.filled].fill_(
+                absent(self.tensors[name])
+            )
 
     def view(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` without a copy."""
@@ -82,14 +93,14 @@ class LayerBuffer:
             packed = replace(packed, weight=self.weights.of(step))
         return replace(rows, packed=packed)
 
-    def _room(self, name: str, like: Tensor, start: int) -> Tensor:
-        """The named tensor, grown to hold ``filled`` rows and widened to hold ``like``'s numbers without loss."""
+    def _room(self, name: str, like: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+        """The named tensor, grown to hold ``filled`` rows and widened to hold ``like``'s as ``dtype`` without loss."""
         held = self.tensors.get(name)
         if held is None:
-            held = torch.empty((0, *like.shape[1:]), dtype=like.dtype)
+            held = torch.empty((0, *like.shape[1:]), dtype=dtype)
             if start:  # a column that appears later: the rows before had none
-                held = torch.full((start, *like.shape[1:]), absent(like), dtype=like.dtype)
-        dtype = torch.promote_types(held.dtype, like.dtype)
+                held = torch.full((start, *like.shape[1:]), absent(like), dtype=dtype)
+        dtype = torch.promote_types(held.dtype, dtype)
         wider = like.dim() == 2 and like.shape[1] > held.shape[1]
         if held.shape[0] < self.filled or held.dtype != dtype or wider:
             rows = self.filled if self.filled <= held.shape[0] else max(self.filled, int(1.5 * held.shape[0]))
@@ -98,7 +109,8 @@ class LayerBuffer:
                 grown[:start, held.shape[1] :].zero_()
             (grown[:start, : held.shape[1]] if wider else grown[:start]).copy_(held[:start])
             held = grown
-        self.tensors[name] = held
+        if self.tensors.get(name) is not held:
+            self.tensors[name], self._row_bytes = held, None
         return held
 
 
@@ -110,9 +122,9 @@ class SegmentBuilder:
         self.ledger: list[LedgerEntry] = []
         self.steps: tuple[int, int] | None = None  # the first and the last one
 
-    def append(self, layer: str, rows: Rows) -> None:
-        """Add pending rows."""
-        self.layers.setdefault(layer, LayerBuffer()).append(rows)
+    def append(self, layer: str, rows: Rows, kept: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        """Add pending rows, or those of an index ``kept`` [m], with keys and output gradients as ``dtype``."""
+        self.layers.setdefault(layer, LayerBuffer()).append(rows, kept, dtype)
 
     def takes(self, layer: str, rows: Rows) -> bool:
         """Whether rows of the layer can follow those that are here."""
@@ -175,7 +187,7 @@ class SegmentBuilder:
             heir = successor.layers.setdefault(name, LayerBuffer())
             heir.first = buffer.first + buffer.committed
             if buffer.filled > buffer.committed:
-                heir.append(buffer.view(buffer.committed, buffer.filled))
+                heir.append(buffer.view(buffer.committed, buffer.filled), None, None)
 
     def reset(self) -> None:
         """Empty the builder; its memory stays."""
