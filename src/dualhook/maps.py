@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -293,6 +294,7 @@ def _outer(key: Tensor, widths: tuple[int, int]) -> Tensor:
     return (first[:, :, None] * second[:, None, :]).flatten(1)
 
 
+@lru_cache(maxsize=4096)
 def map_of(spec: LayerSpec) -> LinearMap:
     """The map of a layer."""
     return Convolution(spec) if spec.kind in ("conv", "conv_transpose") else LinearMap(spec)

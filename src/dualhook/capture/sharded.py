@@ -31,6 +31,8 @@ class Place:
     def trained(self) -> nn.Parameter | None:
         """What an optimiser steps on: the shard, also while the whole parameter takes its place in a pass."""
         found = self.used
+        if self._shard is None and type(found) is nn.Parameter:  # nearly always; asked many times in every step
+            return found
         if found is not None and is_sharded(found):
             self._shard = found
         return found if self._shard is None else self._shard

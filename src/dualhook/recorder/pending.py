@@ -63,7 +63,7 @@ class Pending:
 
     def holds(self, layer: str) -> bool:
         """Whether the layer has rows that no step has used."""
-        return self._staging.holds(layer) or self._writer.builder.pending(layer) is not None
+        return self._staging.holds(layer) or self._writer.builder.holds(layer)
 
     def settle(self) -> None:
         """Wait for rows that are still on their way from a device."""
@@ -88,8 +88,10 @@ class Pending:
 
     def _keep(self, layer: str, rows: Rows, kept: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         """Copy rows, or those of an index ``kept`` [m], to where they will be written from, as ``dtype``."""
-        waiting = self._writer.builder.pending(layer)
-        if waiting is not None and type(waiting.packed) is not type(rows.packed):  # of one step, kept in two ways
+        if self._writer.builder.holds(layer) and not self._writer.builder.takes(layer, rows):
+            # of one step, kept in two ways
+            waiting = self._writer.builder.pending(layer)
+            assert waiting is not None
             whole = waiting.unpacked().at(torch.arange(len(waiting)))  # a copy: it stands where it will be written
             self._writer.builder.rewind(layer)
             self._keep(layer, whole)

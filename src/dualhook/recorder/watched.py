@@ -31,6 +31,7 @@ class Watched:
     anchors: dict[int, Tensor] = field(default_factory=dict)
     """What may be Lookahead's slow weights: its entries after some earlier steps."""
     synchronized: bool = False  # at least once
+    _looked_at: tuple[int, Tensor] | None = None  # of so many entries these
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -70,7 +71,7 @@ class Watched:
             return None
         eps = torch.finfo(parameter.dtype).eps
         for step, slow in self.anchors.items():
-            alpha = fit_synchronization(before, now, slow, eps)
+            alpha = fit_synchronization(before.double(), now.double(), slow.double(), eps)
             if alpha is not None:
                 return alpha, step
         return None
@@ -91,10 +92,10 @@ class Watched:
 
         By value: an evaluation may swap averaged weights in and out again, and ``.data`` leaves no other trace.
         """
-        now = self._fingerprint()
-        return self.entries is not None and (
-            now is None or not torch.equal(self.entries.nan_to_num(), now.nan_to_num())
-        )
+        before, now = self.entries, self._fingerprint()
+        if before is None or now is None or before.dtype != now.dtype:
+            return before is not None
+        return not (torch.equal(before, now) or torch.equal(before.nan_to_num(), now.nan_to_num()))
 
     def state_changed_since(self, optimizer: Optimizer) -> bool:
         """Whether the optimiser's state is another one than its last step has left."""
@@ -110,8 +111,11 @@ class Watched:
         if parameter is None:
             return None
         held = local(parameter)
-        index = torch.arange(0, held.numel(), max(1, held.numel() // FINGERPRINT), device=held.device)
-        return torch.take(held, index).double()
+        count, known = held.numel(), self._looked_at
+        if known is None or known[0] != count or known[1].device != held.device:
+            index = torch.arange(0, count, max(1, count // FINGERPRINT), device=held.device)
+            self._looked_at = known = count, index
+        return torch.take(held, known[1])
 
 
 def state_of(optimizer: Optimizer, parameter: nn.Parameter | None) -> Mapping[str, Any]:

@@ -140,10 +140,15 @@ class SegmentBuilder:
             self.layers[layer].filled = self.layers[layer].committed
             self.layers[layer].weights.rewind()
 
+    def holds(self, layer: str) -> bool:
+        """Whether the layer has pending rows."""
+        buffer = self.layers.get(layer)
+        return buffer is not None and buffer.filled > buffer.committed
+
     def pending(self, layer: str) -> Rows | None:
         """The layer's pending rows, or None."""
         buffer = self.layers.get(layer)
-        return buffer.view(buffer.committed, buffer.filled) if buffer and buffer.filled > buffer.committed else None
+        return buffer.view(buffer.committed, buffer.filled) if buffer is not None and self.holds(layer) else None
 
     def of_step(self, layer: str, step: int) -> Rows | None:
         """The layer's rows that ``step``, the newest, has committed, or None."""
