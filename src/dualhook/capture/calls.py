@@ -26,6 +26,8 @@ __all__ = [
     "used_rows",
 ]
 
+Coordinates = tuple[Tensor, Tensor, dict[str, Tensor]]
+
 FIRST = 16  # output gradients of a row that are looked at before all of them
 
 
@@ -145,15 +147,12 @@ def _vectors(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | No
     d = output_grad.reshape(count, output_grad.shape[-1])
     if call.outputs is not None:
         d = F.pad(d, (call.outputs[0], spec.out_features - call.outputs[1]))
-    sample, position = _places(lead, batch, call, whole=spec.kind == "embedding" and call.of_places is None)
     if call.of_places is not None:
-        there = call.of_places.cpu()
-        d, sample, position = d[call.of_places], sample[there], position[there]
-        count = len(d)
+        d = d[call.of_places]
     # under autocast the map ran on the input cast to the output's dtype
-    key = call.key.reshape(count, call.key.shape[-1]).to(d.dtype)
-    slot = None if call.slot is None else call.slot.reshape(count).int()
-    return _numbered(key, d, sample, position, batch, slot=slot)
+    key = call.key.reshape(len(d), call.key.shape[-1]).to(d.dtype)
+    slot = None if call.slot is None else call.slot.reshape(len(d)).int()
+    return _rows(key, d, _coordinates(lead, batch, call, whole=spec.kind == "embedding"), slot=slot)
 
 
 def _maps(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None) -> Rows:
@@ -166,19 +165,39 @@ def _maps(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None)
     sample, _ = _places(y.shape[:1], batch, alone, whole=False)
     extent = torch.tensor([*x.shape[2:], *y.shape[2:]]).expand(count, -1)
     nothing = torch.zeros(count, dtype=torch.int64)
-    return _numbered(x.reshape(count, -1).to(y.dtype), y.reshape(count, -1), sample, nothing, batch, extent=extent)
+    coordinates = _numbered(sample, nothing, batch)
+    return _rows(x.reshape(count, -1).to(y.dtype), y.reshape(count, -1), coordinates, extent=extent)
 
 
-def _numbered(
+def _rows(
     key: Tensor,
     output_grad: Tensor,
-    index: Tensor,
-    position: Tensor,
-    batch: Batch | None,
+    coordinates: Coordinates,
     slot: Tensor | None = None,
     extent: Tensor | None = None,
 ) -> Rows:
-    """Rows with the sample and the columns of their ``index`` [n] in the batch, -1 where it is not known."""
+    sample, position, columns = coordinates
+    step = torch.zeros_like(sample)  # known when one uses the rows
+    return Rows(key, output_grad, step, sample, position, columns, slot=slot, extent=extent)
+
+
+def _coordinates(lead: Sequence[int], batch: Batch | None, call: Call, *, whole: bool) -> Coordinates:
+    """The coordinates of the rows of an output with leading dimensions ``lead``; see :func:`_places`."""
+    if call.of_places is not None:
+        there = call.of_places.cpu()
+        index, position = _places(lead, batch, call, whole=False)
+        return _numbered(index[there], position[there], batch)
+    if call.places is not None or batch is None:
+        return _numbered(*_places(lead, batch, call, whole=whole), batch)
+    shape = (tuple(lead), call.is_sequence_first, call.may_be_flat, whole)  # that most layers of a model have
+    found: Coordinates | None = batch.known.get(shape)
+    if found is None:
+        found = batch.known[shape] = _numbered(*_places(lead, batch, call, whole=whole), batch)
+    return found
+
+
+def _numbered(index: Tensor, position: Tensor, batch: Batch | None) -> Coordinates:
+    """The sample, position and columns of an ``index`` [n] into the batch, -1 where it is not known."""
     sample, columns = torch.full_like(index, NO_SAMPLE), {}
     if batch is not None and bool((index >= 0).any()):
         known = index.clamp(min=0)
@@ -186,10 +205,7 @@ def _numbered(
         columns = {name: _column(values[known], index) for name, values in batch.columns.items()}
         if batch.positions is not None:
             position = position + torch.where(index < 0, 0, batch.positions[known])
-    # the step is known when one uses the rows
-    return Rows(
-        key, output_grad, torch.zeros_like(sample), sample, position, columns, slot=slot, constant=None, extent=extent
-    )
+    return sample, position, columns
 
 
 def _column(values: Tensor, index: Tensor) -> Tensor:
