@@ -20,8 +20,8 @@ def record(model: nn.Module, path: Path, patterns: int, *, layers: list[str], ba
     torch.manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     with dualhook.instrument(model, path, layers=layers, verbose=False) as recorder:
-        while left := patterns - recorder.steps * batch if recorder.steps * batch < patterns else 0:
-            chosen = torch.randint(0, len(data.train_labels), (min(batch, left),))
+        for start in range(0, patterns, batch):
+            chosen = torch.randint(0, len(data.train_labels), (min(batch, patterns - start),))
             with recorder.batch(samples=chosen):
                 optimizer.zero_grad()
                 F.cross_entropy(model(data.train_images[chosen]), data.train_labels[chosen]).backward()
