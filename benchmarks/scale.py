@@ -85,7 +85,7 @@ def main() -> None:
         print(json.dumps(asked(arguments.ask, arguments.queries, arguments.rounds)))
         return
     folder = Path(tempfile.mkdtemp(prefix="dualhook-scale-"))
-    print(f"49 to 10, {arguments.queries} queries, {arguments.threads} threads; milliseconds, and MB of memory")
+    print(f"49 to 10, {arguments.queries} queries, threads {arguments.threads}; milliseconds, and MB of memory")
     print(f"{'N':>12}" + "".join(f"{name:>22}" for name in COLUMNS))
     rows = []
     try:
