@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dualhook.query import Composition, GroupSums, LayerQuery, Receipt, TopPatterns, dual_output, rebuild, scan
+from dualhook.query.streaming import Scores
 from dualhook.records import LayerSpec, Rows
 
 I, O = 3, 2
@@ -105,6 +108,48 @@ def test_top_patterns_ties_in_the_order_of_recording(case, by, largest, k):
         assert found["sample"][q].long().tolist() == rows.sample[order].tolist()
         assert found["step"][q].long().tolist() == rows.step[order].tolist()
         assert found["position"][q].long().tolist() == rows.position[order].tolist()
+
+
+@given(
+    cases(), BY, st.booleans(), st.sampled_from([1, 2, 3, 5, 60]), st.sampled_from([torch.float32, torch.float64]),
+    st.booleans(), st.booleans(), st.sampled_from([None, 0.3, 0.9]),
+)  # fmt: skip
+def test_whatever_the_blocks_their_order_and_the_dtypes(case, by, largest, k, dtype, backwards, receipt, unknown):
+    rows, made_of, query, direction, source, block_rows = case
+    made_of = replace(made_of, weight=made_of.weight.round())
+    if made_of.bias is not None:
+        made_of = replace(made_of, bias=made_of.bias.round())
+    query, direction = query.round().to(torch.float64), direction.round().half()  # whole numbers: no sum is rounded
+    key = rows.key.round()
+    if unknown is not None and len(rows):
+        key[int(unknown * len(rows))] = torch.nan
+    source.rows = replace(rows, key=key.to(dtype), output_grad=rows.output_grad.round().to(dtype))
+    asked = LayerQuery(made_of, query, direction, direction)
+    top, sums = TopPatterns(k, by, largest), GroupSums(len(asked), lambda block: block.sample)
+    blocks = list(source.blocks("fc", last_step=made_of.horizon, block_rows=block_rows))
+    for block in reversed(blocks) if backwards else blocks:
+        scores = Scores(asked, block)
+        if receipt:  # which has all contributions computed
+            assert len(scores.contribution) == len(asked)
+        top.add(scores)
+        sums.add(scores)
+    true = replace(rows, key=key, output_grad=rows.output_grad.round())
+    weight, contribution, _ = dense(true, made_of, query, direction.double())
+    rank = {"weight": weight, "contribution": contribution}[by.removeprefix("abs_")]
+    rank = rank.abs() if by.startswith("abs_") else rank
+    order = rank.sort(dim=1, descending=largest, stable=True).indices[:, :k]
+    found = top.result(len(asked))
+    assert found["pattern"].long().equal(order)
+    for name, whole in {"weight": weight, "contribution": contribution}.items():
+        assert torch.allclose(found[name].double(), whole.gather(1, order), rtol=0, atol=0, equal_nan=True)
+    groups, counts, totals = sums.result()
+    assert groups.tolist() == torch.unique(rows.sample).tolist()
+    assert counts.tolist() == [int((rows.sample == group).sum()) for group in groups]
+    for name, total in totals.items():
+        whole = {"weight": weight, "contribution": contribution}[name.removeprefix("abs_")]
+        whole = whole.abs() if name.startswith("abs_") else whole
+        expected = torch.zeros_like(total).index_add_(1, torch.searchsorted(groups, rows.sample), whole)
+        assert torch.allclose(total, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @given(cases())

@@ -42,42 +42,54 @@ class TopPatterns:
         self.by = by
         self.largest = largest
         self._best: dict[str, Tensor] = {}
+        self._behind = {"rank": -torch.inf if largest else torch.nan, "pattern": torch.iinfo(torch.int64).max}
         self._first = 0  # pattern number of the block that was seen last
 
     def add(self, scores: Scores) -> None:
-        found = self._candidates(scores)
-        if self._best:  # a replay shows the newest patterns first
-            newer = scores.rows.first >= self._first
-            pair = (self._best, found) if newer else (found, self._best)
-            found = {name: torch.cat([part[name] for part in pair], 1) for name in found}
+        ahead = self._ahead(criterion(scores, self.by), scores.rows.first)
+        query, index = ahead.nonzero().unbind(1)
         self._first = scores.rows.first
-        # stable: earlier patterns stand first among equals
-        order = found["rank"].sort(dim=1, descending=self.largest, stable=True).indices[:, : self.k]
-        self._best = {name: values.gather(1, order) for name, values in found.items()}
+        if not len(query):
+            return
+        chosen, counts = torch.unique_consecutive(query, return_counts=True)
+        row = torch.repeat_interleave(counts)
+        at = row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+        best = {}
+        for name, values in self._fields(scores, query, index).items():
+            found = values.new_full((len(chosen), int(counts.max())), self._behind.get(name, 0))
+            found[at] = values
+            best[name] = torch.cat([self._best[name][chosen], found], 1) if self._best else found
+        for name, descending in (("pattern", False), ("rank", self.largest)):  # equal ones by their number
+            order = best[name].sort(dim=1, descending=descending, stable=True).indices
+            order = order if name == "pattern" else order[:, : self.k]
+            best = {field: values.gather(1, order) for field, values in best.items()}
+        every = len(chosen) == len(ahead)  # as long as they are fewer than k
+        self._best = best if every else {n: v.index_copy(0, chosen, best[n]) for n, v in self._best.items()}
 
     def result(self, queries: int) -> dict[str, Tensor]:
         """The fields, each [q, at most k], best first."""
         empty = torch.zeros((queries, 0))
         return {name: self._best.get(name, empty) for name in self.FIELDS}
 
-    def _candidates(self, scores: Scores) -> dict[str, Tensor]:
-        rank = criterion(scores, self.by)
-        k = min(self.k, rank.shape[1])
-        limit, index = rank.topk(k, dim=1, largest=self.largest)
-        limit = limit[:, -1:]
-        level = rank == limit
-        if int(level.sum()) > int((rank.gather(1, index) == limit).sum()):  # equals were cut off: keep the earliest
-            better = rank > limit if self.largest else rank < limit
-            index = torch.where(better, 2, level.long()).sort(dim=1, descending=True, stable=True).indices[:, :k]
-        index = index.sort(dim=1).values
+    def _ahead(self, rank: Tensor, first: int) -> Tensor:
+        """Which patterns of a block, ``rank`` [q, n] from number ``first`` on, may be among the ``k`` best so far."""
+        held = self._best.get("rank")
+        if held is None or held.shape[1] < self.k:
+            return torch.ones_like(rank, dtype=torch.bool)
+        last = held[:, -1:]
+        if first >= self._first:  # the earlier one of equals stays; a replay shows the newest patterns first
+            return ~(rank <= last) if self.largest else ~(rank >= last)  # NaN is the largest, as in sort
+        return ~(rank < last) if self.largest else ~(rank > last)
+
+    def _fields(self, scores: Scores, query: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """What is kept of the patterns with an ``index`` [m] in the block, each for one query."""
         rows = scores.rows
-        fields = {
-            "rank": rank.gather(1, index),
+        return {
+            "rank": criterion(scores, self.by)[query, index],
             "pattern": index + rows.first,
-            "weight": scores.weight.gather(1, index),
-            "contribution": scores.contribution.gather(1, index),
-        }
-        return fields | {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
+            "weight": scores.weight[query, index],
+            "contribution": scores.contribution_of(query, index),
+        } | {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
 
 
 class GroupSums:
@@ -92,8 +104,11 @@ class GroupSums:
 
     def add(self, scores: Scores) -> None:
         groups = self._group_of(scores.rows)
-        totals = [criterion(scores, name).double() for name in self.FIELDS]  # type: ignore[arg-type]
-        self._summed.append(_Summed(groups, torch.ones_like(groups), torch.stack(totals)).by_group())
+        group, place = torch.unique(groups, return_inverse=True)
+        totals = torch.zeros((len(self.FIELDS), len(scores.weight), len(group)), dtype=torch.float64)
+        for total, name in zip(totals, self.FIELDS, strict=True):
+            total.index_add_(1, place, criterion(scores, name).double())  # type: ignore[arg-type]
+        self._summed.append(_Summed(group, torch.bincount(place, minlength=len(group)), totals))
         if sum(len(later.group) for later in self._summed[1:]) > len(self._summed[0].group):
             self._merge()  # seldom enough that each group is moved a few times only
 

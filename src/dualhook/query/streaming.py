@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK_ROWS", "LayerQuery", "Pass", "Scores", "dual_output", "scan"]
 
 BLOCK_ROWS = 4096
-BLOCK_SCORES = 2**24  # numbers of one score matrix: many queries make the blocks shorter
+CACHED_SCORES = 2**15  # numbers of one score matrix that stays in the cache: many queries make the blocks shorter, …
+LEAST_ROWS = 512  # … but not so short that products lose their speed …
+BLOCK_SCORES = 2**24  # … unless the score matrix would grow large
 KEPT = 4  # an answer of up to this part of the replay's budget is kept
 SAVE_SECONDS = 30.0  # between two times that a long replay saves what it has
 
@@ -124,11 +126,11 @@ class Scores:
     def weight(self) -> Tensor:
         """Attention weights ``key · query``, the bias's constant 1 included [q, n]."""
         if self._asked.made_of.bias is None:
-            return self._products.sum(1)
+            return _over_positions(self._products)
         ones: Tensor | float = self._constants if self._constants is not None else 1.0
         if self._asked.present is not None:
             ones = ones * self._asked.present[..., None].to(self._dtype)
-        return (self._products + ones).sum(1)
+        return _over_positions(self._products + ones)
 
     @cached_property
     def contribution(self) -> Tensor:
@@ -136,9 +138,22 @@ class Scores:
         if self._replayed is not None and self._asked.made_of.only_replays:
             return self._replayed
         along = self._asked.direction
-        terms = [(attended * _against(along, d, self._dtype)).sum(1) for attended, d in self._terms]
-        by_step = -torch.stack(terms).sum(0) if len(terms) > 1 else -terms[0]
+        terms = [_over_positions(_against(along, d, self._dtype).mul_(attended)) for attended, d in self._terms]
+        by_step = sum(terms[1:], terms[0]).neg_()
         return by_step if self._replayed is None else by_step + self._replayed
+
+    def contribution_of(self, query: Tensor, pattern: Tensor) -> Tensor:
+        """Contributions [m] of some of the block's patterns [m], each to one query of [m].
+
+        Where they are few, and the block's contributions not asked for otherwise, other output gradients are not read.
+        """
+        known = self._replayed is not None or "contribution" in vars(self)
+        if known or self._asked.query.shape[1] > 1 or len(pattern) >= len(self.rows):
+            return self.contribution[query, pattern]
+        along, found = self._asked.direction[query, 0].to(self._dtype), torch.zeros(len(query), dtype=self._dtype)
+        for attended, d in self._terms:
+            found -= (along * d[pattern]).sum(1).mul_(attended[query, 0, pattern])
+        return found
 
     def output(self) -> Tensor:
         """What the block's coefficients by step add to the layer's output [q, p, o]."""
@@ -220,7 +235,8 @@ class Pass:
         if asked.made_of.replays and self.answer is None:
             yield from self._replayed()
             return
-        rows = max(1, min(BLOCK_ROWS, BLOCK_SCORES // max(1, asked.query.shape[0] * asked.query.shape[1])))
+        queries = max(1, asked.query.shape[0] * asked.query.shape[1])
+        rows = min(BLOCK_ROWS, max(LEAST_ROWS, CACHED_SCORES // queries), max(1, BLOCK_SCORES // queries))
         yield from self._scanned(rows, None if self.answer is None else self.answer.contribution)
 
     def _scanned(self, rows: int, scores: Tensor | None, first_step: int = 0) -> Iterator[tuple[Rows, Tensor | None]]:
@@ -326,6 +342,11 @@ def bias_output(asked: LayerQuery, bias: Tensor) -> Tensor:
 def _against(query: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Products of [q, p, d] with [n, d], as [q, p, n]."""
     return (query.to(dtype).reshape(-1, query.shape[-1]) @ rows.to(dtype).T).reshape(*query.shape[:2], -1)
+
+
+def _over_positions(scores: Tensor) -> Tensor:
+    """The sum over a query's positions [q, n] of scores [q, p, n]; of one position the scores themselves."""
+    return scores[:, 0] if scores.shape[1] == 1 else scores.sum(1)
 
 
 def _computing_dtype(rows: Rows) -> torch.dtype:

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
 from dualhook.store.direct import DirectFile
+from dualhook.store.mapped import MappedFile
 
 __all__ = [
     "FORMAT_VERSION",
@@ -191,15 +191,15 @@ def write_tensors(
     os.replace(partial, path)
 
 
-def open_tensors(path: Path) -> Any:
+def open_tensors(path: Path) -> MappedFile:
     """Open a safetensors file for memory-mapped reading.
 
     Raises:
         StoreError: the file is gone or is no safetensors file.
     """
     try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+        return MappedFile(path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
 
 

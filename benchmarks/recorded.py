@@ -1,0 +1,31 @@
+"""Memories to ask: real recordings of chosen sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dualhook
+from dualhook.data import load_fashion_mnist_subset
+
+__all__ = ["record"]
+
+
+def record(model: nn.Module, path: Path, patterns: int, *, layers: list[str], batch: int) -> dualhook.DualMemory:
+    """Train ``model`` on Fashion-MNIST images by SGD until its ``layers`` have so many patterns; column label."""
+    data = load_fashion_mnist_subset()
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    with dualhook.instrument(model, path, layers=layers, verbose=False) as recorder:
+        for start in range(0, patterns, batch):
+            chosen = torch.randint(0, len(data.train_labels), (min(batch, patterns - start),))
+            with recorder.batch(samples=chosen):
+                optimizer.zero_grad()
+                F.cross_entropy(model(data.train_images[chosen]), data.train_labels[chosen]).backward()
+                optimizer.step()
+    memory = recorder.close()
+    memory.add_column("label", data.train_labels)
+    return memory
