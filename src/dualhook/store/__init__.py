@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dualhook.store.answers import AnswerFiles
-from dualhook.store.cutting import cut_after
+from dualhook.store.cutting import cut_after, tidy
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.reader import Store
 from dualhook.store.segment import SegmentBuilder
@@ -20,4 +20,5 @@ __all__ = [
     "Writer",
     "cut_after",
     "shared_keys",
+    "tidy",
 ]

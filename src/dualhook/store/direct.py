@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualhook.store.durable import write_all
+
 __all__ = ["DirectFile"]
 
 ALIGNMENT = 4096
@@ -68,9 +70,9 @@ class DirectFile:
                     self._view[filled : filled + taken] = part[:taken]
                     part, filled = part[taken:], filled + taken
                     if filled == BUFFER_BYTES:
-                        _write_all(handle, self._view)
+                        write_all(handle, self._view)
                         filled = 0
-            _write_all(handle, self._view[: -(-filled // ALIGNMENT) * ALIGNMENT])  # up to a whole block, …
+            write_all(handle, self._view[: -(-filled // ALIGNMENT) * ALIGNMENT])  # up to a whole block, …
             os.truncate(handle, size)  # … which the file then gives back
             os.fsync(handle)
         finally:
@@ -93,8 +95,3 @@ def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
         if tensor.numel():
             data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
             yield memoryview(data).cast("B")
-
-
-def _write_all(handle: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(handle, view) :]

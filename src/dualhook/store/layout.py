@@ -17,6 +17,7 @@ from torch import Tensor
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
 from dualhook.store.direct import DirectFile
+from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 
 __all__ = ["FORMAT_VERSION", "Layout", "Manifest", "open_tensors", "read_header", "tensor_names", "write_tensors"]
 
@@ -37,6 +38,11 @@ class Layout:
     def manifest(self) -> Path:
         """The file that makes a directory a memory."""
         return self.root / "dualhook.json"
+
+    @property
+    def unfinished(self) -> Path:
+        """The manifest before it has its name: without the other one, of a memory that is being made or removed."""
+        return self.manifest.with_suffix(f".json{PARTIAL}")
 
     @property
     def latest(self) -> Path:
@@ -87,8 +93,13 @@ class Layout:
         """Every column file."""
         return sorted(self.root.glob("columns/*.safetensors"))
 
+    def partials(self) -> list[Path]:
+        """Every file that was being written when a process ended."""
+        folders = [self.root, self.answers, *(self.root / folder for folder in FOLDERS)]
+        return [path for folder in folders for path in sorted(folder.glob(f"*{PARTIAL}"))]
+
     def create(self, *, overwrite: bool) -> None:
-        """Make the directory ready for a new memory.
+        """Make the directory ready for a new memory; one that was never finished is no obstacle.
 
         Raises:
             StoreError: it holds a memory and ``overwrite`` is false, or it holds something else.
@@ -99,17 +110,27 @@ class Layout:
                     f"{self.root} already holds a memory: choose another path, or pass overwrite=True to replace it"
                 )
             self.clear()
+        elif self.unfinished.exists():
+            self.clear()
         elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise StoreError(
                 f"{self.root} exists and is not empty, but holds no memory: choose another path "
                 "(overwrite=True replaces memories only, never other files)"
             )
-        for folder in FOLDERS:
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        new = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.unfinished.touch()
+        for folder in [self.root, *(folder.parent for folder in new)]:
+            settle(folder)
+        for name in FOLDERS:
+            (self.root / name).mkdir(exist_ok=True)
+        settle(self.root)
 
     def clear(self) -> None:
         """Remove the memory's own files; whatever else lies in the directory stays."""
-        self.manifest.unlink(missing_ok=True)  # first: from here on it is no memory any more
+        if self.manifest.exists():
+            os.replace(self.manifest, self.unfinished)  # first: from here on it is no memory any more
+            settle(self.root)
         self.latest.unlink(missing_ok=True)
         for folder in FOLDERS:
             shutil.rmtree(self.root / folder, ignore_errors=True)
@@ -139,9 +160,8 @@ class Manifest:
         if self.ranks > 1:
             manifest["ranks"] = self.ranks
         text = json.dumps(manifest, indent=2)
-        partial = layout.manifest.with_suffix(f".json.{rank}.partial" if rank else ".json.partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, layout.manifest)
+        partial = layout.manifest.with_suffix(f".json.{rank}{PARTIAL}") if rank else layout.unfinished
+        put(layout.manifest, lambda path: write_bytes(path, f"{text}\n".encode()), partial)
 
     @classmethod
     def read(cls, layout: Layout) -> Manifest:
@@ -175,9 +195,8 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], file: DirectFile | None = None
 ) -> None:
     """Write one safetensors file, whole or not at all: it appears under its name once it is complete."""
-    partial = path.with_suffix(".partial")
-    (file or DirectFile()).write(partial, tensors, {HEADER: json.dumps(header)})
-    os.replace(partial, path)
+    direct = file or DirectFile()
+    put(path, lambda partial: direct.write(partial, tensors, {HEADER: json.dumps(header)}))
 
 
 def open_tensors(path: Path) -> Any:
