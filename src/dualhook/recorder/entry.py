@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from dualhook.capture import Selection, innermost, select_layers, tapped, unwrapped
 from dualhook.capture.selection import LayerChoice
 from dualhook.errors import DualHookError, LayerError, StoreError
-from dualhook.recorder.front import OPEN, OnFull, Recorder
+from dualhook.recorder.front import OPEN, OnError, OnFull, Recorder
 from dualhook.recorder.ranks import Ranks, ranks_of
 from dualhook.recorder.resuming import resumed
 from dualhook.recorder.scope import TemporaryRoot
@@ -36,6 +36,7 @@ def instrument(
     dtype: torch.dtype | None = None,
     max_bytes: int | None = None,
     on_full: OnFull | None = None,
+    on_error: OnError = "warn",
     group: Any = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -62,6 +63,8 @@ def instrument(
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
             exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop. Default
             ``"fold"``, but ``"stop"`` where several processes train the model: their patterns cannot be folded.
+        on_error: when the disk fails, or anything of the recorder's own while training runs, ``"warn"`` stops recording
+            with one warning and lets training go on, ``"raise"`` stops both. What was committed stays valid either way.
         group: the ``torch.distributed`` process group that trains the model together, where the model is not wrapped
             in ``DistributedDataParallel`` yet; otherwise found by itself, of ``fully_shard`` too. Every process calls
             ``instrument`` with the same path, on one file system, and gets one memory of all.
@@ -89,6 +92,8 @@ def instrument(
         raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype for the stored rows, or None")
     if on_full not in (None, "fold", "stop", "error"):
         raise DualHookError(f"on_full={on_full!r}: expected 'fold', 'stop' or 'error'")
+    if on_error not in ("warn", "raise"):
+        raise DualHookError(f"on_error={on_error!r}: expected 'warn' or 'raise'")
     if max_bytes is not None and not (isinstance(max_bytes, int) and max_bytes > 0):
         raise DualHookError(f"max_bytes={max_bytes}: expected a number of bytes above 0, or None")
     given: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer] if optimizer else []
@@ -119,8 +124,8 @@ def instrument(
     budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
     return Recorder(
         inner, selection, layout, optimizers=given, dtype=dtype, budget=budget,
-        on_full=on_full or ("stop" if ranks.several else "fold"), ranks=ranks, verbose=verbose, temporary=temporary,
-        resumed_at=resumed_at,
+        on_full=on_full or ("stop" if ranks.several else "fold"), on_error=on_error, ranks=ranks, verbose=verbose,
+        temporary=temporary, resumed_at=resumed_at,
     )  # fmt: skip
 
 
@@ -128,8 +133,11 @@ def _create(layout: Layout, selection: Selection, ranks: Ranks, *, overwrite: bo
     """Begin a memory, in a directory that all processes see."""
 
     def create() -> str:
-        layout.create(overwrite=overwrite)
-        Manifest(selection.specs, _versions(), ranks.size).write(layout)
+        try:
+            layout.create(overwrite=overwrite)
+            Manifest(selection.specs, _versions(), ranks.size).write(layout)
+        except OSError as error:
+            raise StoreError(f"{layout.root} cannot be written: {error}") from error
         return ""
 
     ranks.wait()  # until no process writes to what is there

@@ -10,22 +10,22 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dualhook.capture import Audit, Measurement, Selection, fit_scales, whole
+from dualhook.capture import Audit, Guard, Selection, fit_scales, whole
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
 from dualhook.recorder.layers import Layers
 from dualhook.recorder.measuring import Measuring
 from dualhook.recorder.notices import Notices
 from dualhook.recorder.pending import PATIENCE, PENDING_BYTES, Pending
 from dualhook.recorder.ranks import Ranks
-from dualhook.recorder.selfcheck import Prediction, is_due, predict
+from dualhook.recorder.selfcheck import is_due, predict
 from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
+from dualhook.recorder.step import Step
 from dualhook.recorder.watched import Watched, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LayerSpec, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
@@ -33,27 +33,6 @@ from dualhook.store import Writer
 __all__ = ["StepBook"]
 
 WHOLE_EVERY = 8  # steps between two looks at the whole gradient; the first few have one each
-
-
-@dataclass
-class Step:
-    """One optimiser step, between torch's hook before it and the one after it."""
-
-    optimizer: Optimizer
-    name: str  # what the ledger calls the optimiser
-    has_closure: bool
-    stepped: list[tuple[Watched, int, Mark]]  # parameter, its group, what is known beforehand
-    hyper: list[dict[str, float]]
-    state: dict[str, dict[str, float]]
-    loss_scale: float  # what the step itself divides the gradients by
-    fitting: dict[str, Tensor] = field(default_factory=dict)  # copies of parameters whose change is to be fitted
-    measured: dict[str, Measurement] = field(default_factory=dict)
-    predicted: dict[str, Prediction] = field(default_factory=dict)
-
-    def gradient_of(self, watched: Watched) -> Tensor | None:
-        """The gradient that the step works with."""
-        gradient = gradient_of(watched)
-        return gradient if gradient is None or self.loss_scale == 1.0 else gradient / self.loss_scale
 
 
 class StepBook:
@@ -70,10 +49,14 @@ class StepBook:
         ranks: Ranks,
         dtype: torch.dtype | None,
         on_step: Callable[[int], None],
+        guard: Guard,
     ) -> None:
+        self.guard = guard
         self.writer = writer
         self.ranks = ranks
         self.step = 0
+        self._whole = 0  # the last step with nothing missing, as far as is known
+        self._moves = False  # whether the current step has changed the weights and is not in the book yet
         self.recording = True
         self.batch: Batch | None = None
         self.batch_since = 0
@@ -95,7 +78,7 @@ class StepBook:
 
     def go_on(self, step: int, begun: Container[str]) -> None:
         """Continue after a step; the recording of some parameters has begun."""
-        self.step = step
+        self.step = self._whole = step
         self.snapshots.go_on(step)
         for name, watched in self.layers.watched.items():
             if name in begun:
@@ -205,6 +188,7 @@ class StepBook:
         step, self._current, self._skipping = self._current, None, []
         if step is None or step.optimizer is not optimizer:
             return
+        self._moves = True
         if step.has_closure:  # its forward pass may have been the first, which tells what is recorded at all
             watched_now = self.layers.watched
             step.stepped = [one for one in step.stepped if watched_now.get(one[0].name) is one[0]]
@@ -222,6 +206,20 @@ class StepBook:
             watched.remember(optimizer, self.step)
             self._broken.discard(watched.name)
         self.snapshots.stepped(optimizer, step.name, [watched for watched, _, _ in step.stepped])
+        self._whole, self._moves = self.step, False
+
+    def end(self, *, in_step: bool) -> bool:
+        """Go back to the last whole step for good; whether the weights are still those that it has left.
+
+        ``in_step``: an optimiser's step has been cut off, on a backward pass on which others may have stepped.
+        """
+        if in_step and self._stepping:
+            self._whole = min(self._whole, self.step - 1)
+        is_current = self._whole == self.step and self._current is None and not self._moves
+        self.step = self._whole
+        self.pending.drop(self.layers.names)
+        self.writer.builder.withdraw(self.step)
+        return is_current
 
     def notice(self, among: Iterable[Watched] | None = None) -> set[str]:
         """Note Lookahead's synchronisations since the last step; the parameters that something else has changed.
