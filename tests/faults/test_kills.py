@@ -21,6 +21,7 @@ from faults import loop
 from torch import Tensor
 
 import dualhook
+from dualhook.store import inspected
 
 KILLS = int(os.environ.get("DUALHOOK_KILLS", "24"))
 SECONDS = 0.7  # what a run takes, about
@@ -78,6 +79,7 @@ def check(path: Path, scenario: str, kept: int, draw: random.Random) -> int:
     files = sorted(path.rglob("*"))
     memory = dualhook.load(path)
     first, last = memory._store.first_step, memory.steps
+    assert not inspected(memory._store.layout, memory._store.manifest, deep=True).damage
     assert last >= kept, "a step was lost that flush() had put on disk"
     for layer in memory.layers:
         there, expected = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def test_half_written_files_are_removed_by_going_on_and_not_by_reading(tmp_path)
 
 
 def test_what_folding_was_about_to_remove_is_removed_by_going_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("uuid.uuid4", lambda: uuid.UUID(int=7))  # the files of both are those of one memory
     model, memory = recorded(tmp_path / "run", max_bytes=200)
     folded, layout = memory._store.first_step, memory._store.layout
     monkeypatch.setattr("dualhook.recorder.front.SEGMENT_BYTES", 1)  # a segment for every step

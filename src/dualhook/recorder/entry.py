@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -135,7 +136,7 @@ def _create(layout: Layout, selection: Selection, ranks: Ranks, *, overwrite: bo
     def create() -> str:
         try:
             layout.create(overwrite=overwrite)
-            Manifest(selection.specs, _versions(), ranks.size).write(layout)
+            Manifest(selection.specs, _versions(), ranks.size, id=uuid.uuid4().hex).write(layout)
         except OSError as error:
             raise StoreError(f"{layout.root} cannot be written: {error}") from error
         return ""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dualhook.store.durable import write_all
 
-__all__ = ["DirectFile"]
+__all__ = ["NAMES", "DirectFile", "bytes_of"]
 
 ALIGNMENT = 4096
 BUFFER_BYTES = 4 * 2**20
@@ -93,5 +93,10 @@ def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
         if tensor.numel():
-            data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
-            yield memoryview(data).cast("B")
+            yield bytes_of(tensor)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a contiguous CPU tensor that is not empty, without a copy."""
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
+    return memoryview(data).cast("B")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
+from dualhook.store.checksums import text_digest, with_checksums
 from dualhook.store.direct import DirectFile
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 
@@ -55,8 +56,9 @@ class Layout:
 
     def segments(self, rank: int | None = None) -> list[Path]:
         """Every committed segment, or those that one process has written: process by process, oldest first."""
-        names = "[0-9r]*" if rank is None else f"r{rank:04d}-*" if rank else "[0-9]*"
-        return sorted(self.root.glob(f"segments/{names}.safetensors"))
+        process = r"(r\d{4}-)?" if rank is None else f"r{rank:04d}-" if rank else ""
+        found = self.root.glob("segments/*.safetensors")
+        return sorted(path for path in found if re.fullmatch(process + r"\d{8,}", path.stem))
 
     def origin(self, number: int) -> Path:
         """An origin file, counted from 0; a later one takes the place of earlier ones for the parameters it holds."""
@@ -141,13 +143,19 @@ class Layout:
 class Manifest:
     """What a memory holds: versions, the linear maps of the model, and how many processes have written it.
 
-    ``shares_keys``: some segment may hold keys once that several layers have read.
+    ``shares_keys``: some segment may hold keys once that several layers have read. ``id`` tells the memory from others.
     """
 
     layers: tuple[LayerSpec, ...]
     versions: Mapping[str, str]
     ranks: int = 1
     shares_keys: bool = False
+    id: str | None = None
+
+    @property
+    def stamp(self) -> dict[str, str]:
+        """What the headers of the memory's files say of it."""
+        return {} if self.id is None else {"memory": self.id}
 
     def write(self, layout: Layout, *, rank: int = 0) -> None:
         """Put the manifest in place, whole or not at all; several processes may at the same time."""
@@ -159,6 +167,9 @@ class Manifest:
         }
         if self.ranks > 1:
             manifest["ranks"] = self.ranks
+        if self.id is not None:
+            manifest["id"] = self.id
+        manifest["checksum"] = text_digest(json.dumps(manifest))
         text = json.dumps(manifest, indent=2)
         partial = layout.manifest.with_suffix(f".json.{rank}{PARTIAL}") if rank else layout.unfinished
         put(layout.manifest, lambda path: write_bytes(path, f"{text}\n".encode()), partial)
@@ -179,10 +190,13 @@ class Manifest:
             version = found["version"]
             if found["format"] != "dualhook":
                 raise ValueError(f"format {found['format']!r}")
+            checksum = found.pop("checksum", None)
+            if checksum not in (None, text_digest(json.dumps(found))):
+                raise ValueError("it is not as it was written")
             if isinstance(version, int) and version <= FORMAT_VERSION:
                 layers = tuple(LayerSpec(**layer) for layer in found["layers"])
                 ranks = int(found.get("ranks", 1))
-                return cls(layers, found["written_by"], ranks, version >= SHARED_KEYS_SINCE)
+                return cls(layers, found["written_by"], ranks, version >= SHARED_KEYS_SINCE, found.get("id"))
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{layout.manifest} is no manifest of a memory: {error}") from error
         raise StoreError(
@@ -195,8 +209,8 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], file: DirectFile | None = None
 ) -> None:
     """Write one safetensors file, whole or not at all: it appears under its name once it is complete."""
-    direct = file or DirectFile()
-    put(path, lambda partial: direct.write(partial, tensors, {HEADER: json.dumps(header)}))
+    direct, text = file or DirectFile(), json.dumps(with_checksums(header, tensors))
+    put(path, lambda partial: direct.write(partial, tensors, {HEADER: text}))
 
 
 def open_tensors(path: Path) -> Any:

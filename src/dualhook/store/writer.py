@@ -59,6 +59,7 @@ class Writer:
         self.waited = 0.0
         """Seconds for which other threads than the writing one have waited for the disk."""
         self._after_write = after_write
+        self._stamp = Manifest.read(layout).stamp
         self._number = 0
         self._sealed_bytes = 0
         self._shared_bytes = 0  # of what was sealed, not written since another layer holds it
@@ -154,7 +155,7 @@ class Writer:
             path = self.layout.origin(self._origin_number)
             self._origin_number += 1
             with self._waiting():
-                write_tensors(path, _named(parts), header)
+                write_tensors(path, _named(parts), header | {"number": int(path.stem)} | self._stamp)
 
     def write_snapshot(self, step: int, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write tensors of the optimiser's state of some parameters as they are after ``step``."""
@@ -162,13 +163,13 @@ class Writer:
             return
         header = {"kind": "snapshot", "step": step, "parameters": {name: list(own) for name, own in parts.items()}}
         with self._waiting():
-            write_tensors(self.layout.snapshot(step), _named(parts), header)
+            write_tensors(self.layout.snapshot(step), _named(parts), header | self._stamp)
 
     def write_latest(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the weights after the last step."""
         if not self.rank:
             with self._waiting():
-                write_tensors(self.layout.latest, tensors, {"kind": "latest", "step": step})
+                write_tensors(self.layout.latest, tensors, {"kind": "latest", "step": step} | self._stamp)
 
     def close(self, *, discard: bool = False) -> None:
         """Write what is left (unless it is to be discarded) and end the thread.
@@ -222,7 +223,8 @@ class Writer:
         path = self.layout.segment(self._number, self.rank)
         if self.rank:
             header["rank"] = self.rank
-        write_tensors(path, tensors, {"kind": "segment", "number": self._number, **header}, self._file)
+        header = {"kind": "segment", "number": self._number, **header, **self._stamp}
+        write_tensors(path, tensors, header, self._file)
         self._number += 1
         self.last_step = header["steps"][1]
         self.bytes += path.stat().st_size
