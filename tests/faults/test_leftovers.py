@@ -12,6 +12,7 @@ from torch import nn
 
 import dualhook
 from dualhook.errors import StoreError
+from dualhook.store import Layout
 
 HALF = ("dualhook.json.partial", "latest.partial", "segments/00000007.partial", "origin/00000001.partial",
         "snapshots/00000009.partial", "columns/label.partial", "answers/0f.partial")  # fmt: skip
@@ -56,6 +57,17 @@ def test_what_folding_was_about_to_remove_is_removed_by_going_on(tmp_path, monke
     dualhook.instrument(model, layout.root, resume=True, verbose=False).close()
     assert not any(path.exists() for path in left)
     assert dualhook.load(layout.root).verify(model)["exact"].all()
+
+
+def test_a_memory_opens_while_a_recorder_folds_it(tmp_path, monkeypatch):
+    _, memory = recorded(tmp_path, max_bytes=200)
+    segments, folded = Layout.segments, memory._store.layout.segment(0)
+    lists = iter([[folded], [folded], []])  # what a reader still finds, and cannot open any more
+    monkeypatch.setattr(Layout, "segments", lambda self, rank=None: next(lists) + segments(self, rank))
+    with pytest.raises(StoreError, match="00000000.safetensors cannot be read"):
+        dualhook.load(tmp_path)  # it was so twice
+    lists = iter([[folded], []])
+    assert dualhook.load(tmp_path).steps == 3
 
 
 @pytest.mark.parametrize("moment", ["making", "removing"])

@@ -39,8 +39,10 @@ class Store:
         self.layout = Layout(root)
         self.manifest = Manifest.read(self.layout)
         found = inspected(self.layout, self.manifest, deep=on_damage == "skip")
-        if found.damage:  # or a recorder has folded segments away while they were looked at
-            found = inspected(self.layout, self.manifest, deep=on_damage == "skip")
+        while found.damage:  # or a recorder at work has folded segments away while they were looked at
+            before, found = found, inspected(self.layout, self.manifest, deep=on_damage == "skip")
+            if found.damage == before.damage:
+                break
         if found.damage and (on_damage == "raise" or not found.origins):
             raise StoreError(
                 f"{root} is damaged: {'; '.join(map(str, found.damage))}. Bring the files back from a copy"
