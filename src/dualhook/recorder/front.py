@@ -331,8 +331,7 @@ class Recorder:
         self._book.after(optimizer)
         measuring = self._book.measuring
         if measuring.error is not None:
-            error = StoreError(f"{measuring.error} while writing to {self.path}")
-            if not self._failed(error):
+            if not self._failed(error := StoreError(f"{measuring.error} while writing to {self.path}")):
                 raise error from self._writer.error
         elif self._on_full != "fold" and measuring.recorded_bytes > self._budget:
             message = (
@@ -372,7 +371,8 @@ class Recorder:
             with suppress(Exception):  # it may go wrong once more
                 self._stop(is_current=is_current)
             if self._on_error == "warn":
-                tell_of_failure(self.error, self.steps, self._writer.last_step, self.path)
+                several, on_disk = self._ranks.several, self._writer.last_step
+                tell_of_failure(self.error, self.steps, on_disk, self.path, several=several)
         return self._on_error == "warn"
 
     def _failed_in_step(self, error: Exception) -> bool:

@@ -88,16 +88,20 @@ def tell_of_costs(layers: int, step_bytes: int, budget: int, on_full: str) -> No
     )
 
 
-def tell_of_failure(error: Exception, step: int, on_disk: int, path: Path) -> None:
-    """Warn that recording has ended after a step; what is no fault of the disk is told with its place."""
+def tell_of_failure(error: Exception, step: int, on_disk: int, path: Path, *, several: bool) -> None:
+    """Warn that recording has ended after a step; what is no fault of the disk is told with its place.
+
+    Of ``several`` processes each knows only what it has ``on_disk`` itself; the memory has what all of them have.
+    """
     cause = str(error)
     if not isinstance(error, (OSError, StoreError)):
         place = traceback.extract_tb(error.__traceback__)[-1:]
         where = "".join(f" ({Path(one.filename).name}, line {one.lineno})" for one in place)
         cause = f"an error of dualhook's own, {type(error).__name__}: {error}{where}"
+    own = ", as far as this process goes" if several else ""
     warnings.warn(
-        f"recording stopped after step {step}: {cause}. The memory at {path} is whole up to step {on_disk}, from step "
-        f"{on_disk + 1} on it is missing; training goes on (on_error='raise' would have stopped it)",
+        f"recording stopped after step {step}: {cause}. The memory at {path} is whole up to step {on_disk}{own}, from "
+        f"step {on_disk + 1} on it is missing; training goes on (on_error='raise' would have stopped it)",
         UserWarning,
         stacklevel=4,
     )
