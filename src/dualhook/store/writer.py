@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +60,6 @@ class Writer:
         self.waited = 0.0
         """Seconds for which other threads than the writing one have waited for the disk."""
         self._after_write = after_write
-        self._stamp = Manifest.read(layout).stamp
         self._number = 0
         self._sealed_bytes = 0
         self._shared_bytes = 0  # of what was sealed, not written since another layer holds it
@@ -72,6 +72,10 @@ class Writer:
         self._file = DirectFile()
         self._thread = threading.Thread(target=self._work, name="dualhook-writer", daemon=True)
         self._thread.start()
+
+    @cached_property
+    def _stamp(self) -> dict[str, str]:
+        return Manifest.read(self.layout).stamp
 
     def go_on(self) -> None:
         """Continue what is in the directory: numbers of files and patterns go on from there."""
