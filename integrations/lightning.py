@@ -67,6 +67,7 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
         dtype: dtype of the stored rows.
         max_bytes: budget for patterns on disk.
         on_full: ``"fold"``, ``"stop"`` or ``"error"``.
+        on_error: ``"warn"`` lets training go on when recording fails, ``"raise"`` stops both.
         head_grads: how the output gradients of wide layers are kept.
         overwrite: replace a memory that is already at ``path``, one of an earlier ``fit`` with this callback too.
         verbose: say in one line what is recorded and what it costs.
@@ -80,6 +81,7 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         max_bytes: int | None = None,
         on_full: Literal["fold", "stop", "error"] | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
         head_grads: Literal["computed", "dense"] | int = "computed",
         overwrite: bool = False,
         verbose: bool = True,
@@ -92,7 +94,8 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
         self.memory: DualMemory | None = None
         """The memory, once that fit is over."""
         self._options = {
-            "layers": layers, "dtype": dtype, "max_bytes": max_bytes, "on_full": on_full, "head_grads": head_grads,
+            "layers": layers, "dtype": dtype, "max_bytes": max_bytes, "on_full": on_full, "on_error": on_error,
+            "head_grads": head_grads,
         }  # fmt: skip
         self._verbose = verbose
         self._is_recording = False

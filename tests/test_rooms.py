@@ -31,7 +31,7 @@ ALLOWED = {
     "questions": SHARED | {"capture", "maps", "model", "query"},
     "attention": SHARED | {"query", "progress"},
     "progress": {"query", "records"},
-    "verification": SHARED | {"composition", "store"},
+    "verification": SHARED | {"composition", "model", "store"},
     "columns": SHARED | {"store", "attention"},
 }
 

@@ -43,6 +43,7 @@ class DualMemoryCallback(TrainerCallback):
         dtype: dtype of the stored rows; default the one they were computed in.
         max_bytes: budget on disk; default half of what is free there.
         on_full: ``"fold"``, ``"stop"`` or ``"error"`` beyond the budget.
+        on_error: when recording fails, ``"warn"`` lets training go on, ``"raise"`` stops both.
         head_grads: how output gradients as wide as the vocabulary are kept, as ``dualhook.instrument`` takes it; by
             default they are computed again when they are asked for, where the loss is cross-entropy.
         overwrite: replace a memory that is already there; one that a checkpoint belongs to is continued, not replaced.
@@ -57,6 +58,7 @@ class DualMemoryCallback(TrainerCallback):
         dtype: torch.dtype | None = None,
         max_bytes: int | None = None,
         on_full: Literal["fold", "stop", "error"] | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
         head_grads: Literal["computed", "dense"] | int = "computed",
         overwrite: bool = False,
         verbose: bool = True,
@@ -64,7 +66,7 @@ class DualMemoryCallback(TrainerCallback):
         self.path = Path(path)
         self._settings = {
             "layers": layers, "dtype": dtype, "max_bytes": max_bytes, "on_full": on_full,
-            "head_grads": head_grads, "verbose": verbose,
+            "on_error": on_error, "head_grads": head_grads, "verbose": verbose,
         }  # fmt: skip
         self._overwrite = overwrite
         self._recorder: Recorder | None = None

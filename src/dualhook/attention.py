@@ -51,7 +51,9 @@ class Attention:
         progress: ReplayProgress,
         keep: object = None,
         files: Answers | None = None,
+        missing: str = "",
     ) -> None:
+        self._missing = missing
         self._files = files
         self._answers: dict[str, Answer] = {}
         self._source = source
@@ -274,7 +276,7 @@ class Attention:
         """One table of the layers' parts, ordered by query."""
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         order = np.argsort(columns["query"], kind="stable")
-        note = ""
+        note = self._missing
         if footer:
             explained = torch.cat([receipt.explained for receipt in self._receipts.values()])
             cancelled = torch.cat([receipt.cancellation for receipt in self._receipts.values()])
@@ -282,6 +284,7 @@ class Attention:
             note = (
                 f"{'preview, not exact; ' if preview else ''}receipt: explained at least {explained.min():.6f}, "
                 f"cancellation {cancelled.min():.3g} to {cancelled.max():.3g}"
+                f"{'; ' if self._missing else ''}{self._missing}"
             )
         return Table({n: values[order] for n, values in columns.items()}, title=title, footer=note, bars=bars)
 

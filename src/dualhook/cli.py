@@ -24,6 +24,7 @@ import dualhook
 from dualhook.errors import DualHookError, LayerError
 from dualhook.memory import DualMemory
 from dualhook.query.collectors import CRITERIA
+from dualhook.store import Damage, Layout, Manifest, inspected
 from dualhook.table import Table
 
 __all__ = ["main"]
@@ -31,7 +32,7 @@ __all__ = ["main"]
 EPILOGS = {
     "demo": "example:\n  dualhook demo --out dualhook-demo",
     "info": "example:\n  dualhook info runs/fmnist",
-    "verify": "example:\n  dualhook verify runs/fmnist --tolerance 1e-6",
+    "verify": "examples:\n  dualhook verify runs/fmnist --tolerance 1e-6\n  dualhook verify runs/fmnist --deep",
     "attend": """\
 The model's recorded layers get the weights that the memory holds after the last
 step, everything else those of --weights. Modules in the current directory are
@@ -96,6 +97,13 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if options.deep and (damage := _damage(options.path)):
+        if options.json:
+            _print_json({"path": str(options.path), "passed": False, "damage": list(map(str, damage))})
+        else:
+            print("\n".join(map(str, damage)))
+            print(f"FAILED: {len(damage)} damaged; dualhook.load(path, on_damage='skip') opens the rest")
+        return 1
     memory = dualhook.load(options.path)
     with _progress(memory, "rebuilding the weights", memory.layers):
         report = memory.verify()
@@ -107,6 +115,21 @@ def _verify(options: argparse.Namespace) -> int:
         print(report)
         print(f"{'passed: below' if passed else 'FAILED: not below'} the tolerance {options.tolerance:g}")
     return 0 if passed else 1
+
+
+def _damage(path: Path) -> Sequence[Damage]:
+    """What is wrong with the files of a memory, every bit looked at."""
+    layout = Layout(path)
+    manifest = Manifest.read(layout)
+    total = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    with tqdm(total=total, desc="reading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        found = inspected(layout, manifest, deep=True, on_file=bar.update)
+    if found.without_checksums:
+        print(
+            f"dualhook: warning: {found.without_checksums} files hold no checksums: an earlier version wrote them",
+            file=sys.stderr,
+        )
+    return found.damage
 
 
 def _attend(options: argparse.Namespace) -> int:
@@ -274,6 +297,9 @@ def _parser() -> argparse.ArgumentParser:
         default=1e-5,
         metavar="X",
         help="exit with status 1 unless every layer's relative error is below it (default: %(default)g)",
+    )
+    verify.add_argument(
+        "--deep", action="store_true", help="first compare every file with its checksums, and name those that differ"
     )
     _attend_arguments(_command(commands, _attend, "which training patterns a model's outputs attend to", memory=True))
     return parser

@@ -17,7 +17,7 @@ from dualhook.attention import Attention
 from dualhook.columns import Columns
 from dualhook.composition import compose, explanation, unknown_composition
 from dualhook.dual import DualLinear, dual_model
-from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
+from dualhook.errors import DualHookError, LayerError, RuleError
 from dualhook.maps import map_of
 from dualhook.model import Positions, Target, find_layers, model_inputs
 from dualhook.optimizers import average_weights
@@ -25,23 +25,29 @@ from dualhook.progress import ReplayProgress
 from dualhook.query import REPLAY_BYTES, Composition, rebuild
 from dualhook.questions import ask
 from dualhook.records import AVERAGE, VALUE, LayerSpec, Rows
-from dualhook.store import AnswerFiles, Store
+from dualhook.store import AnswerFiles, Store, inspected
 from dualhook.table import Table
-from dualhook.verification import VerifyReport, explained_layers, verified
+from dualhook.verification import VerifyReport, actual_weights, explained_layers, verified
 
 __all__ = ["DualMemory", "VerifyReport", "load"]
 
 Method = Literal["exact", "preview"]
+OnDamage = Literal["raise", "skip"]
 METHODS = ("exact", "preview")
 
 
-def load(path: str | os.PathLike[str]) -> DualMemory:
+def load(path: str | os.PathLike[str], *, on_damage: OnDamage = "raise") -> DualMemory:
     """Open the memory that was recorded at ``path``; needs neither the model nor the training script.
 
+    ``on_damage="skip"`` looks at every bit of it and goes on without what is damaged, which every table then says;
+    steps that are lost count as inexact, and receipts tell what the patterns that are left explain.
+
     Raises:
-        StoreError: the directory is no memory, or one of a newer format.
+        StoreError: the directory is no memory, or one of a newer format, or files of it are damaged or missing.
     """
-    return DualMemory(path)
+    if on_damage not in ("raise", "skip"):
+        raise DualHookError(f"on_damage={on_damage!r}: expected 'raise' or 'skip'")
+    return DualMemory(path, on_damage=on_damage)
 
 
 class DualMemory:
@@ -50,8 +56,8 @@ class DualMemory:
     Steps count optimiser steps from 1; step 0 is where recording began. ``keep`` is held as long as the memory is.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, keep: object = None) -> None:
-        self._store = Store(Path(path))
+    def __init__(self, path: str | os.PathLike[str], *, keep: object = None, on_damage: OnDamage = "raise") -> None:
+        self._store = Store(Path(path), on_damage=on_damage)
         self._specs = {spec.name: spec for spec in self._store.trained_uses}
         self._primary = {spec.name: spec for spec in self._store.layers}
         self._columns = Columns(self._store)
@@ -141,7 +147,7 @@ class DualMemory:
             title=str(self.path),
             footer=f"{begin if self._store.first_step else f'{self.steps} steps'}, "
             f"{len(self.samples):,} samples, {self.nbytes / 1e9:.3g} GB in {len(self._store.segments)} segments; "
-            f"columns {', '.join(self.columns)}",
+            f"columns {', '.join(self.columns)}" + f"\n{self._store.note_of_damage}".rstrip(),
         )
 
     def __repr__(self) -> str:
@@ -222,23 +228,29 @@ class DualMemory:
             progress=self._progress,
             keep=self._keep,
             files=files,
+            missing=self._store.note_of_damage,
         )
 
-    def verify(self, model: nn.Module | None = None, *, step: int | None = None) -> VerifyReport:
+    def verify(self, model: nn.Module | None = None, *, step: int | None = None, deep: bool = False) -> VerifyReport:
         """Rebuild every weight from the memory and compare: ``error = |Ŵ - W| / |W|`` over weight and bias.
 
         A layer is ``exact`` if its rule is, no step is marked otherwise, and the error is one that rounding can
         explain: 1e-5 in float32, 1e-9 in float64, more in narrower dtypes.
 
         ``model`` holds the weights to compare with, after ``step``; default the stored weights after the last step.
+        ``deep`` first compares every file with its checksums: ``report.damage`` names those that are damaged, and no
+        weights are rebuilt.
 
         Raises:
             StoreError: no weights to compare with: the recording was cut off and no model is given.
             RuleError: a layer was trained by an optimiser whose rule is not registered any more.
         """
-        horizon = self._horizon(step)
-        actual = self._actual(model, horizon)
-        return verified(self._store, self._rebuilt(list(self._primary.values()), horizon), actual, horizon)
+        horizon, damage = self._horizon(step), self._store.damage
+        if deep and not damage and (damage := inspected(self._store.layout, self._store.manifest, deep=True).damage):
+            return verified(self._store, (), {}, horizon, damage)
+        specs, is_average = list(self._specs.values()), self._average is not None
+        actual = actual_weights(self._store, specs, model, horizon, is_average=is_average)
+        return verified(self._store, self._rebuilt(list(self._primary.values()), horizon), actual, horizon, damage)
 
     def weight(self, layer: str, step: int | None = None) -> Tensor:
         """The layer's weight as the model has it, after any recorded step (0: the origin), rebuilt from the memory."""
@@ -365,16 +377,6 @@ class DualMemory:
             if preview:
                 raise
             return unknown_composition(spec, horizon, str(error))
-
-    def _actual(self, model: nn.Module | None, horizon: int) -> Mapping[str, Tensor]:
-        if model is not None:
-            inner, _ = find_layers(model, list(self._specs.values()))
-            return {name: parameter.detach() for name, parameter in inner.named_parameters()}
-        latest = self._store.latest()
-        if latest is None or latest[0] != horizon or self._average is not None:
-            held = "holds no weights" if latest is None else f"holds the weights after step {latest[0]}"
-            raise StoreError(f"{self.path} {held}: pass the model whose weights verify() is to compare with")
-        return latest[1]
 
     def _named(self, layers: str | Iterable[str] | None) -> list[str]:
         if layers is None:

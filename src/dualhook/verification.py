@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualhook.composition import explanation
+from dualhook.errors import StoreError
+from dualhook.model import find_layers
 from dualhook.records import LayerSpec
-from dualhook.store import Store
+from dualhook.store import Damage, Store
 from dualhook.table import Table
 
-__all__ = ["VerifyReport", "explained_layers", "verified"]
+__all__ = ["VerifyReport", "actual_weights", "explained_layers", "verified"]
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 NARROW = 1e-2  # the error that the steps' rounding can explain in narrower dtypes
@@ -24,6 +26,9 @@ NARROW = 1e-2  # the error that the steps' rounding can explain in narrower dtyp
 class VerifyReport(Table):
     """The result of :meth:`DualMemory.verify`: columns layer, error, rule, exact, inexact_steps."""
 
+    damage: tuple[Damage, ...] = ()
+    """Files that are not what they were, and what is wrong with them; printed below the table."""
+
     @property
     def max_error(self) -> float:
         """The largest relative error of any layer; NaN if a layer's is, or if there is no layer."""
@@ -31,7 +36,11 @@ class VerifyReport(Table):
 
 
 def verified(
-    store: Store, rebuilt: Iterable[tuple[LayerSpec, Mapping[str, Tensor]]], actual: Mapping[str, Tensor], horizon: int
+    store: Store,
+    rebuilt: Iterable[tuple[LayerSpec, Mapping[str, Tensor]]],
+    actual: Mapping[str, Tensor],
+    horizon: int,
+    damage: Sequence[Damage] = (),
 ) -> VerifyReport:
     """The report on layers ``rebuilt`` at a horizon, one after the other; ``actual`` are the weights by name."""
     rows = [(spec.name, *_compared(store, spec, values, actual, horizon)) for spec, values in rebuilt]
@@ -41,8 +50,27 @@ def verified(
         title=f"verify: weights after step {horizon} rebuilt from the memory",
         bars=(("layer",), "error"),
     )
-    report.footer = f"largest relative error {report.max_error:.3g}"
+    report.damage = tuple(damage)
+    report.footer = "\n".join([f"largest relative error {report.max_error:.3g}", *map(str, damage)])
     return report
+
+
+def actual_weights(
+    store: Store, specs: Sequence[LayerSpec], model: nn.Module | None, horizon: int, *, is_average: bool
+) -> Mapping[str, Tensor]:
+    """The weights to compare with: a model's, or those that are stored, which are no average.
+
+    Raises:
+        StoreError: none are stored of that step.
+    """
+    if model is not None:
+        inner, _ = find_layers(model, specs)
+        return {name: parameter.detach() for name, parameter in inner.named_parameters()}
+    latest = store.latest()
+    if latest is None or latest[0] != horizon or is_average:
+        held = "holds no weights" if latest is None else f"holds the weights after step {latest[0]}"
+        raise StoreError(f"{store.layout.root} {held}: pass the model whose weights verify() is to compare with")
+    return latest[1]
 
 
 def explained_layers(store: Store, specs: Iterable[LayerSpec], horizon: int) -> dict[str, list[Any]]:

@@ -520,8 +520,7 @@ class TestBudget:
                 optimizer.step()
                 recorder._writer._sealed.join()  # let the writing thread come to its budget
         assert any("recording stopped" in str(w.message) and "cannot be folded" in str(w.message) for w in caught)
-        with pytest.raises(StoreError, match="cannot be folded"):
-            recorder.close()
+        assert recorder.close().steps > 0
 
 
 def test_a_disk_that_fails_stops_the_recording_not_the_training(tmp_path, monkeypatch):
@@ -539,10 +538,7 @@ def test_a_disk_that_fails_stops_the_recording_not_the_training(tmp_path, monkey
         for _ in range(10):
             train(model, 1, momentum=0.0)
             recorder._writer._sealed.join()
-    with pytest.raises(StoreError, match="No space left"):
-        recorder.close()
-    monkeypatch.undo()
-    memory = dualhook.load(tmp_path / "run")  # what was committed before is whole
+    memory = recorder.close()  # what was committed before is whole
     assert memory.steps == 2
     assert memory.verify().max_error < 1e-6
 

@@ -6,7 +6,7 @@ from dualhook.capture.audit import Audit, RootHook, Verdict
 from dualhook.capture.calls import as_rows, used_rows
 from dualhook.capture.compiled import forget_compiled_code
 from dualhook.capture.coverage import coverage_table
-from dualhook.capture.hooks import tapped
+from dualhook.capture.hooks import Guard, tapped
 from dualhook.capture.installing import install
 from dualhook.capture.intake import Intake, Sink
 from dualhook.capture.kinds import ROOT, Tapped, linear_maps
@@ -23,6 +23,7 @@ __all__ = [
     "ROOT",
     "Audit",
     "Corner",
+    "Guard",
     "Intake",
     "LayerProbe",
     "Measurement",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from dualhook.capture.hooks import Hook, is_plain_call
+from dualhook.capture.hooks import Guard, Hook, is_plain_call
 from dualhook.capture.taps import produced
 
 __all__ = ["Audit", "RootHook", "Verdict"]
@@ -142,9 +142,10 @@ class RootHook:
     after one that is differentiable.
     """
 
-    def __init__(self, begin: Callable[[frozenset[int]], None], end: Callable[[Any], None]) -> None:
+    def __init__(self, begin: Callable[[frozenset[int]], None], end: Callable[[Any], None], guard: Guard) -> None:
         self._begin = begin
         self._end = end
+        self.guard = guard
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Hook the model."""
@@ -176,10 +177,12 @@ class _Before(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if is_plain_call():
-            self._hook.before(args, kwargs)
+            with self._hook.guard:
+                self._hook.before(args, kwargs)
 
 
 class _After(_Before):
     def __call__(self, module: nn.Module, args: Any, outputs: Any) -> None:
         if is_plain_call():
-            self._hook.after(outputs)
+            with self._hook.guard:
+                self._hook.after(outputs)

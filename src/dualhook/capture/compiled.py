@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dualhook.capture.hooks import Guard
+
 __all__ = ["OPTIONS", "Caller", "compiled_tap", "forget_compiled_code", "register"]
 
 Arrive = Callable[[Tensor], None]
@@ -23,6 +25,8 @@ Arrive = Callable[[Tensor], None]
 
 class Caller(Protocol):
     """What a compiled call reports to; an intake is one."""
+
+    guard: Guard
 
     def on_silent_call(self) -> None:
         """A call whose output gradient will come, if it comes, in the backward pass of an enclosing autograd node."""
@@ -65,16 +69,18 @@ def forget_compiled_code() -> None:
 def _tap(output: Tensor, key: Tensor, number: int) -> Tensor:
     caller = _CALLERS.get(number)
     if caller is not None:
-        caller.on_silent_call()  # compiled code has one autograd node, in whose forward this runs
+        with caller.guard:
+            caller.on_silent_call()  # compiled code has one autograd node, in whose forward this runs
     return output.clone()
 
 
 def _taken(output_grad: Tensor, key: Tensor, number: int) -> Tensor:
     caller = _CALLERS.get(number)
     if caller is not None:
-        arrive = caller.on_compiled_call(key.clone())
-        if arrive is not None:
-            arrive(output_grad.clone())
+        with caller.guard:
+            arrive = caller.on_compiled_call(key.clone())
+            if arrive is not None:
+                arrive(output_grad.clone())
     return output_grad.clone()
 
 

@@ -95,9 +95,10 @@ def _tap(
 ) -> Tensor:
     site, output = _site_of(weight, what), output.clone()
     if site is not None:
-        site.listener.on_silent_call()  # compiled code has one autograd node, in whose forward this runs
-        if site.tap is not None:
-            site.tap.saw_compiled(output)
+        with site.listener.guard:
+            site.listener.on_silent_call()  # compiled code has one autograd node, in whose forward this runs
+            if site.tap is not None:
+                site.tap.saw_compiled(output)
     return output
 
 
@@ -105,9 +106,11 @@ def _taken(
     output_grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor | None, padding: int | None, what: str
 ) -> Tensor:
     site = _site_of(weight, what)
-    arrive = None if site is None else site.listener.on_call(_call(site, input.clone(), weight, offsets, padding, what))
-    if arrive is not None:
-        arrive(output_grad.clone())
+    if site is not None:
+        with site.listener.guard:
+            arrive = site.listener.on_call(_call(site, input.clone(), weight, offsets, padding, what))
+            if arrive is not None:
+                arrive(output_grad.clone())
     return output_grad.clone()
 
 

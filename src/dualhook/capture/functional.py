@@ -59,6 +59,7 @@ class Scope:
     def __init__(self, module: nn.Module, sites: Sequence[Site]) -> None:
         self._module = module
         self._sites = sites
+        self.guard = sites[0].listener.guard
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the module; an exception inside it is no reason to stay."""
@@ -99,8 +100,9 @@ class _Enter(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        _ACTIVE.scopes.append(self._scope.entered())
-        _replace()
+        with self._scope.guard:
+            _ACTIVE.scopes.append(self._scope.entered())
+            _replace()
 
 
 class _Leave(_Enter):
@@ -109,10 +111,11 @@ class _Leave(_Enter):
             return
         if all(entered.scope is not self._scope for entered in _ACTIVE.scopes):
             return  # left already, with one that was entered before it
-        left = None
-        while left is not self._scope:
-            left = _ACTIVE.scopes.pop().scope
-            _restore()
+        with self._scope.guard:
+            left = None
+            while left is not self._scope:
+                left = _ACTIVE.scopes.pop().scope
+                _restore()
 
 
 def _places() -> Iterator[tuple[Any, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Hook", "is_plain_call", "observing", "tapped"]
+__all__ = ["OPEN_TO_ERRORS", "Guard", "Hook", "is_plain_call", "observing", "tapped"]
 
 
 class Hook:
@@ -21,6 +22,31 @@ class Hook:
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_silent, ()
+
+
+class Guard:
+    """A block of what torch calls, in which nothing that goes wrong reaches training unless the recorder says so.
+
+    ``failed(error)``, a bound method, is told and returns whether training goes on. It is held weakly, and once there
+    is no recorder any more nobody minds. Without it errors pass; all exceptions that are no ``Exception`` do, and
+    warnings that somebody has made errors.
+    """
+
+    def __init__(self, failed: Callable[[Exception], bool] | None = None) -> None:
+        self._failed = None if failed is None else weakref.WeakMethod(failed)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if self._failed is None or not isinstance(error, Exception) or isinstance(error, Warning):
+            return False
+        failed = self._failed()
+        return failed is None or failed(error)
+
+
+OPEN_TO_ERRORS = Guard()
+"""The guard of whoever is asked and does not train."""
 
 
 def _silent(*args: Any, **kwargs: Any) -> None:

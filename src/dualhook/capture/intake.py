@@ -19,6 +19,7 @@ from dualhook.capture.audit import Audit
 from dualhook.capture.autograd import at_task_end, current_task
 from dualhook.capture.calls import Call, as_rows, compiled_call, is_sequence_first
 from dualhook.capture.compiled import register
+from dualhook.capture.hooks import Guard
 from dualhook.capture.kinds import Tapped
 from dualhook.capture.recompute import note_batch, noted_batch
 from dualhook.capture.sharded import Place, is_sharded, local
@@ -32,6 +33,7 @@ FIRST = 64  # entries of a gradient that are looked at before all of them
 class Sink(Protocol):
     """Where rows go that have been accumulated; the recorder is one."""
 
+    guard: Guard  # what goes wrong on the way of the rows is told to it
     recording: bool  # whether anything is captured at all
     batch: Batch | None  # what the training loop is working on
     batch_since: int  # autograd's number of nodes when it began to
@@ -68,6 +70,7 @@ class Intake:
         self.spec = tapped.spec
         self.tapped = tapped
         self.module = tapped.module
+        self.guard = sink.guard
         self.is_left_out = False
         """Whether its layer is not recorded after all."""
         self.was_called = False
@@ -168,9 +171,10 @@ class Intake:
             at_task_end(self._reduced)  # a shard's gradient is there once those of all processes have been summed
 
     def _reduced(self) -> None:
-        self._left = _state(self._gradient())
-        held = [local(gradient).any() for gradient in self._gradients()]
-        self._any = torch.stack(held).any() if held else None
+        with self.guard:
+            self._left = _state(self._gradient())
+            held = [local(gradient).any() for gradient in self._gradients()]
+            self._any = torch.stack(held).any() if held else None
 
     def discard_if_zeroed(self) -> None:
         """Drop pending rows whose gradient has been zeroed since they were accumulated."""
@@ -251,6 +255,9 @@ class _Accumulated:
 
     def __call__(self, parameter: Tensor) -> None:
         intake = self._intake()
-        # functional_call puts other parameters in the layer's place for a while: theirs is another gradient
-        if intake is not None and any(parameter is own for own in intake.parameters.values()):
-            intake.accumulate()
+        if intake is None:
+            return
+        with intake.guard:
+            # functional_call puts other parameters in the layer's place for a while: theirs is another gradient
+            if any(parameter is own for own in intake.parameters.values()):
+                intake.accumulate()

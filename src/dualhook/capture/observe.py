@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dualhook.capture.calls import Call, call_input
-from dualhook.capture.hooks import observing
+from dualhook.capture.hooks import OPEN_TO_ERRORS, observing
 from dualhook.capture.installing import install
 from dualhook.capture.kinds import Tapped
 from dualhook.capture.recurrent_tap import written_out
@@ -52,6 +52,7 @@ def directions(scores: Tensor, calls: Sequence[Observed], *, last: bool = True) 
 class _Observer:
     """Notes the calls of one layer in place of an intake."""
 
+    guard = OPEN_TO_ERRORS
     number = -1
 
     def __init__(self, spec: LayerSpec) -> None:

@@ -25,6 +25,7 @@ class RecurrentTap(Hook):
     def __init__(self, module: nn.Module, listeners: Mapping[str, Listener]) -> None:
         self._module = weakref.ref(module)
         self._listeners = listeners
+        self._guard = next(iter(listeners.values())).guard
         self._ambient = Ambient()
 
     def attach(self) -> list[RemovableHandle]:
@@ -38,11 +39,17 @@ class RecurrentTap(Hook):
 
     def before(self, args: Sequence[Any], kwargs: Mapping[str, Any], module: nn.Module) -> None:
         """Note what the call that comes will draw on."""
-        self._ambient = Ambient.now(module, flat(_arguments(args, kwargs)[0])[0].device)
+        with self._guard:
+            self._ambient = Ambient.now(module, flat(_arguments(args, kwargs)[0])[0].device)
 
     def __call__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> Any:
         if module is not self._module() or torch.compiler.is_compiling():
             return None
+        with self._guard:
+            return self._reported(module, args, kwargs, outputs)
+        return None
+
+    def _reported(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return None
         if not torch.is_grad_enabled():
@@ -81,7 +88,11 @@ class RecurrentTap(Hook):
                     places = Places(rows.sample, size, rows.position)
                     arrive(Call(rows.key, places=places), rows.output_grad)
 
-        return on_grads
+        def guarded(gradients: tuple[Tensor | None, ...]) -> None:
+            with self._guard:
+                on_grads(gradients)
+
+        return guarded
 
 
 class _Before(Hook):

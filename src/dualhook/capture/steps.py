@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from dualhook.capture.hooks import Guard
+
 __all__ = ["StepWatcher", "innermost"]
 
 HELD_AS = ("optimizer", "base_optimizer", "_optimizer")  # by Lookahead, SAM, accelerate and the like
@@ -24,7 +26,10 @@ class StepWatcher:
     are bound methods, held weakly: a watcher keeps no recorder and no model alive.
     """
 
-    def __init__(self, before: Callable[[Optimizer, bool], None], after: Callable[[Optimizer], None]) -> None:
+    def __init__(
+        self, before: Callable[[Optimizer, bool], None], after: Callable[[Optimizer], None], guard: Guard
+    ) -> None:
+        self._guard = guard
         self._before = weakref.WeakMethod(before)
         self._after = weakref.WeakMethod(after)
         self._depth: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -56,7 +61,8 @@ class StepWatcher:
     def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         before = self._before()
         if before is not None and self._depth[optimizer] == 1:
-            before(optimizer, any(callable(a) for a in (*args[1:], *kwargs.values())))
+            with self._guard:
+                before(optimizer, any(callable(a) for a in (*args[1:], *kwargs.values())))
 
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _held(optimizer) is not None:
@@ -68,7 +74,8 @@ class StepWatcher:
         self._unlook(optimizer)
         after = self._after()
         if after is not None:
-            after(optimizer)
+            with self._guard:
+                after(optimizer)
 
     def _unlook(self, optimizer: Optimizer) -> None:
         last = self._last.pop(optimizer, None)

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dualhook.capture.calls import Call, compiled_input, module_call
 from dualhook.capture.compiled import compiled_tap
-from dualhook.capture.hooks import Hook
+from dualhook.capture.hooks import Guard, Hook
 from dualhook.records import LayerSpec
 
 __all__ = ["Listener", "ModuleTap", "hook_gradient", "produced", "report"]
@@ -27,6 +27,7 @@ class Listener(Protocol):
     """What a tap reports to; an intake is one."""
 
     spec: LayerSpec
+    guard: Guard
     number: int  # which one it is in code that torch compiles
 
     def on_call(self, call: Call) -> Callable[[Tensor], None] | None:
@@ -104,6 +105,12 @@ def produced(output: Tensor) -> Tensor:
 
 def report(listener: Listener, made: Callable[[], Call], output: Tensor) -> Tensor | None:
     """Tell a listener of a call that has made ``output``; what is to take the output's place, or None."""
+    with listener.guard:
+        return _reported(listener, made, output)
+    return None
+
+
+def _reported(listener: Listener, made: Callable[[], Call], output: Tensor) -> Tensor | None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None  # torch.func gives gradients back and accumulates none
     if not torch.is_grad_enabled():
@@ -115,24 +122,30 @@ def report(listener: Listener, made: Callable[[], Call], output: Tensor) -> Tens
     if output.requires_grad:
         on_grad = listener.on_call(call)
         if on_grad is not None:
-            hook_gradient(output, on_grad)
+            hook_gradient(output, on_grad, listener.guard)
     return replaced
 
 
-def hook_gradient(output: Tensor, on_grad: Callable[[Tensor], None]) -> None:
-    """Call ``on_grad`` with ∂L/∂output as the linear map's node gets it.
+def hook_gradient(output: Tensor, on_grad: Callable[[Tensor], None], guard: Guard) -> None:
+    """Call ``on_grad``, guarded, with ∂L/∂output as the linear map's node gets it.
 
     That is before anything that changes the output in place, and after the hooks that the output itself carries.
     """
     source, shape = produced(output), output.shape
     node, number = source.grad_fn, source.output_nr
     if node is None:  # made by a forward of the user's own that returns a leaf
-        output.register_hook(on_grad)  # type: ignore[no-untyped-call]
+
+        def on_leaf(gradient: Tensor) -> None:
+            with guard:
+                on_grad(gradient)
+
+        output.register_hook(on_leaf)  # type: ignore[no-untyped-call]
         return
 
     def on_node(gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[number]
         if gradient is not None:
-            on_grad(gradient.reshape(shape))
+            with guard:
+                on_grad(gradient.reshape(shape))
 
     node.register_prehook(on_node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,12 +18,11 @@ from torch.optim import Optimizer
 from dualhook.capture import Selection, innermost, select_layers, tapped, unwrapped
 from dualhook.capture.selection import LayerChoice
 from dualhook.errors import DualHookError, LayerError, StoreError
-from dualhook.recorder.front import OPEN, OnFull, Recorder
-from dualhook.recorder.heads import HeadGrads
+from dualhook.recorder.front import OPEN, Recorder
 from dualhook.recorder.ranks import Ranks, ranks_of
 from dualhook.recorder.resuming import resumed
 from dualhook.recorder.scope import TemporaryRoot
-from dualhook.recorder.settings import refuse
+from dualhook.recorder.settings import HeadGrads, OnError, OnFull, refuse
 from dualhook.store import Layout, Manifest
 
 __all__ = ["instrument"]
@@ -37,6 +37,7 @@ def instrument(
     dtype: torch.dtype | None = None,
     max_bytes: int | None = None,
     on_full: OnFull | None = None,
+    on_error: OnError = "warn",
     head_grads: HeadGrads = "computed",
     group: Any = None,
     overwrite: bool = False,
@@ -64,6 +65,8 @@ def instrument(
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
             exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop. Default
             ``"fold"``, but ``"stop"`` where several processes train the model: their patterns cannot be folded.
+        on_error: when the disk fails, or anything of the recorder's own while training runs, ``"warn"`` stops recording
+            with one warning and lets training go on, ``"raise"`` stops both. What was committed stays valid either way.
         head_grads: how the output gradients of linear layers with 512 outputs or more are kept, a language model's head
             among them. ``"computed"``: under softmax cross-entropy not at all, but computed again when they are asked
             for, from keys, targets and the weights of every step (exact but for rounding; where that takes less room);
@@ -96,6 +99,8 @@ def instrument(
         raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype for the stored rows, or None")
     if on_full not in (None, "fold", "stop", "error"):
         raise DualHookError(f"on_full={on_full!r}: expected 'fold', 'stop' or 'error'")
+    if on_error not in ("warn", "raise"):
+        raise DualHookError(f"on_error={on_error!r}: expected 'warn' or 'raise'")
     if max_bytes is not None and not (isinstance(max_bytes, int) and max_bytes > 0):
         raise DualHookError(f"max_bytes={max_bytes}: expected a number of bytes above 0, or None")
     is_count = isinstance(head_grads, int) and not isinstance(head_grads, bool) and head_grads > 0
@@ -129,7 +134,8 @@ def instrument(
     budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
     return Recorder(
         inner, selection, layout, optimizers=given, dtype=dtype, budget=budget,
-        on_full=on_full or ("stop" if ranks.several else "fold"), head_grads=head_grads, ranks=ranks, verbose=verbose,
+        on_full=on_full or ("stop" if ranks.several else "fold"), on_error=on_error, head_grads=head_grads, ranks=ranks,
+        verbose=verbose,
         temporary=temporary, resumed_at=resumed_at,
     )  # fmt: skip
 
@@ -138,8 +144,11 @@ def _create(layout: Layout, selection: Selection, ranks: Ranks, *, overwrite: bo
     """Begin a memory, in a directory that all processes see."""
 
     def create() -> str:
-        layout.create(overwrite=overwrite)
-        Manifest(selection.specs, _versions(), ranks.size).write(layout)
+        try:
+            layout.create(overwrite=overwrite)
+            Manifest(selection.specs, _versions(), ranks.size, id=uuid.uuid4().hex).write(layout)
+        except OSError as error:
+            raise StoreError(f"{layout.root} cannot be written: {error}") from error
         return ""
 
     ranks.wait()  # until no process writes to what is there

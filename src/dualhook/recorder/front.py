@@ -9,22 +9,20 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import reduce
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from dualhook.capture import (
-    Audit,
+    Guard,
     RootHook,
     Selection,
     StepWatcher,
     TrackedLoader,
-    Verdict,
     as_batch,
     coverage_table,
     forget_compiled_code,
@@ -36,21 +34,23 @@ from dualhook.errors import BudgetError, DualHookError, StoreError
 from dualhook.memory import DualMemory
 from dualhook.optimizers import LOOKAHEAD, rule_for
 from dualhook.recorder.costs import estimate, human, row_sizes
+from dualhook.recorder.first_pass import FirstPass
 from dualhook.recorder.folding import folding_to
-from dualhook.recorder.heads import HeadGrads, Heads
-from dualhook.recorder.notices import tell_of_latest
+from dualhook.recorder.heads import Heads
+from dualhook.recorder.notices import tell_of_costs, tell_of_failure, tell_of_latest
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.scope import BatchScope, TemporaryRoot, weakly
+from dualhook.recorder.settings import HeadGrads, OnError, OnFull
 from dualhook.recorder.steps import StepBook
 from dualhook.records import Batch
-from dualhook.store import Layout, Manifest, Store, Writer
+from dualhook.store import Layout, Store, Writer
 from dualhook.store.writer import SEGMENT_BYTES
 from dualhook.table import Table
 
-__all__ = ["OPEN", "OnFull", "Recorder"]
+__all__ = ["OPEN", "Recorder"]
 
 T = TypeVar("T")
-OnFull = Literal["fold", "stop", "error"]
+WORTH_TELLING = 1.0  # seconds
 
 OPEN: weakref.WeakValueDictionary[Path, Recorder] = weakref.WeakValueDictionary()
 """The recorders of this process that are writing, by their directory."""
@@ -77,6 +77,7 @@ class Recorder:
         dtype: torch.dtype | None,
         budget: int,
         on_full: OnFull,
+        on_error: OnError,
         head_grads: HeadGrads,
         ranks: Ranks,
         verbose: bool,
@@ -84,18 +85,20 @@ class Recorder:
         resumed_at: int | None = None,
     ) -> None:
         self._model = model
-        self._selection = selection
         self._layout = layout
         self._dtype = dtype
         self._budget = budget
         self._on_full = on_full
+        self._on_error = on_error
         self._ranks = ranks
         self._verbose = verbose and ranks.rank == 0
         self._temporary = temporary
         self._memory: DualMemory | None = None
         self._closed = False
         self.stopped = False
-        """Whether recording has ended before training: the budget was used up, or the disk failed."""
+        """Whether recording has ended before training: the budget is used up, or something failed."""
+        self.error: Exception | None = None
+        """What has failed, if anything has."""
         self._pid = os.getpid()
         self._writer = Writer(
             layout,
@@ -103,10 +106,12 @@ class Recorder:
             after_write=folding_to(budget) if on_full == "fold" else None,
             rank=ranks.rank,
         )
+        self._guard = Guard(self._failed)
         # the model's hooks hold the book, the book the recorder: it lives as long as the model, whoever holds it
         self._book = StepBook(
-            selection, self._writer, ranks=ranks, dtype=dtype, heads=Heads(head_grads), on_step=self._on_step
-        )
+            selection, self._writer, ranks=ranks, dtype=dtype, heads=Heads(head_grads), on_step=self._on_step,
+            guard=self._guard,
+        )  # fmt: skip
         if resumed_at is not None:
             self._writer.go_on()
             self._book.go_on(resumed_at, Store(layout.root).origin_steps)
@@ -114,10 +119,9 @@ class Recorder:
             self._book.meet(innermost(optimizer))
         forget_compiled_code()
         self._handles = install(model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
-        self._is_audited = resumed_at is not None  # the first part was
-        self._verdict: Verdict | None = None  # of this process, until the first step brings those of all together
-        self._root = RootHook(self._begin_audit, self._end_audit).attach(model)
-        self._watcher = StepWatcher(self._before_step, self._after_step)
+        self._first = FirstPass(selection, self._book, layout, ranks, is_over=resumed_at is not None)
+        self._root = RootHook(self._first.begin, self._first.end, self._guard).attach(model)
+        self._watcher = StepWatcher(self._before_step, self._after_step, Guard(self._failed_in_step))
         self._at_exit = weakly(self.close_alone)  # a script that forgets to close loses nothing
         atexit.register(self._at_exit)
         OPEN[layout.root] = self
@@ -127,7 +131,7 @@ class Recorder:
 
     def __exit__(self, kind: object, *exception: object) -> None:
         if kind is None:
-            self.close()
+            self._close()
         else:  # the other processes may still be training
             self.close_alone()
 
@@ -141,7 +145,8 @@ class Recorder:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "stopped" if self.stopped else "recording"
-        return f"Recorder({state}, {len(self._selection.specs)} layers, {self.steps} steps, {self.path})"
+        waited = f", {self.waited:.1f} s waited for the disk" if self.waited >= WORTH_TELLING else ""
+        return f"Recorder({state}, {len(self._first.selection.specs)} layers, {self.steps} steps{waited}, {self.path})"
 
     @property
     def path(self) -> Path:
@@ -162,6 +167,11 @@ class Recorder:
     def nbytes(self) -> int:
         """Bytes of all rows so far, of all processes; those that were folded into the origin included."""
         return self._book.measuring.recorded_bytes
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which training has waited for the disk."""
+        return self._writer.waited
 
     def track(self, loader: Iterable[T]) -> Iterable[T]:
         """Iterate over ``loader`` and let every pattern know its dataset row.
@@ -207,8 +217,8 @@ class Recorder:
             rule = rule_for(name)
             synced = f", {LOOKAHEAD}" if self._book.layers.watched[parameter].synchronized else ""
             rules[parameter] = f"{rule.name}{synced} ({rule.exactness.value})"
-        sizes = row_sizes(self._model, self._selection, self._dtype)
-        return coverage_table(self._model, self._selection, rules, sizes, self._book.layers.heads.forms)
+        sizes = row_sizes(self._model, self._first.selection, self._dtype)
+        return coverage_table(self._model, self._first.selection, rules, sizes, self._book.layers.heads.forms)
 
     def estimate(self, inputs: Any) -> Table:
         """What one training step on ``inputs`` (a tensor, a tuple of arguments or a mapping) will write.
@@ -217,7 +227,7 @@ class Recorder:
         (rows whose output gradient turns out zero will be dropped), bytes; below in words bytes a step and a token
         (of whole numbers [b, n]) or sample, what takes most of them, and what would take less.
         """
-        return estimate(self._model, self._selection, inputs, dtype=self._dtype, budget=self._budget)
+        return estimate(self._model, self._first.selection, inputs, dtype=self._dtype, budget=self._budget)
 
     def flush(self) -> None:
         """Put everything recorded so far on disk, so that ``dualhook.load`` sees it; for between two steps.
@@ -225,14 +235,15 @@ class Recorder:
         Of several processes that train together each has to call it.
 
         Raises:
-            StoreError: the disk refused.
+            StoreError: the disk refused, with ``on_error="raise"``; otherwise recording has stopped with a warning.
         """
         self._check_open("flush")
-        self._book.notice()
         try:
-            self._writer.flush()
-            if not self.stopped:
-                self._write_latest()
+            with self._guard:
+                self._book.notice()
+                self._writer.flush()
+                if not self.stopped:
+                    self._write_latest()
         finally:
             self._ranks.wait()
 
@@ -242,13 +253,9 @@ class Recorder:
         Of several processes that train together each has to call it; they wait for each other.
 
         Raises:
-            StoreError: the disk refused.
+            StoreError: the disk refused, with ``on_error="raise"``; or it holds no memory any more.
         """
-        if not self._closed:
-            try:
-                self._finish(whole=not self.stopped and (self._ranks.connected or not self._ranks.sharded))
-            finally:
-                self._ranks.wait()
+        self._close()
         if self._memory is None:
             self._memory = DualMemory(self._layout.root, keep=self._temporary)
         return self._memory
@@ -258,16 +265,29 @@ class Recorder:
         if not self._closed:
             self._finish(whole=not (self.stopped or self._ranks.sharded))
 
+    def _close(self) -> None:
+        if not self._closed:
+            try:
+                self._finish(whole=not self.stopped and (self._ranks.connected or not self._ranks.sharded))
+            finally:
+                self._ranks.wait()
+
     def _finish(self, *, whole: bool) -> None:
         self._closed = True
         self._detach()
-        if os.getpid() == self._pid:  # not in a forked worker: the files are the parent's
-            if whole:
-                self._book.notice()
-            self._writer.close()
+        if os.getpid() != self._pid:  # in a forked worker: the files are the parent's
+            return
+        with self._guard:
+            try:
+                if whole:
+                    self._book.notice()
+            finally:
+                self._writer.close()
             if whole:
                 self._write_latest()
                 self._book.snapshots.after(self.steps, final=True)
+        if self._verbose and self.waited >= WORTH_TELLING:
+            print(f"dualhook: training waited {self.waited:.0f} s for the disk of {self.path}", file=sys.stderr)
 
     def discard(self) -> None:
         """Let go of the model and write nothing more; what is on disk stays as it is."""
@@ -304,52 +324,68 @@ class Recorder:
         if self.stopped:
             return
         if not has_closure:  # else the forward pass is still to come
-            self._agree(optimizer)
+            self._first.agree(optimizer)
         self._book.before(optimizer, has_closure)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         if self.stopped:
             return
-        self._agree(optimizer)
+        self._first.agree(optimizer)
         self._book.after(optimizer)
         measuring = self._book.measuring
         if measuring.error is not None:
-            self._stop(f"{measuring.error} while writing to {self.path}: free the disk and record again")
+            if not self._failed(error := StoreError(f"{measuring.error} while writing to {self.path}")):
+                raise error from self._writer.error
         elif self._on_full != "fold" and measuring.recorded_bytes > self._budget:
             message = (
                 f"the memory at {self.path} has used its budget of {human(self._budget)}: "
                 "raise max_bytes=, choose fewer layers="
                 + ("" if self._ranks.several else ", or let on_full='fold' keep the newest patterns")
             )
-            self._stop(message, warn=self._on_full == "stop")
+            self._stop()
             if self._on_full == "error":
                 raise BudgetError(f"step {self.steps}: {message}")
+            warnings.warn(f"recording stopped after step {self.steps}: {message}", UserWarning, stacklevel=2)
 
     def _on_step(self, step: int) -> None:
         if step != 1 or not self._verbose:
             return
         size = max(1, self._writer.builder.nbytes * self._ranks.size)
-        then = {"fold": "the oldest patterns fold into the origin", "stop": "recording stops", "error": "it raises"}
-        print(
-            f"dualhook: recording {len(self._selection.specs)} layers, {human(size)} a step; the budget of "
-            f"{human(self._budget)} is reached after about {self._budget // size:,} steps, then "
-            f"{then[self._on_full]} (max_bytes=, layers= and dtype= change that)",
-            file=sys.stderr,
-        )
+        tell_of_costs(len(self._first.selection.specs), size, self._budget, self._on_full)
 
-    def _stop(self, why: str, *, warn: bool = True) -> None:
+    def _stop(self, *, is_current: bool = True) -> None:
         """Stop recording while training goes on; what was recorded up to now stays a whole memory."""
         self.stopped, self._book.recording = True, False
-        if self._writer.error is None:
+        if self._writer.error is None and not self._closed:
             self._writer.flush()
-            self._write_latest()
-        if warn:
-            warnings.warn(f"recording stopped after step {self.steps}: {why}", UserWarning, stacklevel=2)
+            if is_current and self.steps:
+                self._write_latest()
+
+    def _failed(self, error: Exception, *, in_step: bool = False) -> bool:
+        """Something of ours went wrong while training runs; whether training goes on without a word."""
+        if isinstance(error, DualHookError) and not isinstance(error, StoreError):
+            return False  # said on purpose: this cannot be recorded, or the budget was to be an error
+        if not self.stopped:
+            self.error = self.error or error
+            if self._ranks.several and not isinstance(error, StoreError):
+                self._writer.error = self._writer.error or error  # at the next step all hear of it, and stop together
+                return True
+            is_current = self._book.end(in_step=in_step) and not self._ranks.sharded
+            with suppress(Exception):  # it may go wrong once more
+                self._stop(is_current=is_current)
+            if self._on_error == "warn":
+                several, on_disk = self._ranks.several, self._writer.last_step
+                tell_of_failure(self.error, self.steps, on_disk, self.path, several=several)
+        return self._on_error == "warn"
+
+    def _failed_in_step(self, error: Exception) -> bool:
+        """The same around an optimiser's step, where several processes wait for each other's measurements."""
+        return not self._ranks.several and self._failed(error, in_step=True)
 
     def _write_latest(self) -> None:
         values, changed = self._book.latest()
         present = set(self._model.modules())
-        gone = [tapped.spec.name for tapped in self._selection.layers if tapped.module not in present]
+        gone = [tapped.spec.name for tapped in self._first.selection.layers if tapped.module not in present]
         tell_of_latest(self.steps, changed, gone, is_empty=self._book.pending.seen and not self._book.stepped)
         self._writer.write_latest(self.steps, values)
 
@@ -361,43 +397,6 @@ class Recorder:
         self._watcher.close()
         self._book.recording = False
         atexit.unregister(self._at_exit)
-
-    def _begin_audit(self, sizes: frozenset[int]) -> None:
-        self._book.input_sizes = sizes
-        if self._is_audited:
-            return
-        if torch.is_grad_enabled() and self._book.recording and not self._book.pending.seen:
-            self._book.audit = Audit()
-
-    def _end_audit(self, outputs: Any) -> None:
-        """The first differentiable forward pass is over: layers with uses that no tap has seen are not recorded."""
-        audit, self._book.audit = self._book.audit, None
-        if audit is None:
-            return
-        self._verdict = audit.verdict(outputs, self._book.layers.parameters())
-        if not self._ranks.several:
-            self._narrow(self._verdict)
-
-    def _agree(self, optimizer: Optimizer) -> None:
-        """With the first step at last: what one process sees of a model another one may not, all record the same.
-
-        Of a model whose forward pass could not be looked at, such as a compiled one, the calls tell.
-        """
-        if not self._is_audited and any(self._book.members(optimizer)):
-            own = self._book.layers.verdict() if self._verdict is None else self._verdict
-            verdict = reduce(Verdict.joined, self._ranks.gather(own))
-            if verdict.seen:  # else the step works with gradients that came another way
-                self._narrow(verdict)
-
-    def _narrow(self, verdict: Verdict) -> None:
-        self._is_audited = True
-        audited = self._selection.audited(verdict)
-        if audited == self._selection:
-            return
-        self._selection = audited
-        self._book.narrow(audited)
-        if not self._ranks.rank:
-            replace(Manifest.read(self._layout), layers=self._selection.specs).write(self._layout)
 
     def _check_open(self, what: str) -> None:
         if self._closed:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dualhook.capture import is_sharded
 from dualhook.packing import Packed, pack_largest, pack_softmax
+from dualhook.recorder.settings import HeadGrads
 from dualhook.records import LayerSpec, Rows
 
-__all__ = ["HeadGrads", "Heads", "computed_bytes"]
-
-HeadGrads = Literal["computed", "dense"] | int
-"""What ``head_grads`` of :func:`dualhook.instrument` may be."""
+__all__ = ["Heads", "computed_bytes"]
 
 WIDE = 512  # outputs of a layer from where on it is looked at
 WORTH = (

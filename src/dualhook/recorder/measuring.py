@@ -13,10 +13,17 @@ from dualhook.capture import Corner, LayerProbe, Measurement, Use
 from dualhook.recorder.ranks import Ranks
 from dualhook.store import Writer
 
-__all__ = ["Measuring"]
+__all__ = ["Measuring", "is_whole"]
+
+WHOLE_EVERY = 16  # steps between two looks at the whole gradient; the first few have one each
 
 Array = npt.NDArray[np.float64]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the coarsest last
+
+
+def is_whole(step: int) -> bool:
+    """Whether the whole gradient is looked at after ``step``."""
+    return step < 4 or step % WHOLE_EVERY == 0
 
 
 class Measuring:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
-from dualhook.errors import InexactWarning
+from dualhook.errors import InexactWarning, StoreError
+from dualhook.recorder.costs import human
 from dualhook.records import Mark
 
-__all__ = ["Notices", "tell_of_latest"]
+__all__ = ["Notices", "tell_of_costs", "tell_of_failure", "tell_of_latest"]
 
 FROM_HERE = "from this step on its memory is inexact, verify() shows by how much"
 
@@ -71,6 +75,36 @@ class Notices:
                 "missing",
                 f"step {step}: an optimiser stepped on {parameter!r} while recording was paused; {FROM_HERE}",
             )
+
+
+def tell_of_costs(layers: int, step_bytes: int, budget: int, on_full: str) -> None:
+    """Say in one line what recording costs, on standard error."""
+    then = {"fold": "the oldest patterns fold into the origin", "stop": "recording stops", "error": "it raises"}
+    print(
+        f"dualhook: recording {layers} layers, {human(step_bytes)} a step; the budget of {human(budget)} is reached "
+        f"after about {budget // step_bytes:,} steps, then {then[on_full]} (max_bytes=, layers= and dtype= change "
+        "that)",
+        file=sys.stderr,
+    )
+
+
+def tell_of_failure(error: Exception, step: int, on_disk: int, path: Path, *, several: bool) -> None:
+    """Warn that recording has ended after a step; what is no fault of the disk is told with its place.
+
+    Of ``several`` processes each knows only what it has ``on_disk`` itself; the memory has what all of them have.
+    """
+    cause = str(error)
+    if not isinstance(error, (OSError, StoreError)):
+        place = traceback.extract_tb(error.__traceback__)[-1:]
+        where = "".join(f" ({Path(one.filename).name}, line {one.lineno})" for one in place)
+        cause = f"an error of dualhook's own, {type(error).__name__}: {error}{where}"
+    own = ", as far as this process goes" if several else ""
+    warnings.warn(
+        f"recording stopped after step {step}: {cause}. The memory at {path} is whole up to step {on_disk}{own}, from "
+        f"step {on_disk + 1} on it is missing; training goes on (on_error='raise' would have stopped it)",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def tell_of_latest(step: int, changed: Sequence[str], gone: Sequence[str], *, is_empty: bool) -> None:

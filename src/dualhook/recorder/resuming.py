@@ -14,7 +14,7 @@ from dualhook.errors import LayerError, StoreError
 from dualhook.memory import DualMemory
 from dualhook.recorder.ranks import Ranks
 from dualhook.records import LayerSpec
-from dualhook.store import Layout, Manifest, Store, cut_after
+from dualhook.store import Layout, Manifest, Store, cut_after, tidy
 
 __all__ = ["resumed"]
 
@@ -50,6 +50,9 @@ def resumed(layout: Layout, selection: Selection, ranks: Ranks, step: int | None
     selection = _limited(selection, store.manifest, layout)
     _check_weights(store, selection, step)
     ranks.wait()  # until all have read what is about to go
+    if not ranks.rank:
+        tidy(layout)
+    ranks.wait()
     cut_after(layout, step, rank=ranks.rank)
     ranks.wait()
     return selection, step

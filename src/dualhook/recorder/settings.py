@@ -1,9 +1,9 @@
-"""What an optimiser says of itself before a step: its settings as numbers, and what cannot be recorded at all."""
+"""Settings: what a user may choose, and what an optimiser says of itself before a step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,11 @@ from torch.optim import Optimizer
 from dualhook.errors import RuleError
 from dualhook.optimizers import Rule
 
-__all__ = ["loss_scale_of", "numbers_of", "refuse"]
+__all__ = ["HeadGrads", "OnError", "OnFull", "loss_scale_of", "numbers_of", "refuse"]
+
+OnFull = Literal["fold", "stop", "error"]
+OnError = Literal["warn", "raise"]
+HeadGrads = Literal["computed", "dense"] | int
 
 
 def refuse(optimizer: Optimizer, parameters: Iterable[nn.Parameter | None]) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dualhook.capture import Audit, Selection, Use, fit_scales, used_rows, whole
+from dualhook.capture import Audit, Guard, Selection, Use, fit_scales, used_rows, whole
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
 from dualhook.recorder.heads import Heads
 from dualhook.recorder.layers import Layers
-from dualhook.recorder.measuring import Measuring
+from dualhook.recorder.measuring import Measuring, is_whole
 from dualhook.recorder.notices import Notices
 from dualhook.recorder.pending import PATIENCE, PENDING_BYTES, Pending
 from dualhook.recorder.ranks import Ranks
@@ -32,8 +32,6 @@ from dualhook.records import VALUE, Batch, LayerSpec, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
 
 __all__ = ["StepBook"]
-
-WHOLE_EVERY = 16  # steps between two looks at the whole gradient; the first few have one each
 
 
 class StepBook:
@@ -51,10 +49,14 @@ class StepBook:
         dtype: torch.dtype | None,
         heads: Heads,
         on_step: Callable[[int], None],
+        guard: Guard,
     ) -> None:
+        self.guard = guard
         self.writer = writer
         self.ranks = ranks
         self.step = 0
+        self._whole = 0  # the last step with nothing missing, as far as is known
+        self._moves = False  # whether the current step has changed the weights and is not in the book yet
         self.recording = True
         self.batch: Batch | None = None
         self.batch_since = 0
@@ -76,7 +78,7 @@ class StepBook:
 
     def go_on(self, step: int, begun: Container[str]) -> None:
         """Continue after a step; the recording of some parameters has begun."""
-        self.step = step
+        self.step = self._whole = step
         self.snapshots.go_on(step)
         for name, watched in self.layers.watched.items():
             if name in begun:
@@ -188,6 +190,7 @@ class StepBook:
         step, self._current, self._skipping = self._current, None, []
         if step is None or step.optimizer is not optimizer:
             return
+        self._moves = True
         if step.has_closure:  # its forward pass may have been the first, which tells what is recorded at all
             watched_now = self.layers.watched
             step.stepped = [one for one in step.stepped if watched_now.get(one[0].name) is one[0]]
@@ -205,6 +208,20 @@ class StepBook:
             watched.remember(optimizer, self.step)
             self._broken.discard(watched.name)
         self.snapshots.stepped(optimizer, step.name, [watched for watched, _, _ in step.stepped])
+        self._whole, self._moves = self.step, False
+
+    def end(self, *, in_step: bool) -> bool:
+        """Go back to the last whole step for good; whether the weights are still those that it has left.
+
+        ``in_step``: an optimiser's step has been cut off, on a backward pass on which others may have stepped.
+        """
+        if in_step and self._stepping:
+            self._whole = min(self._whole, self.step - 1)
+        is_current = self._whole == self.step and self._current is None and not self._moves
+        self.step = self._whole
+        self.pending.drop(self.layers.names)
+        self.writer.builder.withdraw(self.step)
+        return is_current
 
     def notice(self, among: Iterable[Watched] | None = None) -> set[str]:
         """Note Lookahead's synchronisations since the last step; the parameters that something else has changed.
@@ -274,7 +291,7 @@ class StepBook:
             if gradient is not None:
                 layers.setdefault(watched.spec.name, {})[watched.name] = gradient
         uses = {layer: self._uses_of(self.layers.spec(layer)) for layer in layers}
-        step.measured = self.measuring.measure(layers, uses, whole=self.step < 4 or self.step % WHOLE_EVERY == 0)
+        step.measured = self.measuring.measure(layers, uses, whole=is_whole(self.step))
 
     def _uses_of(self, spec: LayerSpec) -> list[Use]:
         """The rows that a step on a layer uses, of all uses of its weight."""

@@ -93,9 +93,11 @@ class Watched:
         By value: an evaluation may swap averaged weights in and out again, and ``.data`` leaves no other trace.
         """
         before, now = self.entries, self._fingerprint()
-        if before is None or now is None or before.dtype != now.dtype:
+        if before is None or now is None:
             return before is not None
-        return not (torch.equal(before, now) or torch.equal(before.nan_to_num(), now.nan_to_num()))
+        if before.dtype == now.dtype and torch.equal(before, now):
+            return False
+        return not torch.equal(before.double().nan_to_num(), now.double().nan_to_num())
 
     def state_changed_since(self, optimizer: Optimizer) -> bool:
         """Whether the optimiser's state is another one than its last step has left."""

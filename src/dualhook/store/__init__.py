@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dualhook.store.answers import AnswerFiles
-from dualhook.store.cutting import cut_after
+from dualhook.store.cutting import cut_after, tidy
+from dualhook.store.inspection import Damage, Inspection, inspected
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.reader import Store
 from dualhook.store.segment import SegmentBuilder
@@ -13,11 +14,15 @@ from dualhook.store.writer import Writer
 __all__ = [
     "FORMAT_VERSION",
     "AnswerFiles",
+    "Damage",
+    "Inspection",
     "Layout",
     "Manifest",
     "SegmentBuilder",
     "Store",
     "Writer",
     "cut_after",
+    "inspected",
     "shared_keys",
+    "tidy",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dualhook.errors import StoreError
+from dualhook.store.checksums import mismatches
 from dualhook.store.layout import open_tensors, read_header, tensor_names, write_tensors
 
 __all__ = ["AnswerFiles"]
@@ -29,7 +30,7 @@ class AnswerFiles:
             header = read_header(path, file)
         except StoreError:
             return None
-        if header.get("kind") != "answer" or header.get("key") != key:
+        if header.get("kind") != "answer" or header.get("key") != key or any(mismatches(file, header)):
             return None
         return {name: file.get_tensor(name) for name in tensor_names(file)}
 

@@ -1,4 +1,4 @@
-"""Takes what lies after a step out of a memory, for a recording that goes on from there."""
+"""Makes a memory ready for a recording that goes on with it: what lies after its step goes, and what was left half."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualhook.store.durable import remove
 from dualhook.store.lanes import Segment
 from dualhook.store.layout import Layout, open_tensors, read_header, tensor_names, write_tensors
 from dualhook.store.packed import PER_STEP, WEIGHT_STEP
 
-__all__ = ["cut_after"]
+__all__ = ["cut_after", "tidy"]
 
 
 def cut_after(layout: Layout, step: int, *, rank: int = 0) -> None:
@@ -21,11 +22,11 @@ def cut_after(layout: Layout, step: int, *, rank: int = 0) -> None:
     folded into the origin cannot be cut.
     """
     if not rank:
-        layout.latest.unlink(missing_ok=True)  # no weights are better than those of another step
+        remove(layout.latest)  # no weights are better than those of another step
     for path in reversed(layout.segments(rank)):  # other processes are at theirs
         segment = Segment(path, read_header(path, open_tensors(path)))
         if segment.first_step > step:
-            path.unlink()
+            remove(path)
         elif segment.last_step > step:
             tensors, header = _shortened(segment, step)
             write_tensors(path, tensors, header)
@@ -33,11 +34,25 @@ def cut_after(layout: Layout, step: int, *, rank: int = 0) -> None:
         return
     for path in layout.snapshots():
         if int(read_header(path, open_tensors(path))["step"]) > step:
-            path.unlink()
+            remove(path)
     for path in layout.origins():  # a parameter that begins after the step will write another one
         header = read_header(path, open_tensors(path))
         if int(header["step"]) >= step and int(header["folded"]) < step:
+            remove(path)
+
+
+def tidy(layout: Layout) -> None:
+    """Remove what a recording that was cut off has left: half-written files, and what folding was about to remove."""
+    for path in layout.partials():
+        path.unlink()
+    headers = {path: read_header(path, open_tensors(path)) for path in layout.origins()}
+    folded = max((int(header["folded"]) for header in headers.values()), default=0)
+    for path in layout.segments():
+        if Segment(path, read_header(path, open_tensors(path))).last_step <= folded:
             path.unlink()
+    counting = {name: path for path, header in headers.items() for name in header["parameters"]}
+    for path in headers.keys() - set(counting.values()):
+        path.unlink()
 
 
 def _shortened(segment: Segment, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DirectFile"]
+from dualhook.store.durable import write_all
+
+__all__ = ["NAMES", "DirectFile", "bytes_of"]
 
 ALIGNMENT = 4096
 BUFFER_BYTES = 4 * 2**20
@@ -68,9 +70,9 @@ class DirectFile:
                     self._view[filled : filled + taken] = part[:taken]
                     part, filled = part[taken:], filled + taken
                     if filled == BUFFER_BYTES:
-                        _write_all(handle, self._view)
+                        write_all(handle, self._view)
                         filled = 0
-            _write_all(handle, self._view[: -(-filled // ALIGNMENT) * ALIGNMENT])  # up to a whole block, …
+            write_all(handle, self._view[: -(-filled // ALIGNMENT) * ALIGNMENT])  # up to a whole block, …
             os.truncate(handle, size)  # … which the file then gives back
             os.fsync(handle)
         finally:
@@ -91,10 +93,10 @@ def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
         if tensor.numel():
-            data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
-            yield memoryview(data).cast("B")
+            yield bytes_of(tensor)
 
 
-def _write_all(handle: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(handle, view) :]
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a contiguous CPU tensor that is not empty, without a copy."""
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
+    return memoryview(data).cast("B")

@@ -28,6 +28,8 @@ class Segment:
 
     path: Path
     header: Mapping[str, Any]
+    left_out: frozenset[str] = frozenset()
+    """Layers whose rows in it are damaged."""
 
     @property
     def rank(self) -> int:
@@ -46,6 +48,8 @@ class Segment:
 
     def count(self, layer: str, last_step: int | None = None) -> int:
         """How many of the layer's patterns the segment holds, up to ``last_step``."""
+        if layer in self.left_out:
+            return 0
         count = int(self.header["rows"].get(layer, {"count": 0})["count"])
         if not count or last_step is None or self.last_step <= last_step:
             return count

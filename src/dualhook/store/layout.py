@@ -15,7 +15,9 @@ from torch import Tensor
 
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
+from dualhook.store.checksums import text_digest, with_checksums
 from dualhook.store.direct import DirectFile
+from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 from dualhook.store.mapped import MappedFile
 
 __all__ = [
@@ -50,6 +52,11 @@ class Layout:
         return self.root / "dualhook.json"
 
     @property
+    def unfinished(self) -> Path:
+        """The manifest before it has its name: without the other one, of a memory that is being made or removed."""
+        return self.manifest.with_suffix(f".json{PARTIAL}")
+
+    @property
     def latest(self) -> Path:
         """The weights after the last recorded step."""
         return self.root / "latest.safetensors"
@@ -60,8 +67,9 @@ class Layout:
 
     def segments(self, rank: int | None = None) -> list[Path]:
         """Every committed segment, or those that one process has written: process by process, oldest first."""
-        names = "[0-9r]*" if rank is None else f"r{rank:04d}-*" if rank else "[0-9]*"
-        return sorted(self.root.glob(f"segments/{names}.safetensors"))
+        process = r"(r\d{4}-)?" if rank is None else f"r{rank:04d}-" if rank else ""
+        found = self.root.glob("segments/*.safetensors")
+        return sorted(path for path in found if re.fullmatch(process + r"\d{8,}", path.stem))
 
     def origin(self, number: int) -> Path:
         """An origin file, counted from 0; a later one takes the place of earlier ones for the parameters it holds."""
@@ -98,8 +106,13 @@ class Layout:
         """Every column file."""
         return sorted(self.root.glob("columns/*.safetensors"))
 
+    def partials(self) -> list[Path]:
+        """Every file that was being written when a process ended."""
+        folders = [self.root, self.answers, *(self.root / folder for folder in FOLDERS)]
+        return [path for folder in folders for path in sorted(folder.glob(f"*{PARTIAL}"))]
+
     def create(self, *, overwrite: bool) -> None:
-        """Make the directory ready for a new memory.
+        """Make the directory ready for a new memory; one that was never finished is no obstacle.
 
         Raises:
             StoreError: it holds a memory and ``overwrite`` is false, or it holds something else.
@@ -110,17 +123,27 @@ class Layout:
                     f"{self.root} already holds a memory: choose another path, or pass overwrite=True to replace it"
                 )
             self.clear()
+        elif self.unfinished.exists():
+            self.clear()
         elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise StoreError(
                 f"{self.root} exists and is not empty, but holds no memory: choose another path "
                 "(overwrite=True replaces memories only, never other files)"
             )
-        for folder in FOLDERS:
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        new = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.unfinished.touch()
+        for folder in [self.root, *(folder.parent for folder in new)]:
+            settle(folder)
+        for name in FOLDERS:
+            (self.root / name).mkdir(exist_ok=True)
+        settle(self.root)
 
     def clear(self) -> None:
         """Remove the memory's own files; whatever else lies in the directory stays."""
-        self.manifest.unlink(missing_ok=True)  # first: from here on it is no memory any more
+        if self.manifest.exists():
+            os.replace(self.manifest, self.unfinished)  # first: from here on it is no memory any more
+            settle(self.root)
         self.latest.unlink(missing_ok=True)
         for folder in FOLDERS:
             shutil.rmtree(self.root / folder, ignore_errors=True)
@@ -131,13 +154,20 @@ class Layout:
 class Manifest:
     """What a memory holds: versions, the linear maps of the model, and how many processes have written it.
 
-    ``needs``: the format version that its segments need: of shared keys, of packed output gradients.
+    ``needs``: the format version that its segments need: of shared keys, of packed output gradients. ``id`` tells the
+    memory from others.
     """
 
     layers: tuple[LayerSpec, ...]
     versions: Mapping[str, str]
     ranks: int = 1
     needs: int = 1
+    id: str | None = None
+
+    @property
+    def stamp(self) -> dict[str, str]:
+        """What the headers of the memory's files say of it."""
+        return {} if self.id is None else {"memory": self.id}
 
     def write(self, layout: Layout, *, rank: int = 0) -> None:
         """Put the manifest in place, whole or not at all; several processes may at the same time."""
@@ -149,10 +179,12 @@ class Manifest:
         }
         if self.ranks > 1:
             manifest["ranks"] = self.ranks
+        if self.id is not None:
+            manifest["id"] = self.id
+        manifest["checksum"] = text_digest(json.dumps(manifest))
         text = json.dumps(manifest, indent=2)
-        partial = layout.manifest.with_suffix(f".json.{rank}.partial" if rank else ".json.partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, layout.manifest)
+        partial = layout.manifest.with_suffix(f".json.{rank}{PARTIAL}") if rank else layout.unfinished
+        put(layout.manifest, lambda path: write_bytes(path, f"{text}\n".encode()), partial)
 
     @classmethod
     def read(cls, layout: Layout) -> Manifest:
@@ -170,10 +202,13 @@ class Manifest:
             version = found["version"]
             if found["format"] != "dualhook":
                 raise ValueError(f"format {found['format']!r}")
+            checksum = found.pop("checksum", None)
+            if checksum not in (None, text_digest(json.dumps(found))):
+                raise ValueError("it is not as it was written")
             if isinstance(version, int) and version <= FORMAT_VERSION:
                 layers = tuple(LayerSpec(**layer) for layer in found["layers"])
                 ranks = int(found.get("ranks", 1))
-                return cls(layers, found["written_by"], ranks, version)
+                return cls(layers, found["written_by"], ranks, version, found.get("id"))
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{layout.manifest} is no manifest of a memory: {error}") from error
         raise StoreError(
@@ -186,9 +221,8 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], file: DirectFile | None = None
 ) -> None:
     """Write one safetensors file, whole or not at all: it appears under its name once it is complete."""
-    partial = path.with_suffix(".partial")
-    (file or DirectFile()).write(partial, tensors, {HEADER: json.dumps(header)})
-    os.replace(partial, path)
+    direct, text = file or DirectFile(), json.dumps(with_checksums(header, tensors))
+    put(path, lambda partial: direct.write(partial, tensors, {HEADER: text}))
 
 
 def open_tensors(path: Path) -> MappedFile:

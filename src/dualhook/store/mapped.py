@@ -13,6 +13,7 @@ import mmap
 import platform
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ from dualhook.store.direct import NAMES
 __all__ = ["MappedFile"]
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies, in bytes behind the header, and what it is."""
+
+    begin: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class MappedFile:
@@ -45,11 +56,18 @@ class MappedFile:
         size, length = len(self._map), int.from_bytes(self._map[:8], "little")
         if not 0 < length <= size - 8:
             raise ValueError(f"its header would take {length} of {size} bytes")
-        header: dict[str, Any] = json.loads(self._map[8 : 8 + length])
+        header = json.loads(self._map[8 : 8 + length])
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
         self._start = 8 + length
         self._metadata: dict[str, str] = header.pop("__metadata__", {})
-        self._tensors = header
-        if max((own["data_offsets"][1] for own in header.values()), default=0) != size - self._start:
+        self._tensors = {name: _place(name, own) for name, own in header.items()}
+        end = 0
+        for place in sorted(self._tensors.values(), key=lambda place: (place.begin, place.end)):
+            if place.begin != end:
+                raise ValueError("its tensors overlap, or leave room between them")
+            end = place.end
+        if end != size - self._start:
             raise ValueError(f"{size} bytes are not what its header says")
 
     def metadata(self) -> dict[str, str]:
@@ -62,11 +80,25 @@ class MappedFile:
 
     def get_tensor(self, name: str) -> Tensor:
         """A tensor that reads the file where it is looked at; what is written to it stays in memory."""
-        own = self._tensors[name]
-        begin, dtype, shape = own["data_offsets"][0], DTYPES[own["dtype"]], own["shape"]
-        if not (count := prod(shape)):
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._start + begin).view(shape)
+        place = self._tensors[name]
+        if not (count := prod(place.shape)):
+            return torch.empty(place.shape, dtype=place.dtype)
+        flat = torch.frombuffer(self._map, dtype=place.dtype, count=count, offset=self._start + place.begin)
+        return flat.view(place.shape)
+
+
+def _place(name: str, own: Any) -> _Place:
+    """What a file's header says of a tensor, if it adds up."""
+    try:
+        begin, end = own["data_offsets"]
+        place = _Place(begin, end, DTYPES[own["dtype"]], tuple(own["shape"]))
+        numbers = (begin, end, *place.shape)
+        adds_up = all(type(number) is int and number >= 0 for number in numbers)
+        if adds_up and end - begin == prod(place.shape) * place.dtype.itemsize:
+            return place
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"its header says of {name!r} what does not add up: {own!r}")
 
 
 def _has_large_pages() -> bool:

@@ -45,6 +45,10 @@ class StepWeights:
         """Forget that of the coming step."""
         self._is_pending = False
 
+    def withdraw(self, step: int) -> None:
+        """Forget those after a step."""
+        self._steps, self._is_pending = [own for own in self._steps if own <= step], False
+
     def reset(self) -> None:
         """Forget all."""
         self._steps, self._is_pending = [], False

@@ -7,13 +7,15 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dualhook.errors import StoreError
 from dualhook.maps import map_of
 from dualhook.records import INEXACT, VALUE, FactorVectors, History, LayerSpec, OriginPart, Rows
+from dualhook.store.inspection import inspected
 from dualhook.store.lanes import Lanes, Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
 from dualhook.store.ledger import fit_vectors, unpack
@@ -25,16 +27,34 @@ LEDGER = ("ledger/entry", "ledger/measured", "ledger/hyper")
 
 
 class Store:
-    """A memory on disk, as it was when it was opened; a :class:`~dualhook.records.RowSource`."""
+    """A memory on disk, as it was when it was opened; a :class:`~dualhook.records.RowSource`.
 
-    def __init__(self, root: Path) -> None:
+    ``on_damage="skip"`` looks at every bit, and goes on without the damaged files and rows.
+
+    Raises:
+        StoreError: no memory, or a damaged one.
+    """
+
+    def __init__(self, root: Path, *, on_damage: Literal["raise", "skip"] = "raise") -> None:
         self.layout = Layout(root)
         self.manifest = Manifest.read(self.layout)
-        self._origin_headers = {path: read_header(path, open_tensors(path)) for path in self.layout.origins()}
+        found = inspected(self.layout, self.manifest, deep=on_damage == "skip")
+        while found.damage:  # or a recorder at work has folded segments away while they were looked at
+            before, found = found, inspected(self.layout, self.manifest, deep=on_damage == "skip")
+            if found.damage == before.damage:
+                break
+        if found.damage and (on_damage == "raise" or not found.origins):
+            raise StoreError(
+                f"{root} is damaged: {'; '.join(map(str, found.damage))}. Bring the files back from a copy"
+                + (", or open the rest with dualhook.load(path, on_damage='skip')" if on_damage == "raise" else "")
+            )
+        self.damage = found.damage
+        """What is left out."""
+        self._damaged_paths = found.damaged_paths
+        self._origin_headers = found.origins
         # what a moved origin has swallowed may still lie there, if the recording was cut off in that moment
         folded = max((header["folded"] for header in self._origin_headers.values()), default=0)
-        headers = ((path, read_header(path, open_tensors(path))) for path in self.layout.segments())
-        self.segments = [segment for segment in (Segment(*found) for found in headers) if segment.last_step > folded]
+        self.segments = found.segments
         self.first_step = folded
         self._counted: dict[str, list[int]] = {}
         self._lanes = Lanes(self.segments, self.manifest.ranks, folded)
@@ -50,11 +70,20 @@ class Store:
             parts.append(({name: file.get_tensor(name) for name in LEDGER}, segment.header))
         begins = self.origin_steps
         found = unpack(parts)
+        lost = [name for name, history in found.items() if name not in begins and len(history)]
+        if lost and not self.damage:
+            raise StoreError(f"{self.layout.root} is damaged: no file in origin/ holds {lost[0]!r}")
         last = self.last_step  # beyond it some process may have the rows, but not all
         return {
             name: history.where((history.step > begins[name]) & (history.step <= last))
             for name, history in found.items()
+            if name in begins
         }
+
+    @property
+    def note_of_damage(self) -> str:
+        """One line on what is left out; empty where nothing is."""
+        return f"left out, since damaged: {'; '.join(map(str, self.damage))}" if self.damage else ""
 
     @cached_property
     def origin_steps(self) -> dict[str, int]:
@@ -75,7 +104,8 @@ class Store:
 
     @cached_property
     def _snapshot_headers(self) -> dict[Path, dict[str, Any]]:
-        return {path: read_header(path, open_tensors(path)) for path in self.layout.snapshots()}
+        paths = [path for path in self.layout.snapshots() if path not in self._damaged_paths]
+        return {path: read_header(path, open_tensors(path)) for path in paths}
 
     def snapshots(self, parameter: str) -> dict[int, Path]:
         """The files that hold snapshots of a parameter's optimiser state, by their step, oldest first."""
@@ -89,11 +119,18 @@ class Store:
         return {part: file.get_tensor(f"{parameter}//{part}") for part in names}
 
     def inexact_steps(self, parameter: str, last_step: int) -> int:
-        """How many steps of a parameter up to ``last_step`` are marked inexact, folded ones included."""
+        """How many steps of a parameter up to ``last_step`` are marked inexact, folded ones and lost ones included."""
         path = self._origin_files.get(parameter)
         found = 0 if path is None else int(self._origin_headers[path]["inexact"].get(parameter, 0))
         history = self.histories.get(parameter)
+        found += self._lost_steps(parameter, last_step)
         return found if history is None else found + int((history.marked(INEXACT) & (history.step <= last_step)).sum())
+
+    def _lost_steps(self, parameter: str, last_step: int) -> int:
+        """How many steps have rows or ledger entries of a parameter in damaged files."""
+        own = {spec.name for spec in self.manifest.layers if parameter in spec.parameters}
+        lost = [one.steps for one in self.damage if one.steps and (not one.layers or own & one.layers)]
+        return len({step for first, last in lost for step in range(first, min(last, last_step) + 1)})
 
     def superseded_by(self, parameters: Container[str]) -> list[Path]:
         """The origin files that hold nothing but these parameters: a newer origin of them takes their place."""
@@ -131,7 +168,7 @@ class Store:
         """What tells this memory from another, and from itself after more steps or folding: segments and ledger."""
         found = hashlib.sha256(f"{self.first_step}".encode())
         for segment in self.segments:
-            found.update(f"{segment.path.name} {segment.path.stat().st_size} ".encode())
+            found.update(f"{segment.path.name} {segment.path.stat().st_size} {sorted(segment.left_out) or ''}".encode())
         for name, history in self.histories.items():
             found.update(f"{name} {self.origin_steps[name]} ".encode())
             for values in (history.step, history.scale, history.residual):  # as good as the rows themselves
@@ -200,7 +237,7 @@ class Store:
 
     def latest(self) -> tuple[int, dict[str, Tensor]] | None:
         """The weights after the last recorded step and that step, or None if the recording was cut off."""
-        if not self.layout.latest.is_file():
+        if not self.layout.latest.is_file() or self.layout.latest in self._damaged_paths:
             return None
         file = open_tensors(self.layout.latest)
         step = int(read_header(self.layout.latest, file)["step"])
@@ -248,6 +285,8 @@ class Store:
         """The columns over the samples: values [sample], and the category names if the values number them."""
         found = {}
         for path in self.layout.columns():
+            if path in self._damaged_paths:
+                continue
             file = open_tensors(path)
             found[path.stem] = (file.get_tensor(VALUE), read_header(path, file)["categories"])
         return found
@@ -260,4 +299,5 @@ class Store:
         """
         path = self.layout.column(name)
         path.parent.mkdir(exist_ok=True)
-        write_tensors(path, {VALUE: values}, {"kind": "column", "categories": categories})
+        header = {"kind": "column", "name": name, "categories": categories} | self.manifest.stamp
+        write_tensors(path, {VALUE: values}, header)

@@ -166,6 +166,16 @@ class SegmentBuilder:
             buffer.committed = buffer.filled
             buffer.weights.commit(step)
 
+    def withdraw(self, step: int) -> None:
+        """Forget everything after a step, which did not end."""
+        self.steps = None if self.steps is None or self.steps[0] > step else (self.steps[0], step)
+        self.ledger = [entry for entry in self.ledger if entry.step <= step]
+        for buffer in self.layers.values():
+            if buffer.committed:
+                steps = buffer.tensors["step"][: buffer.committed]
+                buffer.committed = buffer.filled = int(torch.searchsorted(steps, step, right=True))
+                buffer.weights.withdraw(step)
+
     def add(self, step: int, entries: Iterable[LedgerEntry]) -> None:
         """Add the ledger entries of a step; it may have none, where all that it stepped on was frozen."""
         self.steps = (step if self.steps is None else self.steps[0], step)

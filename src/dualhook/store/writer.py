@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,6 +63,11 @@ class Writer:
         self.slow_steps: dict[str, int] = {}
         """The step whose weights a parameter's first synchronisation goes back to: not to be folded away."""
         self.error: BaseException | None = None
+        """What has gone wrong in the writing thread, or elsewhere so that nothing more is to be written."""
+        self.last_step = 0
+        """The newest step on disk."""
+        self.waited = 0.0
+        """Seconds for which other threads than the writing one have waited for the disk."""
         self._after_write = after_write
         self._number = 0
         self._sealed_bytes = 0
@@ -74,11 +82,16 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="dualhook-writer", daemon=True)
         self._thread.start()
 
+    @cached_property
+    def _stamp(self) -> dict[str, str]:
+        return Manifest.read(self.layout).stamp
+
     def go_on(self) -> None:
         """Continue what is in the directory: numbers of files and patterns go on from there."""
         own = [Segment(path, read_header(path, open_tensors(path))) for path in self.layout.segments(self.rank)]
         self._number = max((int(segment.header["number"]) + 1 for segment in own), default=0)
         self._origin_number = max((int(path.stem) + 1 for path in self.layout.origins()), default=0)
+        self.last_step = max((segment.last_step for segment in own), default=0)
         self.folded = max((int(read_header(p, open_tensors(p))["folded"]) for p in self.layout.origins()), default=0)
         self.bytes = self._sealed_bytes = sum(segment.path.stat().st_size for segment in own)
         for segment in own:
@@ -114,7 +127,8 @@ class Writer:
             StoreError: a segment could not be written.
         """
         self.seal()
-        self._sealed.join()
+        with self._waiting():
+            self._sealed.join()
         self.check()
 
     def check(self) -> None:
@@ -124,10 +138,7 @@ class Writer:
             StoreError: a segment could not be written.
         """
         if self.error is not None:
-            raise StoreError(
-                f"{self.layout.root} could not be written ({self.error}): "
-                f"the {self._number} segments before are complete; free the disk and record again"
-            ) from self.error
+            raise StoreError(f"{self.layout.root} could not be written: {self.error}") from self.error
 
     def write_origin(
         self,
@@ -156,19 +167,22 @@ class Writer:
         with self._origins:
             path = self.layout.origin(self._origin_number)
             self._origin_number += 1
-            write_tensors(path, _named(parts), header)
+            with self._waiting():
+                write_tensors(path, _named(parts), header | {"number": int(path.stem)} | self._stamp)
 
     def write_snapshot(self, step: int, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write tensors of the optimiser's state of some parameters as they are after ``step``."""
         if self.rank:
             return
         header = {"kind": "snapshot", "step": step, "parameters": {name: list(own) for name, own in parts.items()}}
-        write_tensors(self.layout.snapshot(step), _named(parts), header)
+        with self._waiting():
+            write_tensors(self.layout.snapshot(step), _named(parts), header | self._stamp)
 
     def write_latest(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the weights after the last step."""
         if not self.rank:
-            write_tensors(self.layout.latest, tensors, {"kind": "latest", "step": step})
+            with self._waiting():
+                write_tensors(self.layout.latest, tensors, {"kind": "latest", "step": step} | self._stamp)
 
     def close(self, *, discard: bool = False) -> None:
         """Write what is left (unless it is to be discarded) and end the thread.
@@ -192,7 +206,17 @@ class Writer:
         if self._spare.empty() and self._made < BUILDERS:
             self._made += 1
             return SegmentBuilder()
-        return self._spare.get()
+        with self._waiting():
+            return self._spare.get()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if threading.current_thread() is not self._thread:
+                self.waited += time.perf_counter() - began
 
     def _work(self) -> None:
         while (builder := self._sealed.get()) is not None:
@@ -213,8 +237,10 @@ class Writer:
         path = self.layout.segment(self._number, self.rank)
         if self.rank:
             header["rank"] = self.rank
-        write_tensors(path, tensors, {"kind": "segment", "number": self._number, **header}, self._file)
+        header = {"kind": "segment", "number": self._number, **header, **self._stamp}
+        write_tensors(path, tensors, header, self._file)
         self._number += 1
+        self.last_step = header["steps"][1]
         self.bytes += path.stat().st_size
         if self._after_write is not None:
             self._after_write(self)

@@ -1,0 +1,223 @@
+"""What is wrong with the files of a memory: which cannot be read, are missing, in each other's place or another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dualhook.errors import StoreError
+from dualhook.store.checksums import CHECKSUMS, HEADER_ITSELF, mismatches
+from dualhook.store.lanes import Segment
+from dualhook.store.layout import Layout, Manifest, open_tensors, read_header
+
+__all__ = ["Damage", "Inspection", "inspected"]
+
+KINDS = {"segments": "segment", "origin": "origin", "snapshots": "snapshot", "columns": "column"}  # by folder
+Lane = Sequence[tuple[Path, "Segment | None"]]  # one process's files, None where a file is damaged
+NAMED = 3  # damaged tensors that are named one by one
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file that is not what it was or should be, by its name in the memory's directory.
+
+    ``steps``, the first and the last, are lost with it; of a segment's damaged rows to these ``layers`` only (empty:
+    to all).
+    """
+
+    file: str
+    what: str
+    steps: tuple[int, int] | None = None
+    layers: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        lost = (
+            ""
+            if self.steps is None
+            else " (step {}{})".format(self.steps[0], "" if self.steps[0] == self.steps[1] else f" to {self.steps[1]}")
+        )
+        return f"{self.file} {self.what}{lost}"
+
+
+@dataclass
+class Inspection:
+    """The healthy files of a memory, and the damage."""
+
+    segments: list[Segment] = field(default_factory=list)
+    origins: dict[Path, Mapping[str, Any]] = field(default_factory=dict)
+    damage: list[Damage] = field(default_factory=list)
+    damaged_paths: set[Path] = field(default_factory=set)
+    without_checksums: int = 0
+    """How many files an earlier version has written, of which bits are not checked."""
+
+
+class _FileError(Exception):
+    """What is wrong with a file as a whole."""
+
+
+def inspected(
+    layout: Layout, manifest: Manifest, *, deep: bool = False, on_file: Callable[[int], None] | None = None
+) -> Inspection:
+    """Look at the files of a memory; ``deep``: at every bit of all of them, else at the headers of what is needed.
+
+    ``on_file`` is called with the bytes of every file that has been looked at.
+    """
+    found = Inspection()
+    # before the segments, which a recorder that is at work writes first
+    latest = _looked_at(layout.latest, "latest", layout, manifest, found, deep=deep) if layout.latest.exists() else None
+    folders = {"origin": layout.origins(), "segments": layout.segments()}
+    if deep:
+        folders |= {"snapshots": layout.snapshots(), "columns": layout.columns()}
+    lanes: dict[int, list[tuple[Path, Segment | None]]] = {rank: [] for rank in range(manifest.ranks)}
+    for folder, paths in folders.items():
+        for path in paths:
+            header = _looked_at(path, KINDS[folder], layout, manifest, found, deep=deep)
+            if folder == "origin" and header is not None:
+                found.origins[path] = header
+            elif folder == "segments":
+                lanes.setdefault(_place(path)[0], []).append((path, _segment(path, header, found)))
+            if on_file is not None:
+                on_file(path.stat().st_size)
+    folded = max((int(header["folded"]) for header in found.origins.values()), default=0)
+    is_known = all(path in found.origins for path in folders["origin"])
+    for rank, lane in lanes.items():
+        own = [(path, segment) for path, segment in lane if segment is None or segment.last_step > folded]
+        begin, before = _beginning(own, folded) if is_known or not own else (_place(own[0][0])[1], None)
+        reach = 0 if latest is None or rank else int(latest["step"])
+        _check_order(own, begin, before, reach, partial(layout.segment, rank=rank), found, layout.root)
+    if deep and is_known:
+        known = {name for spec in manifest.layers for name in spec.parameters}
+        begun = {name for header in found.origins.values() for name in header["parameters"]}
+        stepped = {name for segment in found.segments for name in _stepped(segment)}
+        if lost := sorted((stepped & known) - begun):
+            found.damage.append(Damage("origin/", f"lacks the file that holds {', '.join(map(repr, lost))}"))
+    return found
+
+
+def _looked_at(
+    path: Path, kind: str, layout: Layout, manifest: Manifest, found: Inspection, *, deep: bool
+) -> dict[str, Any] | None:
+    """The header of a file, with ``left_out``, the layers of damaged rows; None if more is damaged. That is noted."""
+    try:
+        try:
+            file = open_tensors(path)
+            header = read_header(path, file)
+        except StoreError as error:
+            raise _FileError(str(error).removeprefix(f"{path} ")) from error
+        _check_place(path, kind, header, layout, manifest)
+        if not deep:
+            return header
+        found.without_checksums += CHECKSUMS not in header
+        damaged = list(mismatches(file, header))
+        if not damaged:
+            return header
+        layers = _layers_of(damaged, header) if kind == "segment" else frozenset()
+        steps = None if kind != "segment" or HEADER_ITSELF in damaged else (header["steps"][0], header["steps"][1])
+        names = ["its header" if name == HEADER_ITSELF else name for name in damaged]
+        listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        found.damage.append(Damage(_name(path, layout.root), f"is not as it was written: {listed}", steps, layers))
+        if layers:
+            return header | {"left_out": layers}
+    except _FileError as damaged_file:
+        found.damage.append(Damage(_name(path, layout.root), str(damaged_file)))
+    found.damaged_paths.add(path)
+    return None
+
+
+def _check_place(path: Path, kind: str, header: Mapping[str, Any], layout: Layout, manifest: Manifest) -> None:
+    """Is it the file that belongs there?"""
+    if header.get("kind") != kind:
+        raise _FileError(f"is of kind {header.get('kind')!r}: expected {kind!r}")
+    if None not in (manifest.id, header.get("memory")) and header["memory"] != manifest.id:
+        raise _FileError("belongs to another memory")
+    places: dict[str, Callable[[], Path]] = {
+        "segment": lambda: layout.segment(int(header["number"]), int(header.get("rank", 0))),
+        "origin": lambda: layout.origin(int(header.get("number", path.stem))),
+        "snapshot": lambda: layout.snapshot(int(header["step"])),
+        "column": lambda: layout.column(header.get("name", path.stem)),
+        "latest": lambda: layout.latest,
+    }
+    try:
+        place = places[kind]()
+    except (KeyError, ValueError, TypeError, StoreError) as error:
+        raise _FileError(f"does not say which file it is: {error}") from error
+    if place != path:
+        raise _FileError(f"is in the place of another file, it was {_name(place, layout.root)}")
+
+
+def _stepped(segment: Segment) -> Iterator[str]:
+    """The parameters that the ledger of a segment has entries of."""
+    entries = open_tensors(segment.path).get_tensor("ledger/entry")
+    return (segment.header["parameters"][number] for number in set(entries[:, 1].tolist()))
+
+
+def _segment(path: Path, header: Mapping[str, Any] | None, found: Inspection) -> Segment | None:
+    return None if header is None else Segment(path, header, frozenset(header.get("left_out", ())))
+
+
+def _layers_of(damaged: Sequence[str], header: Mapping[str, Any]) -> frozenset[str]:
+    """The layers whose rows are damaged, with those that read their keys there; none if more than rows is."""
+    layers: set[str] = set()
+    for name in damaged:
+        owner = next((layer for layer in header["rows"] if name.startswith(f"rows/{layer}/")), None)
+        if owner is None:
+            return frozenset()
+        layers.add(owner)
+    layers |= {layer for layer, own in header["rows"].items() if own.get("key_of") in layers}
+    return frozenset(layers)
+
+
+def _beginning(lane: Lane, folded: int) -> tuple[int, int]:
+    """The number of the segment that one process's begin with, and the step before it."""
+    if not folded or not lane:
+        return 0, folded
+    path, segment = lane[0]
+    return _place(path)[1] - (segment is not None and segment.first_step > folded + 1), folded
+
+
+def _check_order(
+    lane: Lane, begin: int, last: int | None, reach: int, named: Callable[[int], Path], found: Inspection, root: Path
+) -> None:
+    """Do one process's segments follow each other, from ``begin`` on to the step that is to be ``reach``ed?
+
+    ``last`` is the step before them, None where that is not known.
+    """
+    number = begin - 1
+    for segment in (segment for _, segment in lane if segment is not None):
+        before, own = number, _place(segment.path)[1]
+        last = segment.first_step - 1 if last is None else last
+        if own == before + 1 and not last <= segment.first_step <= last + 1:
+            what = f"begins with step {segment.first_step}: expected {last + 1}"
+            found.damage.append(Damage(_name(segment.path, root), what))
+            found.damaged_paths.add(segment.path)
+            continue
+        _note_gap(map(named, range(before + 1, own)), (last + 1, segment.first_step - 1), found, root)
+        found.segments.append(segment)
+        number, last = own, segment.last_step
+    last = last or 0
+    end = max([number + (reach > last), *(_place(path)[1] for path, _ in lane)])
+    _note_gap(map(named, range(number + 1, end + 1)), (last + 1, max(reach, last + 1)), found, root)
+
+
+def _note_gap(paths: Iterable[Path], steps: tuple[int, int], found: Inspection, root: Path) -> None:
+    """Segments between two healthy ones: missing, or damaged so that they do not say which steps they hold."""
+    known = {one.file: at for at, one in enumerate(found.damage)}
+    lost = steps if steps[0] <= steps[1] else None
+    for name in (_name(path, root) for path in paths):
+        if name not in known:
+            found.damage.append(Damage(name, "is missing", lost))
+        elif found.damage[known[name]].steps is None:
+            found.damage[known[name]] = replace(found.damage[known[name]], steps=lost)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """The process and the number that a segment's file name tells."""
+    rank, _, number = path.stem.rpartition("-")
+    return int(rank.removeprefix("r") or 0), int(number)
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
