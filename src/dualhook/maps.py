@@ -219,7 +219,7 @@ class Convolution(LinearMap):
             for start in range(begin, end, step):
                 part = rows.part(start, min(end, start + step))
                 x = part.key[:, :inputs].reshape(len(part), self.channels, *size)
-                grad = part.output_grad[:, :outputs].reshape(len(part), self.slots, self.spec.out_features, -1)
+                grad = part.grads()[:, :outputs].reshape(len(part), self.slots, self.spec.out_features, -1)
                 yield part, x, grad, places
             begin = end
 

@@ -1,4 +1,4 @@
-"""Output gradients kept by less than all their numbers: those of a head that is as wide as a vocabulary.
+"""Output gradients kept in less room: those of a head that is as wide as a vocabulary, and any in 16 bits.
 
 Under softmax cross-entropy a row is a multiple of ``softmax(W x + b) - onehot(target)``: with its key, three numbers
 and the weights as they were it is there again. Of any other row the largest can be kept, which loses the rest.
@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["FORMS", "Largest", "Packed", "Softmax", "changed", "pack_largest", "pack_softmax", "parts_of"]
+__all__ = [
+    "FORMS",
+    "Largest",
+    "Packed",
+    "Scaled",
+    "Softmax",
+    "changed",
+    "pack_largest",
+    "pack_scaled",
+    "pack_softmax",
+    "parts_of",
+]
 
 LOOKED_AT = 32  # outputs of every row that are compared before it counts as one of a softmax
 # what an entry may be off by: of itself, since an exponent carries the rounding of a logit, and of the loss's factor
@@ -74,9 +85,28 @@ class Largest:
         return self.value.new_zeros(len(self.value), self.width).scatter_(1, self.index.long(), self.value)
 
 
-Packed = Softmax | Largest
+@dataclass(frozen=True)
+class Scaled:
+    """Rows in 16 bits: ``value`` [n, o] float16 times ``scale`` [n], a power of two not above a row's largest number.
 
-FORMS: Mapping[str, type[Packed]] = {form.name: form for form in (Softmax, Largest)}
+    Without it the gradients of a long batch would be less than the smallest number of float16.
+    """
+
+    name: ClassVar[str] = "scaled"
+    fields: ClassVar[tuple[str, ...]] = ("value", "scale")
+
+    value: Tensor
+    scale: Tensor
+
+    def dense(self, key: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """The output gradients [n, o], or those of some ``outputs``, in the dtype of ``scale``."""
+        value = self.value if outputs is None else self.value.index_select(1, outputs)
+        return value.to(self.scale.dtype) * self.scale[:, None]
+
+
+Packed = Softmax | Largest | Scaled
+
+FORMS: Mapping[str, type[Packed]] = {form.name: form for form in (Softmax, Largest, Scaled)}
 
 
 def parts_of(packed: Packed) -> dict[str, Tensor]:
@@ -125,6 +155,14 @@ def pack_largest(output_grad: Tensor, count: int) -> Largest:
     """Rows by their ``count`` largest numbers."""
     index = output_grad.abs().topk(min(count, output_grad.shape[1]), dim=1).indices
     return Largest(output_grad.gather(1, index), index.int(), output_grad.shape[1])
+
+
+def pack_scaled(output_grad: Tensor) -> Scaled:
+    """Rows in 16 bits."""
+    largest = output_grad.abs().amax(1) if output_grad.numel() else output_grad.new_zeros(len(output_grad))
+    largest = largest.to(_computed_in(output_grad))
+    scale = torch.where((largest > 0) & largest.isfinite(), 2.0 ** largest.log2().floor(), 1.0)
+    return Scaled((output_grad / scale[:, None]).half(), scale)
 
 
 def _lowest(values: Tensor) -> tuple[Tensor, Tensor]:

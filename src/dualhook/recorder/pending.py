@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dualhook.packing import Softmax, changed
+from dualhook.packing import Softmax, changed, pack_scaled
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.staging import Staging
 from dualhook.records import Rows
@@ -31,7 +31,7 @@ class Pending:
         self._writer = writer
         self._ranks = ranks
         self._dtype = dtype
-        self._staging = Staging(self._keep)
+        self._staging = Staging(self._keep_whole)
         self._waited: dict[str, int] = {}  # steps for which a layer's rows have been waiting
 
     @property
@@ -42,18 +42,17 @@ class Pending:
     def take(self, layer: str, rows: Rows, kept: Tensor | None) -> None:
         """Keep rows, or those of an index ``kept`` [m]."""
         self.seen = True
-        dtype = self._dtype or rows.key.dtype
         rows = replace(rows, columns=self._ranks.columns(rows))
         if rows.packed is not None:
-            self._keep_packed(layer, rows, kept, dtype)
+            self._keep_packed(layer, rows, kept)
             return
         if self._staging.takes(rows):
-            self._staging.put(layer, rows, dtype)
+            self._staging.put(layer, rows, rows.key.dtype if self._is_scaled(rows) else self._dtype or rows.key.dtype)
             return
         if rows.key.device.type != "cpu":
             slot = None if rows.slot is None else rows.slot.cpu()
             rows = replace(rows, key=rows.key.cpu(), output_grad=rows.output_grad.cpu(), slot=slot)
-        self._keep(layer, rows, kept, dtype)
+        self._keep_whole(layer, rows, kept)
 
     def drop(self, layers: Iterable[str]) -> None:
         """Forget the rows of some layers."""
@@ -86,6 +85,15 @@ class Pending:
             return []
         return [layer for layer, steps in self._waited.items() if steps >= PATIENCE]
 
+    def _is_scaled(self, rows: Rows) -> bool:
+        """Whether rows are kept in 16 bits with a scale, which they have not been computed in."""
+        return self._dtype == torch.float16 != rows.output_grad.dtype
+
+    def _keep_whole(self, layer: str, rows: Rows, kept: Tensor | None) -> None:
+        if self._is_scaled(rows):
+            rows = replace(rows, output_grad=rows.output_grad[:, :0], packed=pack_scaled(rows.output_grad))
+        self._keep(layer, rows, kept, self._dtype)
+
     def _keep(self, layer: str, rows: Rows, kept: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         """Copy rows, or those of an index ``kept`` [m], to where they will be written from, as ``dtype``."""
         if self._writer.builder.holds(layer) and not self._writer.builder.takes(layer, rows):
@@ -101,7 +109,7 @@ class Pending:
         if self._writer.builder.takes(layer, rows):  # else it has not been sealed, after an error
             self._writer.builder.append(layer, rows, kept, dtype)
 
-    def _keep_packed(self, layer: str, rows: Rows, kept: Tensor | None, dtype: torch.dtype) -> None:
+    def _keep_packed(self, layer: str, rows: Rows, kept: Tensor | None) -> None:
         """Keys that output gradients are computed from stay as they are: their rounding would be in an exponent."""
         assert rows.packed is not None
         packed = changed(rows.packed, Tensor.cpu)
@@ -109,6 +117,7 @@ class Pending:
             packed, dtype = replace(packed, weight=packed.weight.cpu()), rows.key.dtype
             kept = packed.used_rows() if kept is None else kept
         else:
+            dtype = self._dtype or rows.key.dtype
             packed = replace(packed, value=packed.value.to(dtype))
         key, empty = rows.key.cpu(), rows.output_grad.cpu()
         self._keep(layer, replace(rows, key=key, output_grad=empty, packed=packed), kept, dtype)

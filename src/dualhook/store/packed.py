@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from dualhook.packing import FORMS, Largest, Softmax
+from dualhook.packing import FORMS, Largest, Scaled, Softmax
 
-__all__ = ["PER_STEP", "WEIGHT_STEP", "StepWeights", "form_of", "unpacked"]
+__all__ = ["PER_STEP", "WEIGHT_STEP", "StepWeights", "form_of", "packed_width", "unpacked"]
 
 WEIGHT, WEIGHT_STEP = PER_STEP = ("weight", "weight_step")
 """The tensors of a layer that have no row for every pattern: weights [step, o, i] and their steps, ascending."""
@@ -75,12 +75,20 @@ def form_of(names: Iterable[str]) -> str | None:
     return next((form for form in FORMS if any(name.startswith(f"{form}/") for name in names)), None)
 
 
+def packed_width(tensors: Mapping[str, Tensor], outputs: int) -> int | None:
+    """How many numbers unpacked output gradients of a stored row are, in a layer of so many ``outputs``; None: none."""
+    form = form_of(tensors)
+    return tensors[f"{Scaled.name}/value"].shape[1] if form == Scaled.name else outputs if form else None
+
+
 def unpacked(tensors: Mapping[str, Tensor], key: Tensor, start: int, stop: int, width: int) -> Tensor:
     """The output gradients [n, o] of some stored rows, ``start`` to ``stop``, with their keys [n, i]."""
     form = FORMS[form_of(tensors) or ""]
     fields = {field: tensors[f"{form.name}/{field}"][start:stop] for field in form.fields}
     if form is Largest:
         return Largest(**fields, width=width).dense(key)
+    if form is Scaled:
+        return Scaled(**fields).dense(key)
     steps, counts = torch.unique_consecutive(tensors["step"][start:stop], return_counts=True)
     places = torch.searchsorted(tensors[WEIGHT_STEP], steps)
     parts, at = [], 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dualhook.maps import map_of
 from dualhook.records import FIELDS, OPTIONAL, LayerSpec, Rows
-from dualhook.store.packed import PER_STEP, form_of, unpacked
+from dualhook.store.packed import PER_STEP, form_of, packed_width, unpacked
 from dualhook.store.sharing import KEY_ROW
 
 __all__ = ["USE", "Stored", "patterns_of", "rows_of"]
@@ -38,7 +38,9 @@ class Stored:
     @cached_property
     def counts(self) -> Tensor | None:
         """How many patterns each stored row makes [n]; None: one each."""
-        return map_of(self.spec).counts(self.rows(0, len(self.step))) if "extent" in self.tensors else None
+        if "extent" not in self.tensors:
+            return None
+        return map_of(self.spec).counts(rows_of({n: v for n, v in self.tensors.items() if n not in PER_STEP}))
 
     def patterns(self, stop: int) -> int:
         """How many patterns the first ``stop`` stored rows make."""
@@ -62,11 +64,10 @@ class Stored:
         """The patterns of stored rows in blocks, numbered from 0."""
         most = min(block_rows, max(1, UNFOLDED_BYTES // (4 * self.spec.in_features // self.spec.slots)))
         own, most = map_of(self.spec), block_rows if self.spec.kind == "linear" else most
-        taken = stop - start
-        if form_of(self.tensors) is not None:
-            taken = min(block_rows, max(1, UNFOLDED_BYTES // (4 * self.spec.out_features)))
-        for first in range(start, stop, max(1, taken)):
-            for rows in own.patterns(self.rows(first, min(stop, first + taken)), most):
+        width = packed_width(self.tensors, self.spec.out_features)
+        at_once = stop - start if width is None else min(block_rows, max(1, UNFOLDED_BYTES // (4 * width)))
+        for first in range(start, stop, max(1, at_once)):
+            for rows in own.patterns(self.rows(first, min(stop, first + at_once)), most):
                 for at in range(0, len(rows), block_rows):
                     yield rows.part(at, min(len(rows), at + block_rows))
 

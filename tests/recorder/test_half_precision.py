@@ -1,0 +1,84 @@
+"""Rows in 16 bits: how much of the training they still explain, whatever the size of the gradients."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import dualhook
+from dualhook.packing import pack_scaled
+
+SMALL = 1e-9  # a loss that is a mean over many tokens leaves gradients that float16 cannot hold
+
+
+class Small(nn.Module):
+    """Every kind whose rows are stored in a way of their own: tokens, maps, vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        self.convolution = nn.Conv1d(16, 8, 3)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        maps = self.convolution(self.embedding(words).transpose(1, 2))
+        return self.linear(torch.tanh(maps).amax(2))
+
+
+def error(dtype: torch.dtype | None, optimizer: str) -> float:
+    torch.manual_seed(0)
+    model = Small()
+    recorder = dualhook.instrument(model, layers="all", dtype=dtype, verbose=False)
+    stepper = torch.optim.SGD(model.parameters(), lr=0.1 / SMALL) if optimizer == "sgd" else torch.optim.Adam(
+        model.parameters(), lr=1e-2, eps=1e-30
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    for length in (5, 9, 9, 7, 5, 9):
+        words = torch.randint(0, 20, (6, length), generator=generator)
+        stepper.zero_grad()
+        (SMALL * F.cross_entropy(model(words), words[:, 0] % 4)).backward()
+        stepper.step()
+    memory = recorder.close()
+    assert memory.layers == ["embedding", "convolution", "linear"]
+    assert not any(memory.verify()["inexact_steps"])
+    return memory.verify().max_error
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_small_gradients_are_kept_as_well_as_large_ones(optimizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dualhook.InexactWarning)
+        assert error(None, optimizer) < 1e-5
+        assert error(torch.float16, optimizer) < 1e-3
+        assert error(torch.float16, optimizer) < error(torch.bfloat16, optimizer)
+
+
+@given(
+    st.integers(0, 2**20), st.integers(0, 9), st.integers(1, 9), st.sampled_from([torch.float32, torch.float64]),
+    st.integers(-100, 100),
+)  # fmt: skip
+def test_a_row_keeps_eleven_bits_of_its_largest_number(seed, count, width, dtype, exponent):
+    generator = torch.Generator().manual_seed(seed)
+    grads = torch.randn(count, width, generator=generator, dtype=dtype) * 2.0**exponent
+    grads[:1] = 0.0
+    packed, key = pack_scaled(grads), torch.zeros(count, 1)
+    found = packed.dense(key)
+    assert packed.value.dtype == torch.float16
+    assert found.dtype == dtype
+    largest = grads.abs().amax(1, keepdim=True) if count else grads
+    assert ((found - grads).abs() <= 2.0**-11 * largest).all()
+    assert torch.equal(packed.dense(key, torch.tensor([width - 1])), found[:, width - 1 :])
+
+
+def test_what_is_no_number_stays_none():
+    grads = torch.tensor([[1.0, float("nan")], [float("inf"), 2.0], [1e-40, 0.0]])
+    found = pack_scaled(grads).dense(torch.zeros(3, 1))
+    assert found[0].isnan().tolist() == [False, True]
+    assert found[1].tolist() == [float("inf"), 2.0]
+    assert found[2, 0] == pytest.approx(1e-40, rel=1e-3)
