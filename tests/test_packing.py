@@ -83,6 +83,68 @@ def one_row(grads, target):
     return grads
 
 
+def mixed(logits, target):
+    """Two-hot targets, of mixup."""
+    return 0.7 * F.cross_entropy(logits, target) + 0.3 * F.cross_entropy(logits, target.flip(0))
+
+
+def masked(logits, target):
+    """The last words pad a vocabulary."""
+    hidden = torch.arange(logits.shape[1]) >= logits.shape[1] - 40
+    return F.cross_entropy(logits.masked_fill(hidden, -1e9), target % 500)
+
+
+def distilled(logits, target):
+    teacher = torch.linspace(-1, 1, logits.numel()).reshape(logits.shape).to(logits).sin().softmax(1)
+    return 0.5 * F.cross_entropy(logits, target) + 0.5 * F.kl_div(logits.log_softmax(1), teacher, reduction="batchmean")
+
+
+LOSSES = {
+    "smoothed": lambda logits, target: F.cross_entropy(logits, target, label_smoothing=0.1),
+    "colder": lambda logits, target: F.cross_entropy(0.5 * logits, target),
+    "capped": lambda logits, target: F.cross_entropy(3 * torch.tanh(logits / 3), target),
+    "mixed": mixed,
+    "masked": masked,
+    "distilled": distilled,
+    "focal": lambda logits, target: (
+        (1 - logits.softmax(1).gather(1, target[:, None])).square() * -logits.log_softmax(1).gather(1, target[:, None])
+    ).mean(),
+}
+
+
+@pytest.mark.parametrize("sharp", [0.02, 0.3])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("outputs", [600, 8000])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "focal"])
+def test_other_losses_are_told(name, outputs, autocast, sharp):
+    generator = torch.Generator().manual_seed(0)
+    key, weight = torch.randn(128, 64, generator=generator), sharp * torch.randn(outputs, 64, generator=generator)
+    target = torch.randint(0, outputs, (128,), generator=generator)
+
+    def packed(loss, start: int):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            logits = F.linear(key, weight)
+        logits = logits.detach().requires_grad_()
+        (1024 * loss(logits.float(), target)).backward()
+        return pack_softmax(key.to(logits.dtype), logits.grad, weight, start)
+
+    starts = (0, 7, 1234)
+    assert all(packed(F.cross_entropy, start) is not None for start in starts)
+    if name == "capped" and sharp == 0.02:  # of small logits nothing is capped
+        return
+    assert all(packed(LOSSES[name], start) is None for start in starts)
+
+
+def test_a_focal_loss_weights_rows_only():
+    """The gradient of a function of the target's probability is a multiple of the same row."""
+    key, weight, _, target = rows(0, 30, 600, 0.3)
+    logits = (key @ weight.T).requires_grad_()
+    LOSSES["focal"](logits, target).backward()
+    packed = pack_softmax(key, logits.grad, weight, 0)
+    assert packed is not None
+    assert (packed.dense(key) - logits.grad).abs().amax() < 1e-13
+
+
 @pytest.mark.parametrize("spoil", [smoothed, one_entry, sharper, one_row, lambda grads, target: -grads])
 def test_what_is_no_softmax_is_not_taken_for_one(spoil):
     key, weight, grads, target = rows(0, 30, 600, 0.3)

@@ -15,7 +15,7 @@ SOURCE = Path(dualhook.__file__).parent
 SHARED = {"records", "errors", "table"}
 ALLOWED = {
     "sampling": set(),
-    "capture": SHARED | {"maps", "sampling"},
+    "capture": SHARED | {"maps", "packing", "sampling"},
     "optimizers": SHARED,
     "maps": {"records"},
     "store": SHARED | {"maps", "packing"},

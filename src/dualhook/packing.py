@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 LOOKED_AT = 32  # outputs of every row that are compared before it counts as one of a softmax
-# what an entry may be off by: of itself, since an exponent carries the rounding of a logit, and of the loss's factor
-RELATIVE = {torch.float64: 1e-10, torch.float32: 3e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-ABSOLUTE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-FAINT = 1e-12  # of the target's entry: a probability that tells little of the others
+WHOLE_ROWS = 8  # rows of which all outputs are
+OFF_BY = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 2e-2}
+# by which share of their norm these may differ: an exponent carries the rounding of a logit
+SOME_OFF_BY = 4  # times as much at some outputs: there one large entry may be most of it
 
 
 @dataclass(frozen=True)
@@ -123,32 +123,63 @@ def changed(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
 def pack_softmax(key: Tensor, output_grad: Tensor, weight: Tensor, start: int) -> Softmax | None:
     """Rows under softmax cross-entropy; None if some are something else.
 
-    That is told from some entries of every row, others for another ``start``, and from the sums: all are nothing.
-    ``key`` [n, i], ``output_grad`` [n, o]; ``weight`` [o, i], or [o, i + 1] with the bias, as in the forward pass.
+    That is told from the sum and some outputs of every row and from all outputs of some rows, others for another
+    ``start``. ``key`` [n, i], ``output_grad`` [n, o]; ``weight`` [o, i], or [o, i + 1] with the bias, as the forward
+    pass has used it.
     """
-    if not len(key) or output_grad.shape[1] < 2 or key.dtype not in RELATIVE:
+    count, width = output_grad.shape
+    if not count or width < 2 or key.dtype not in OFF_BY:
         return None
     value, target = _lowest(output_grad)
     sure = value >= 0
     if bool(sure.any()):  # a probability of 1 has left no gradient to tell the target by
         target[sure] = _logits(key[sure], weight).argmax(1)
         value = output_grad.gather(1, target[:, None]).squeeze(1)
-    stride = max(1, output_grad.shape[1] // LOOKED_AT)
-    outputs = torch.arange(start % stride, output_grad.shape[1], stride, device=key.device)
-    seen = output_grad.index_select(1, outputs)
-    largest, place = seen.max(1)
-    other = outputs[place]
-    faint = largest <= FAINT * value.abs()
-    if bool(faint.any()):  # the probabilities that are looked at are next to nothing
-        largest[faint], other[faint] = output_grad[faint].max(1)
-    offset = _logit_at(key, weight, other) - largest.to(_computed_in(largest)).log()
-    scale = (_logit_at(key, weight, target) - offset).exp() - value  # of the loss: what a probability of 1 adds
-    found = Softmax(target.int(), value, offset, weight)
-    off = (found.dense(key, outputs) - seen).abs() - RELATIVE[key.dtype] * seen.abs()
-    sums = output_grad.sum(1, dtype=offset.dtype).abs()
-    limit = ABSOLUTE[key.dtype] * scale
-    is_softmax = (off <= limit[:, None]).all() & (sums <= limit).all()  # comparisons with NaN are false
-    return found if bool(is_softmax) else None
+    stride = max(1, width // LOOKED_AT)
+    outputs = torch.arange(start % stride, width, stride, device=key.device)
+    others = outputs != target[:, None]
+    seen = (output_grad.index_select(1, outputs) * others).to(_computed_in(key))
+    logits = _logits(key, weight.index_select(0, outputs))
+    # sum of exp(logit - offset) = sum of the gradients
+    offset = logits.masked_fill(~others, -torch.inf).logsumexp(1) - seen.sum(1).log()
+    faint = ~(seen.sum(1) > LOOKED_AT * torch.finfo(key.dtype).tiny)
+    if bool(faint.any()):  # next to nothing: gradients without all their digits
+        largest, other = output_grad[faint].max(1)
+        offset[faint] = _logit_at(key[faint], weight, other) - largest.to(offset.dtype).log()
+    found = Softmax(target.int(), value, offset, weight.to(key.dtype) if key.element_size() < 4 else weight)
+    made = (logits - offset[:, None]).exp() * others
+    probable = (_logit_at(key, weight, target) - offset).exp()  # what the target's probability has added
+    rounding = OFF_BY[key.dtype] * value.abs() + 2**6 * torch.finfo(offset.dtype).eps * probable
+    is_sum_zero = output_grad.sum(1, dtype=offset.dtype).abs() <= rounding
+    some = torch.arange(start % max(1, count // WHOLE_ROWS), count, max(1, count // WHOLE_ROWS), device=key.device)
+    whole = Softmax(found.target[some], value[some], offset[some], found.weight).dense(key[some])
+    expected = output_grad[some]
+    rest = torch.ones_like(whole, dtype=torch.bool).scatter_(1, target[some, None], False)
+    missing = (expected == 0) & (whole.abs() > torch.finfo(key.dtype).tiny)  # outputs that are masked
+    alike = _differs(made, seen) <= SOME_OFF_BY * OFF_BY[key.dtype]  # comparisons with NaN are false
+    alike_whole = _differs(whole * rest, expected * rest) <= OFF_BY[key.dtype]
+    told = rest & (torch.minimum(expected, whole) > torch.finfo(key.dtype).tiny)
+    alike_whole &= _tilt(whole.to(offset.dtype), expected.to(offset.dtype), told).abs() <= OFF_BY[key.dtype] / 2
+    return found if bool(alike.all() & alike_whole.all() & is_sum_zero.all() & ~missing.any()) else None
+
+
+def _tilt(found: Tensor, expected: Tensor, told: Tensor) -> Tensor:
+    """By how much logarithms of expected numbers grow faster than those found: a slope over all that are ``told``.
+
+    Rounding is even, but smoothed labels and logits that were scaled on their way tilt all rows alike.
+    """
+    level = torch.where(told, found, 1.0).log()
+    level = torch.where(told, level - level.sum(1, keepdim=True) / told.sum(1, keepdim=True).clamp(min=1), 0.0)
+    off = torch.where(told, expected / found, 1.0).log()
+    spread = level.square().sum()
+    return torch.where(spread == 0, 0.0, (off * level).sum() / spread)
+
+
+def _differs(found: Tensor, expected: Tensor) -> Tensor:
+    """The norm of the difference of rows [n, k] as a share of their norm [n]; 0 where there is nothing."""
+    dtype = _computed_in(expected)
+    left, size = ((part.to(dtype)).norm(dim=1) for part in (found.to(dtype) - expected.to(dtype), expected))
+    return torch.where((left == 0) & (size == 0), 0.0, left / size)
 
 
 def pack_largest(output_grad: Tensor, count: int) -> Largest:

@@ -58,11 +58,13 @@ def model_of(**settings: bool) -> Words:
     return Words(**settings).double()
 
 
-def trained(path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 6, **settings) -> dualhook.Recorder:
+def trained(
+    path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 6, size: int = BATCH, **settings
+) -> dualhook.Recorder:
     recorder = dualhook.instrument(model, path, layers="all", verbose=False, overwrite=True, **settings)
     for step in range(steps):
         optimizer.zero_grad()
-        losses(model, step).backward()
+        losses(model, step, size=size).backward()
         optimizer.step()
     return recorder
 
@@ -119,6 +121,102 @@ def test_the_bytes_are_those_of_keys_and_weights(tmp_path):
     assert sizes["computed"] - rows * (8 * WIDTH + 8 + 8 + 4) - rows * index - weights in range(8000)
 
 
+def test_a_step_without_a_row_leaves_nothing_behind(tmp_path):
+    model = model_of()
+    optimizer = optimizer_of("sgd", model)
+    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    for step in range(5):
+        optimizer.zero_grad()
+        words, after = batch(step)
+        after[:] = after if step != 2 else -100
+        F.cross_entropy(model(words), after, reduction="sum").div(BATCH).backward()
+        optimizer.step()
+    assert "computed again" in note(recorder)
+    report = recorder.close().verify()
+    assert report["exact"].all()
+    assert report.max_error < 1e-12
+
+
+def test_step_sizes_that_change_do_not_cut_segments(tmp_path):
+    model = model_of()
+    optimizer = optimizer_of("sgd", model)
+    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    for step in range(30):
+        optimizer.zero_grad()
+        losses(model, step, size=(64, 10, 10)[step % 3]).backward()
+        optimizer.step()
+    assert recorder.close().verify().max_error < 1e-12
+    assert len(stored(tmp_path / "m")) == 1
+
+
+def test_a_batch_of_no_numbers_is_no_verdict(tmp_path):
+    model = model_of()
+    optimizer = optimizer_of("sgd", model)
+    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dualhook.InexactWarning)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = losses(model, step)
+            (loss * float("nan") if step == 1 else loss).backward()
+            if step == 1:
+                assert "whole" not in note(recorder) or "softmax" not in note(recorder)
+                continue
+            optimizer.step()
+    assert "computed again" in note(recorder)
+    assert recorder.close().verify().max_error < 1e-12
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_large_logits_raise_no_alarm(tmp_path, width):
+    """A layer norm before a head that is tied to an embedding as torch begins it: logits of 50 and more."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.norm = nn.Embedding(2000, width), nn.LayerNorm(width)
+            self.head = nn.Linear(width, 2000, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, words: Tensor) -> Tensor:
+            return self.head(self.norm(self.embedding(words)))
+
+    torch.manual_seed(0)
+    model = Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dualhook.InexactWarning)
+        for step in range(3):
+            words = torch.randint(0, 2000, (600,), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            F.cross_entropy(model(words), (words + 7) % 2000).backward()
+            optimizer.step()
+    assert "computed again" in note(recorder)
+    report = recorder.close().verify()
+    assert report["exact"].all()
+    assert report.max_error < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_weights_in_its_own_dtype(tmp_path, dtype):
+    model = model_of().float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    for step in range(4):
+        optimizer.zero_grad()
+        words, after = batch(step, 256)
+        with torch.autocast("cpu", dtype):
+            logits = model(words)
+        F.cross_entropy(logits.float(), after).backward()
+        optimizer.step()
+    assert "computed again" in note(recorder)
+    memory = recorder.close()
+    (segment,) = Layout(tmp_path / "m").segments()
+    assert open_tensors(segment).get_tensor("rows/head/weight").dtype == dtype
+    assert memory.verify().where(layer="head")["error"][0] < 1e-3
+
+
 def test_few_rows_a_step_are_kept_whole(tmp_path):
     model = model_of()
     optimizer = optimizer_of("sgd", model)
@@ -171,7 +269,8 @@ def test_another_loss_on_the_way_is_kept_whole_from_there_on(tmp_path, where):
     assert ["softmax/target" in names for names in stored(tmp_path / "m")] == [True, False]
 
 
-def test_weights_that_move_within_a_step_are_told(tmp_path):
+@pytest.mark.parametrize("by_data", [False, True])
+def test_weights_that_move_within_a_step_are_told(tmp_path, by_data):
     """Sharpness-aware minimisation steps from where the weights were, with gradients from elsewhere."""
     model = model_of()
     optimizer = optimizer_of("sgd", model)
@@ -182,11 +281,11 @@ def test_weights_that_move_within_a_step_are_told(tmp_path):
         moved = [0.05 * p.grad / p.grad.norm() for p in model.parameters()]
         with torch.no_grad():
             for p, by in zip(model.parameters(), moved, strict=True):
-                p.add_(by)
+                (p.data if by_data else p).add_(by)
         losses(model, step + 50).backward()  # both gradients are stepped on
         with torch.no_grad():
             for p, by in zip(model.parameters(), moved, strict=True):
-                p.sub_(by)
+                (p.data if by_data else p).sub_(by)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", dualhook.InexactWarning)
             optimizer.step()
@@ -234,7 +333,7 @@ def test_zeroed_gradients_take_their_rows_with_them(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_that_it_is_computed_from_are_not_rounded(tmp_path, dtype):
     model = model_of()
-    recorder = trained(tmp_path / "m", model, optimizer_of("sgd", model), dtype=dtype)
+    recorder = trained(tmp_path / "m", model, optimizer_of("sgd", model), size=256, dtype=dtype)
     assert "computed again" in note(recorder)
     memory = recorder.close()
     head = memory.verify().where(layer="head")

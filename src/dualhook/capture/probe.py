@@ -21,6 +21,7 @@ from torch import Tensor
 from dualhook.capture.sharded import is_sharded, local, rows_at, spread
 from dualhook.capture.uses import Use, are_alike, signed_sums
 from dualhook.maps import map_of
+from dualhook.packing import Softmax
 from dualhook.records import LayerSpec
 
 __all__ = ["Corner", "LayerProbe", "Measurement", "fit_scales"]
@@ -29,6 +30,7 @@ GRID = (32, 16)  # outputs × inputs: some hundred entries for two thin gathers
 RUN = 16  # outputs side by side: what is gathered of a row is some cache lines, not as many as there are outputs
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # of the sum of absolute row contributions: near-null gradients make the gradient's own size a wrong yardstick
+COMPUTED = 1e-4  # the same of a softmax that is computed again, whose logits may be large
 REDUCED = 1e-2  # the same where float32 products are allowed to run in TF32 or bfloat16
 
 SUBNORMAL = torch.finfo(torch.float32).tiny  # below it rounding is no longer relative to the number
@@ -47,6 +49,7 @@ class Measurement:
     absolute: Array
     dtype: torch.dtype
     whole: Measurement | None = None  # the same of every output's sum over all inputs with random signs
+    rounding: float = 0.0  # of the rows, where it is more than that of the dtype
 
     @cached_property
     def squared(self) -> float:
@@ -142,8 +145,9 @@ class LayerProbe:
             elif seen.dim() == 2:
                 seen = seen[:, corner.slot]
             entries = np.s_[:, :-1] if is_weight else np.s_[:, -1]
+            dtype, rounding = _dtype_of(own, uses), _rounding_of(uses)
             found[name] = Measurement(
-                _numpy(seen), rebuilt[entries], absolute[entries], _dtype_of(own, uses), sums.get(name)
+                _numpy(seen), rebuilt[entries], absolute[entries], dtype, sums.get(name), rounding
             )
         return found
 
@@ -222,7 +226,7 @@ class LayerProbe:
                 sums = held.sum(2)
             pair = (made.weight, made.size) if is_weight else (made.bias, made.ones)
             seen, rebuilt, absolute = (_numpy(part.squeeze(1)) for part in (spread(sums, matrix), *pair))
-            found[name] = Measurement(seen, rebuilt, absolute, _dtype_of(own, uses))
+            found[name] = Measurement(seen, rebuilt, absolute, _dtype_of(own, uses), None, _rounding_of(uses))
         return found
 
 
@@ -252,7 +256,7 @@ def _fit(measured: Measurement, shared: float) -> Fit:
         if abs(scale - 1.0) <= 4 * max(spread, EPS):
             scale, left = 1.0, measured.left(1.0)
     size = math.sqrt(_dot(measured.gradient, measured.gradient))
-    limit = _tolerance(measured.dtype) * abs(scale) * measured.size + SUBNORMAL
+    limit = max(_tolerance(measured.dtype), measured.rounding) * abs(scale) * measured.size + SUBNORMAL
     explained = left <= limit and (measured.whole is None or _adds_up(measured.whole, scale))
     return Fit(scale, left / size if size else 0.0, explained, math.isfinite(left))
 
@@ -260,7 +264,8 @@ def _fit(measured: Measurement, shared: float) -> Fit:
 def _adds_up(sums: Measurement, scale: float) -> bool:
     """Whether every single sum is explained, up to the rounding of its own parts."""
     left = abs(sums.gradient - scale * sums.rebuilt)
-    return bool((left <= _tolerance(sums.dtype) * abs(scale) * sums.absolute + SUBNORMAL).all())
+    tolerance = max(_tolerance(sums.dtype), sums.rounding)
+    return bool((left <= tolerance * abs(scale) * sums.absolute + SUBNORMAL).all())
 
 
 def _dot(a: Array, b: Array) -> float:
@@ -276,6 +281,11 @@ def _dtype_of(gradient: Tensor, uses: Sequence[Use]) -> torch.dtype:
     """The coarsest dtype of a gradient and the rows that rebuild it."""
     every = [gradient.dtype, *(use.rows.output_grad.dtype for use in uses)]
     return max(every, key=lambda dtype: TOLERANCE.get(dtype, 1e-2))
+
+
+def _rounding_of(uses: Sequence[Use]) -> float:
+    """What output gradients that are computed again are off by: exponents carry the rounding of logits."""
+    return COMPUTED if any(isinstance(use.rows.packed, Softmax) for use in uses) else 0.0
 
 
 def _runs(size: int, count: int, generator: torch.Generator) -> Tensor:

@@ -42,7 +42,7 @@ def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torc
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.enable_grad(), observe(model, selection.layers) as calls:
         run_model(model, inputs)
-    dtypes = _dtypes(model, dtype)
+    dtypes, computed_in = _dtypes(model, dtype), _dtypes(model, None)
     patterns, sizes, narrow = [], {}, 0
     keys: dict[str, dict[str, Tensor]] = {}
     for spec in selection.specs:
@@ -59,7 +59,7 @@ def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torc
     heads = {
         spec.name: (n * spec.out_features * dtypes[spec.weight].itemsize, own)
         for spec, n in zip(selection.specs, patterns, strict=True)
-        if (own := computed_bytes(spec, n, dtypes[spec.weight].itemsize)) is not None
+        if (own := computed_bytes(spec, n, computed_in[spec.weight].itemsize, dtypes[spec.weight].itemsize)) is not None
     }
     instead = {f"dtype={NARROW}": narrow, "layers='head'": _of_head(model, sizes)}
     words = _words(sizes, inputs, budget, instead, shared, heads)
@@ -77,7 +77,7 @@ def _words(
     budget: int,
     instead: Mapping[str, int],
     shared: int,
-    heads: Mapping[str, tuple[int, int]],
+    heads: Mapping[str, tuple[int, float]],
 ) -> str:
     """What a step takes, what of it is most, and how it would be less; of all that only what there is to say.
 

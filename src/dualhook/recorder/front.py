@@ -109,7 +109,7 @@ class Recorder:
         self._guard = Guard(self._failed)
         # the model's hooks hold the book, the book the recorder: it lives as long as the model, whoever holds it
         self._book = StepBook(
-            selection, self._writer, ranks=ranks, dtype=dtype, heads=Heads(head_grads), on_step=self._on_step,
+            selection, self._writer, ranks=ranks, dtype=dtype, heads=Heads(head_grads, dtype), on_step=self._on_step,
             guard=self._guard,
         )  # fmt: skip
         if resumed_at is not None:

@@ -16,9 +16,9 @@ from dualhook.records import LayerSpec, Rows
 __all__ = ["Heads", "computed_bytes"]
 
 WIDE = 512  # outputs of a layer from where on it is looked at
-WORTH = (
-    2  # times as many rows in a step as keys have numbers: its weights take less than half the output gradients then
-)
+WORTH = 2  # times the bytes of what is computed with: so many the output gradients of a step have to take
+USUAL = 0.5  # how much of the usual number of rows is that of the steps before the last one
+COMPARED = 256  # entries of the weights by which they are known again
 
 
 def is_head(spec: LayerSpec) -> bool:
@@ -26,12 +26,15 @@ def is_head(spec: LayerSpec) -> bool:
     return spec.kind == "linear" and spec.out_features >= WIDE
 
 
-def computed_bytes(spec: LayerSpec, rows: int, itemsize: int) -> int | None:
-    """What a step's output gradients take if they are computed again; None: they will not be."""
+def computed_bytes(spec: LayerSpec, rows: float, computed_in: int, stored_in: int) -> float | None:
+    """What a step's output gradients take if they are computed again; None: they will not be.
+
+    Numbers have ``computed_in`` bytes, which keys then keep, or would be ``stored_in`` fewer.
+    """
     width = spec.in_features + (spec.bias is not None)
-    if not is_head(spec) or rows < WORTH * (spec.in_features + 1):
-        return None
-    return rows * (2 * itemsize + torch.int32.itemsize) + spec.out_features * width * itemsize
+    wider = spec.in_features * max(0, computed_in - stored_in)
+    found = rows * (wider + 2 * computed_in + torch.int32.itemsize) + spec.out_features * width * computed_in
+    return found if is_head(spec) and WORTH * found <= rows * spec.out_features * stored_in else None
 
 
 @dataclass
@@ -39,8 +42,11 @@ class Head:
     """What is known of one layer."""
 
     rows: int = 0  # of the step to come, so far
+    usual: float = 0.0  # of the steps before, on average
     is_computed: bool = False  # in the step to come
-    made_with: tuple[int, ...] = ()  # which weights these are, in which version
+    has_been: bool = False  # in any step
+    looks: int = 0
+    made_with: list[Tensor] | None = None  # entries of the weights
     why_whole: str = ""  # why its rows are not computed again in any step
 
 
@@ -51,31 +57,41 @@ class Heads:
     that it takes, a matrix for every step, are clearly smaller. Others are kept whole, or by their largest numbers.
     """
 
-    def __init__(self, choice: HeadGrads) -> None:
+    def __init__(self, choice: HeadGrads, dtype: torch.dtype | None) -> None:
         self._choice = choice
+        self._dtype = dtype
         self._heads: dict[str, Head] = {}
         self.forms: dict[str, str] = {}
         """How every wide layer's output gradients are kept, in words."""
 
-    def pack(self, spec: LayerSpec, rows: Rows, parameters: Mapping[str, Tensor], *, is_first: bool) -> Rows:
+    def pack(
+        self, spec: LayerSpec, rows: Rows, parameters: Mapping[str, Tensor], *, is_first: bool, is_open: bool
+    ) -> Rows:
         """Rows as they are to be kept; ``parameters`` are the layer's by name, as the forward pass has used them.
 
-        Whether the rows of a step are computed again is decided with its first ones. If later ones cannot be, they come
-        back in another way than those before, which must be unpacked.
+        Whether the rows of a step are computed again is decided with its first ones (``is_first``): once, when there
+        are enough of them, and then where no others are waiting to be written that a change would cut off
+        (``is_open``). If later ones of a step cannot be, they come back in another way than those before, which must be
+        unpacked.
         """
         if self._choice == "dense" or not is_head(spec) or not len(rows):
             return rows
         head = self._heads.setdefault(spec.name, Head())
-        usual, head.rows = head.rows, len(rows) + (0 if is_first else head.rows)
         if is_first:
-            enough = max(usual, head.rows) >= WORTH * (spec.in_features + 1)
-            head.is_computed = enough and not head.why_whole
-        if head.is_computed:
+            head.usual = USUAL * head.usual + (1 - USUAL) * head.rows if head.usual else float(head.rows)
+            head.rows = 0
+        head.rows += len(rows)
+        if is_first and (is_open or not head.has_been):
+            itemsize = rows.key.element_size()
+            stored_in = itemsize if self._dtype is None else self._dtype.itemsize
+            usual = max(head.usual, float(head.rows))
+            head.is_computed = computed_bytes(spec, usual, itemsize, stored_in) is not None
+        if head.is_computed and not head.why_whole:
             packed = self._computed(head, spec, rows, parameters, is_first=is_first)
             if packed is not None:
+                head.has_been = True
                 self.forms[spec.name] = "output gradients computed again from keys, targets and each step's weights"
                 return replace(rows, output_grad=rows.output_grad[:, :0], packed=packed)
-            head.is_computed = False
         if isinstance(self._choice, int):
             self.forms[spec.name] = f"the {self._choice} largest output gradients of each row"
             packed = pack_largest(rows.output_grad, self._choice)
@@ -87,18 +103,19 @@ class Heads:
     def _computed(
         head: Head, spec: LayerSpec, rows: Rows, parameters: Mapping[str, Tensor], *, is_first: bool
     ) -> Packed | None:
-        """Rows under softmax cross-entropy; None, for good, if these or their weights are something else."""
+        """Rows under softmax cross-entropy; None, for good but of what is no number, if they are something else."""
         used = [parameters[name].detach() for name in spec.parameters if name in parameters]
-        made_with = tuple(number for values in used for number in (values.data_ptr(), values._version))
         if len(used) < len(spec.parameters) or any(is_sharded(values) for values in used):
             head.why_whole = "weights in several processes"
-        elif not is_first and made_with != head.made_with:
+            return None
+        made_with = [values.flatten()[:: max(1, values.numel() // COMPARED)].clone() for values in used]
+        before = made_with if is_first or head.made_with is None else head.made_with
+        if not all(map(torch.equal, made_with, before)):  # by value: ``.data`` leaves no other trace
             head.why_whole = "weights change within a step"
-        else:
-            head.made_with = made_with
-            weight = used[0] if len(used) == 1 else torch.cat([used[0], used[1][:, None]], 1)
-            packed = pack_softmax(rows.key, rows.output_grad, weight, rows.first + len(rows))
-            if packed is not None:
-                return packed
+            return None
+        head.made_with, head.looks = made_with, head.looks + 1
+        weight = used[0] if len(used) == 1 else torch.cat([used[0], used[1][:, None]], 1)
+        packed = pack_softmax(rows.key, rows.output_grad, weight, head.looks)
+        if packed is None and bool(rows.output_grad.isfinite().all()):
             head.why_whole = "no softmax cross-entropy"
-        return None
+        return packed

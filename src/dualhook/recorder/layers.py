@@ -85,12 +85,15 @@ class Layers:
             intake.spec = left[intake.spec.name]
         self._arrange()
 
-    def pack(self, layer: str, rows: Rows, *, is_first: bool) -> Rows:
-        """Rows of a layer as they are to be kept; ``is_first``: no others wait for the coming step."""
+    def pack(self, layer: str, rows: Rows, *, is_first: bool, is_open: bool) -> Rows:
+        """Rows of a layer as they are to be kept; ``is_first``: no others of the coming step are there.
+
+        ``is_open``: nor of steps before, that are not written yet.
+        """
         spec = self.spec(layer)
         watched = {name: self.watched[name].parameter for name in spec.parameters if name in self.watched}
         used = {name: parameter for name, parameter in watched.items() if parameter is not None}
-        return self.heads.pack(spec, rows, used, is_first=is_first)
+        return self.heads.pack(spec, rows, used, is_first=is_first, is_open=is_open)
 
     def seen_as(self, spec: LayerSpec, rows: Mapping[str, Rows]) -> list[Use]:
         """The rows of all uses of a weight, by layer, for one of them."""

@@ -106,7 +106,9 @@ def _summed(
     def total(one: Measurement) -> Measurement:
         dtype = DTYPES[int(np.flatnonzero(next(sums))[-1])]  # the coarsest of any process
         gradient, rebuilt, absolute = next(sums), next(sums), next(sums)
-        parts = None if one.whole is None else Measurement(next(sums), next(sums), next(sums), dtype)
-        return Measurement(gradient, rebuilt, absolute, dtype, parts)
+        parts = None
+        if one.whole is not None:
+            parts = Measurement(next(sums), next(sums), next(sums), dtype, None, one.rounding)
+        return Measurement(gradient, rebuilt, absolute, dtype, parts, one.rounding)
 
     return {layer: {name: total(one) for name, one in own.items()} for layer, own in found.items()}, told

@@ -64,6 +64,10 @@ class Pending:
         """Whether the layer has rows that no step has used."""
         return self._staging.holds(layer) or self._writer.builder.holds(layer)
 
+    def is_open(self, layer: str) -> bool:
+        """Whether nothing of the layer waits to be written."""
+        return self._writer.builder.is_open(layer)
+
     def settle(self) -> None:
         """Wait for rows that are still on their way from a device."""
         self._staging.drain()

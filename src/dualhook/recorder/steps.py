@@ -105,7 +105,8 @@ class StepBook:
             self._give_up(self.layers.names, f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
         # on a CUDA device a look at the numbers would make training wait: it is taken where they have come to the host
         kept = None if rows.key.is_cuda else used_rows(rows.output_grad)
-        self.pending.take(layer, self.layers.pack(layer, rows, is_first=not self.pending.holds(layer)), kept)
+        is_first, is_open = not self.pending.holds(layer), self.pending.is_open(layer)
+        self.pending.take(layer, self.layers.pack(layer, rows, is_first=is_first, is_open=is_open), kept)
 
     def drop(self, layer: str) -> None:
         """Forget rows whose gradient was zeroed."""

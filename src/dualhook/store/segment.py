@@ -62,9 +62,10 @@ class LayerBuffer:
         if not self.filled and type(rows.packed) is not type(self._like):
             self.tensors, self._row_bytes = {}, None
         self._like = rows.packed
-        if isinstance(rows.packed, Softmax):
+        count = len(rows) if kept is None else len(kept)
+        if isinstance(rows.packed, Softmax) and count:
             self.weights.take(rows.packed.weight)
-        start, self.filled = self.filled, self.filled + (len(rows) if kept is None else len(kept))
+        start, self.filled = self.filled, self.filled + count
         for name, values in _fields(rows).items():
             as_dtype = dtype or values.dtype if name in ("key", "output_grad") else values.dtype
             room = self._room(name, values, start, as_dtype)[start : self.filled]
@@ -125,6 +126,10 @@ class SegmentBuilder:
     def append(self, layer: str, rows: Rows, kept: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         """Add pending rows, or those of an index ``kept`` [m], with keys and output gradients as ``dtype``."""
         self.layers.setdefault(layer, LayerBuffer()).append(rows, kept, dtype)
+
+    def is_open(self, layer: str) -> bool:
+        """Whether there are no rows of the layer yet."""
+        return layer not in self.layers or not self.layers[layer].filled
 
     def takes(self, layer: str, rows: Rows) -> bool:
         """Whether rows of the layer can follow those that are here."""

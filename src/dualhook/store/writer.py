@@ -257,11 +257,13 @@ class Writer:
         shares = any("key_of" in own for own in rows.values())
         packs = any(form_of(name.removeprefix(f"rows/{layer}/") for name in tensors) for layer in rows)
         needs = PACKED_SINCE if packs else SHARED_KEYS_SINCE if shares else 1
-        if needs > self._needs:
-            self._needs = needs
+        self._needs = max(needs, self._needs)
+        if (
+            self._needs > 1
+        ):  # each time: of several processes another may have read the manifest before and written it since
             manifest = Manifest.read(self.layout)
-            if needs > manifest.needs:
-                replace(manifest, needs=needs).write(self.layout, rank=self.rank)
+            if self._needs > manifest.needs:
+                replace(manifest, needs=self._needs).write(self.layout, rank=self.rank)
 
 
 def _named(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
