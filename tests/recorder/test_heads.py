@@ -143,7 +143,7 @@ def test_step_sizes_that_change_do_not_cut_segments(tmp_path):
     recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
     for step in range(30):
         optimizer.zero_grad()
-        losses(model, step, size=(64, 10, 10)[step % 3]).backward()
+        losses(model, step, size=(64, 10, 10, 10, 10)[step % 5]).backward()
         optimizer.step()
     assert recorder.close().verify().max_error < 1e-12
     assert len(stored(tmp_path / "m")) == 1

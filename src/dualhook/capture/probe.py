@@ -1,6 +1,6 @@
 """The probe: do the recorded rows rebuild the gradient that the optimiser sees, and at what scale?
 
-A grid of some thousand entries of every weight's gradient is rebuilt from the rows and regressed against ``p.grad``.
+A grid of some hundred entries of every weight's gradient is rebuilt from the rows and regressed against ``p.grad``.
 The slope is the scale between the two, however it came about (clipping, loss scaling, averaging over ranks); the
 residual says whether the rows explain the gradient at all. Now and then the whole gradient is looked at through one sum
 of random signs per output, which sees what happens to entries off the grid.

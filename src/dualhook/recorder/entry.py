@@ -62,7 +62,7 @@ def instrument(
         optimizer: not needed, optimisers are found at their first step; named ones show in ``coverage`` before.
         dtype: dtype of the stored rows; default the one they were computed in (lossless). ``torch.float16`` keeps
             output gradients with a scale per row, so that small ones are not lost, and is the more exact of the 16-bit
-            ones; keys have to stay below 65,504.
+            ones; keys have to stay below 65,504. Keys that ``head_grads`` are computed from keep the dtype they had.
         max_bytes: budget for patterns on disk; default half of what is free there.
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
             exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop. Default
