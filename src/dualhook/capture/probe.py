@@ -218,7 +218,8 @@ class LayerProbe:
         for name, own in gradients.items():
             matrix, is_weight = self._matrix(name, own), name == self.spec.weight
             held, dtype = local(matrix), torch.promote_types(own.dtype, torch.float32)
-            held = held.reshape(len(held), self._sums_per, -1).to(dtype)
+            width = held.shape[1:].numel() // self._sums_per
+            held = held.reshape(len(held), self._sums_per, width).to(dtype)
             if is_weight:
                 signs = self._signs.reshape(self._sums_per, -1).to(held.device, dtype)
                 sums = (held[:, 0] @ signs[0])[:, None] if len(signs) == 1 else (held * signs).sum(2)
