@@ -137,7 +137,7 @@ def test_every_recorded_layer_is_rebuilt_and_training_is_untouched(name):
     memory = recorder.close()
     assert losses == train(bare, loss)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), bare.parameters(), strict=True))
-    expected = [spec.name for spec in recorder._selection.specs]
+    expected = [spec.name for spec in recorder._first.selection.specs]
     assert sorted(use for layer in memory.layers for use in memory.uses(layer)) == sorted(expected)
     assert len(expected) >= 1
     report = memory.verify()
