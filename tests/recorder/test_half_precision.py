@@ -82,3 +82,16 @@ def test_what_is_no_number_stays_none():
     assert found[0].isnan().tolist() == [False, True]
     assert found[1].tolist() == [float("inf"), 2.0]
     assert found[2, 0] == pytest.approx(1e-40, rel=1e-3)
+
+
+def test_the_largest_of_a_row_stay_what_they_are(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 600, bias=False))
+    recorder = dualhook.instrument(model, tmp_path / "m", dtype=torch.float16, head_grads=3, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dualhook.InexactWarning)
+        (SMALL * model(torch.randn(5, 4)).square().sum()).backward()
+        optimizer.step()
+    (rows,) = recorder.close()._store.blocks("0", last_step=1, block_rows=100)
+    assert ((rows.output_grad != 0).sum(1) == 3).all()

@@ -122,6 +122,7 @@ class Pending:
             kept = packed.used_rows() if kept is None else kept
         else:
             dtype = self._dtype or rows.key.dtype
-            packed = replace(packed, value=packed.value.to(dtype))
+            if not self._is_scaled(rows):  # a few numbers need no scale
+                packed = replace(packed, value=packed.value.to(dtype))
         key, empty = rows.key.cpu(), rows.output_grad.cpu()
         self._keep(layer, replace(rows, key=key, output_grad=empty, packed=packed), kept, dtype)
