@@ -135,8 +135,7 @@ def pack_softmax(key: Tensor, output_grad: Tensor, weight: Tensor, start: int) -
     if bool(sure.any()):  # a probability of 1 has left no gradient to tell the target by
         target[sure] = _logits(key[sure], weight).argmax(1)
         value = output_grad.gather(1, target[:, None]).squeeze(1)
-    stride = max(1, width // LOOKED_AT)
-    outputs = torch.arange(start % stride, width, stride, device=key.device)
+    outputs = _every(width, LOOKED_AT, start, key.device)
     others = outputs != target[:, None]
     seen = (output_grad.index_select(1, outputs) * others).to(_computed_in(key))
     logits = _logits(key, weight.index_select(0, outputs))
@@ -146,21 +145,39 @@ def pack_softmax(key: Tensor, output_grad: Tensor, weight: Tensor, start: int) -
     if bool(faint.any()):  # next to nothing: gradients without all their digits
         largest, other = output_grad[faint].max(1)
         offset[faint] = _logit_at(key[faint], weight, other) - largest.to(offset.dtype).log()
-    found = Softmax(target.int(), value, offset, weight.to(key.dtype) if key.element_size() < 4 else weight)
     made = (logits - offset[:, None]).exp() * others
-    probable = (_logit_at(key, weight, target) - offset).exp()  # what the target's probability has added
-    rounding = OFF_BY[key.dtype] * value.abs() + 2**6 * torch.finfo(offset.dtype).eps * probable
-    is_sum_zero = output_grad.sum(1, dtype=offset.dtype).abs() <= rounding
-    some = torch.arange(start % max(1, count // WHOLE_ROWS), count, max(1, count // WHOLE_ROWS), device=key.device)
-    whole = Softmax(found.target[some], value[some], offset[some], found.weight).dense(key[some])
-    expected = output_grad[some]
-    rest = torch.ones_like(whole, dtype=torch.bool).scatter_(1, target[some, None], False)
-    missing = (expected == 0) & (whole.abs() > torch.finfo(key.dtype).tiny)  # outputs that are masked
-    alike = _differs(made, seen) <= SOME_OFF_BY * OFF_BY[key.dtype]  # comparisons with NaN are false
-    alike_whole = _differs(whole * rest, expected * rest) <= OFF_BY[key.dtype]
-    told = rest & (torch.minimum(expected, whole) > torch.finfo(key.dtype).tiny)
-    alike_whole &= _tilt(whole.to(offset.dtype), expected.to(offset.dtype), told).abs() <= OFF_BY[key.dtype] / 2
-    return found if bool(alike.all() & alike_whole.all() & is_sum_zero.all() & ~missing.any()) else None
+    if not bool((_differs(made, seen) <= SOME_OFF_BY * OFF_BY[key.dtype]).all()):  # nor are comparisons with NaN true
+        return None
+    found = Softmax(target.int(), value, offset, weight.to(key.dtype) if key.element_size() < 4 else weight)
+    rows = _every(count, WHOLE_ROWS, start, key.device)
+    whole = changed(found, lambda values: values[rows]).dense(key[rows])
+    is_told = _sums_are_zero(found, key, output_grad) and _is_alike(whole, output_grad[rows], target[rows])
+    return found if is_told else None
+
+
+def _every(size: int, count: int, start: int, device: torch.device) -> Tensor:
+    """About ``count`` numbers below ``size`` at even distances."""
+    stride = max(1, size // count)
+    return torch.arange(start % stride, size, stride, device=device)
+
+
+def _sums_are_zero(packed: Softmax, key: Tensor, output_grad: Tensor) -> bool:
+    """Whether the rows sum to nothing, up to the rounding of a probability."""
+    probable = (_logit_at(key, packed.weight, packed.target.long()) - packed.offset).exp()  # the target's, of the loss
+    rounding = OFF_BY[key.dtype] * packed.value.abs() + 2**6 * torch.finfo(packed.offset.dtype).eps * probable
+    return bool((output_grad.sum(1, dtype=packed.offset.dtype).abs() <= rounding).all())
+
+
+def _is_alike(found: Tensor, expected: Tensor, target: Tensor) -> bool:
+    """Whether whole rows [n, o] are those that were expected, up to rounding, beside their ``target`` [n]."""
+    least, off_by = torch.finfo(found.dtype).tiny, OFF_BY[found.dtype]
+    rest = torch.ones_like(found, dtype=torch.bool).scatter_(1, target[:, None], False)
+    if bool(((expected == 0) & (found.abs() > least)).any()):  # outputs that were masked
+        return False
+    told = rest & (torch.minimum(expected, found) > least)
+    dtype = _computed_in(found)
+    is_level = _tilt(found.to(dtype), expected.to(dtype), told).abs() <= off_by / 2
+    return bool(is_level & (_differs(found * rest, expected * rest) <= off_by).all())
 
 
 def _tilt(found: Tensor, expected: Tensor, told: Tensor) -> Tensor:

@@ -113,8 +113,8 @@ class Batch:
     samples: Tensor
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     positions: Tensor | None = None
-    known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What has been worked out of it for rows of one shape, by those who need it."""
+    coordinates: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Those of an output's rows that have been worked out already, by its shape."""
 
 
 @dataclass(frozen=True)

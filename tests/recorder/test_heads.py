@@ -58,6 +58,12 @@ def model_of(**settings: bool) -> Words:
     return Words(**settings).double()
 
 
+def begun(path, optimizer: str, **shape: bool) -> tuple[Words, torch.optim.Optimizer, dualhook.Recorder]:
+    """A model, an optimiser and a recording of all layers, before the first step."""
+    model = model_of(**shape)
+    return model, optimizer_of(optimizer, model), dualhook.instrument(model, path, layers="all", verbose=False)
+
+
 def trained(
     path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 6, size: int = BATCH, **settings
 ) -> dualhook.Recorder:
@@ -122,9 +128,7 @@ def test_the_bytes_are_those_of_keys_and_weights(tmp_path):
 
 
 def test_a_step_without_a_row_leaves_nothing_behind(tmp_path):
-    model = model_of()
-    optimizer = optimizer_of("sgd", model)
-    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    model, optimizer, recorder = begun(tmp_path / "m", "sgd")
     for step in range(5):
         optimizer.zero_grad()
         words, after = batch(step)
@@ -138,9 +142,7 @@ def test_a_step_without_a_row_leaves_nothing_behind(tmp_path):
 
 
 def test_step_sizes_that_change_do_not_cut_segments(tmp_path):
-    model = model_of()
-    optimizer = optimizer_of("sgd", model)
-    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    model, optimizer, recorder = begun(tmp_path / "m", "sgd")
     for step in range(30):
         optimizer.zero_grad()
         losses(model, step, size=(64, 10, 10, 10, 10)[step % 5]).backward()
@@ -150,9 +152,7 @@ def test_step_sizes_that_change_do_not_cut_segments(tmp_path):
 
 
 def test_a_batch_of_no_numbers_is_no_verdict(tmp_path):
-    model = model_of()
-    optimizer = optimizer_of("sgd", model)
-    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    model, optimizer, recorder = begun(tmp_path / "m", "sgd")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dualhook.InexactWarning)
         for step in range(4):
@@ -218,9 +218,7 @@ def test_autocast_keeps_weights_in_its_own_dtype(tmp_path, dtype):
 
 
 def test_few_rows_a_step_are_kept_whole(tmp_path):
-    model = model_of()
-    optimizer = optimizer_of("sgd", model)
-    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    model, optimizer, recorder = begun(tmp_path / "m", "sgd")
     for step, size in enumerate((20, 20, 64, 20, 64)):  # 26 are enough, and so are those of the step before
         optimizer.zero_grad()
         losses(model, step, size=size).backward()
@@ -232,9 +230,7 @@ def test_few_rows_a_step_are_kept_whole(tmp_path):
 
 
 def test_accumulated_batches_share_the_step_s_weights(tmp_path):
-    model = model_of(tied=True)
-    optimizer = optimizer_of("adam", model)
-    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    model, optimizer, recorder = begun(tmp_path / "m", "adam", tied=True)
     for step in range(3):
         optimizer.zero_grad()
         for part in range(4):
@@ -249,9 +245,7 @@ def test_accumulated_batches_share_the_step_s_weights(tmp_path):
 @pytest.mark.parametrize("where", [0, 1])
 def test_another_loss_on_the_way_is_kept_whole_from_there_on(tmp_path, where):
     """In the first or in the second of a step's two batches."""
-    model = model_of()
-    optimizer = optimizer_of("sgd", model)
-    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    model, optimizer, recorder = begun(tmp_path / "m", "sgd")
     for step in range(5):
         optimizer.zero_grad()
         for part in range(2):
@@ -272,9 +266,7 @@ def test_another_loss_on_the_way_is_kept_whole_from_there_on(tmp_path, where):
 @pytest.mark.parametrize("by_data", [False, True])
 def test_weights_that_move_within_a_step_are_told(tmp_path, by_data):
     """Sharpness-aware minimisation steps from where the weights were, with gradients from elsewhere."""
-    model = model_of()
-    optimizer = optimizer_of("sgd", model)
-    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    model, optimizer, recorder = begun(tmp_path / "m", "sgd")
     for step in range(3):
         optimizer.zero_grad()
         losses(model, step).backward()
@@ -298,9 +290,7 @@ def test_weights_that_move_within_a_step_are_told(tmp_path, by_data):
 
 
 def test_gradients_in_a_closure(tmp_path):
-    model = model_of()
-    optimizer = optimizer_of("sgd", model)
-    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    model, optimizer, recorder = begun(tmp_path / "m", "sgd")
     for step in range(3):
 
         def closure(step: int = step) -> Tensor:
@@ -316,9 +306,7 @@ def test_gradients_in_a_closure(tmp_path):
 
 
 def test_zeroed_gradients_take_their_rows_with_them(tmp_path):
-    model = model_of()
-    optimizer = optimizer_of("sgd", model)
-    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", verbose=False)
+    model, optimizer, recorder = begun(tmp_path / "m", "sgd")
     for step in range(4):
         losses(model, step + 70).backward()
         optimizer.zero_grad()

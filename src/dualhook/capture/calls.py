@@ -190,9 +190,9 @@ def _coordinates(lead: Sequence[int], batch: Batch | None, call: Call, *, whole:
     if call.places is not None or batch is None:
         return _numbered(*_places(lead, batch, call, whole=whole), batch)
     shape = (tuple(lead), call.is_sequence_first, call.may_be_flat, whole)  # that most layers of a model have
-    found: Coordinates | None = batch.known.get(shape)
+    found: Coordinates | None = batch.coordinates.get(shape)
     if found is None:
-        found = batch.known[shape] = _numbered(*_places(lead, batch, call, whole=whole), batch)
+        found = batch.coordinates[shape] = _numbered(*_places(lead, batch, call, whole=whole), batch)
     return found
 
 

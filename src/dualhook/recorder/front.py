@@ -33,11 +33,11 @@ from dualhook.capture import (
 from dualhook.errors import BudgetError, DualHookError, StoreError
 from dualhook.memory import DualMemory
 from dualhook.optimizers import LOOKAHEAD, rule_for
-from dualhook.recorder.costs import estimate, human, row_sizes
+from dualhook.recorder.costs import estimate, row_sizes
 from dualhook.recorder.first_pass import FirstPass
 from dualhook.recorder.folding import folding_to
 from dualhook.recorder.heads import Heads
-from dualhook.recorder.notices import tell_of_costs, tell_of_failure, tell_of_latest
+from dualhook.recorder.notices import tell_of_costs, tell_of_failure, tell_of_latest, used_up
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.scope import BatchScope, TemporaryRoot, weakly
 from dualhook.recorder.settings import HeadGrads, OnError, OnFull
@@ -218,7 +218,7 @@ class Recorder:
             synced = f", {LOOKAHEAD}" if self._book.layers.watched[parameter].synchronized else ""
             rules[parameter] = f"{rule.name}{synced} ({rule.exactness.value})"
         sizes = row_sizes(self._model, self._first.selection, self._dtype)
-        return coverage_table(self._model, self._first.selection, rules, sizes, self._book.layers.heads.forms)
+        return coverage_table(self._model, self._first.selection, rules, sizes, self._book.pending.heads.forms)
 
     def estimate(self, inputs: Any) -> Table:
         """What one training step on ``inputs`` (a tensor, a tuple of arguments or a mapping) will write.
@@ -337,12 +337,8 @@ class Recorder:
             if not self._failed(error := StoreError(f"{measuring.error} while writing to {self.path}")):
                 raise error from self._writer.error
         elif self._on_full != "fold" and measuring.recorded_bytes > self._budget:
-            message = (
-                f"the memory at {self.path} has used its budget of {human(self._budget)}: "
-                "raise max_bytes=, choose fewer layers="
-                + ("" if self._ranks.several else ", or let on_full='fold' keep the newest patterns")
-            )
             self._stop()
+            message = used_up(self.path, self._budget, may_fold=not self._ranks.several)
             if self._on_full == "error":
                 raise BudgetError(f"step {self.steps}: {message}")
             warnings.warn(f"recording stopped after step {self.steps}: {message}", UserWarning, stacklevel=2)

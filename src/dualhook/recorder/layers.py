@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from dualhook.capture import Intake, LayerProbe, Place, Selection, Sink, Use, Verdict, local
-from dualhook.recorder.heads import Heads
 from dualhook.recorder.watched import Watched, gradient_of
 from dualhook.records import LayerSpec, Rows
 
@@ -20,8 +19,7 @@ class Layers:
     That is one without slots, where there is one.
     """
 
-    def __init__(self, selection: Selection, sink: Sink, heads: Heads) -> None:
-        self.heads = heads
+    def __init__(self, selection: Selection, sink: Sink) -> None:
         self._intakes: dict[str, list[Intake]] = {}
         self.watched: dict[str, Watched] = {}
         for tapped in selection.layers:
@@ -85,15 +83,10 @@ class Layers:
             intake.spec = left[intake.spec.name]
         self._arrange()
 
-    def pack(self, layer: str, rows: Rows, *, is_first: bool, is_open: bool) -> Rows:
-        """Rows of a layer as they are to be kept; ``is_first``: no others of the coming step are there.
-
-        ``is_open``: nor of steps before, that are not written yet.
-        """
-        spec = self.spec(layer)
-        watched = {name: self.watched[name].parameter for name in spec.parameters if name in self.watched}
-        used = {name: parameter for name, parameter in watched.items() if parameter is not None}
-        return self.heads.pack(spec, rows, used, is_first=is_first, is_open=is_open)
+    def in_use(self, layer: str) -> dict[str, nn.Parameter]:
+        """A layer's parameters by name, as the model has them now; of a bias only if it is watched."""
+        watched = {name: self.watched[name].parameter for name in self.spec(layer).parameters if name in self.watched}
+        return {name: parameter for name, parameter in watched.items() if parameter is not None}
 
     def seen_as(self, spec: LayerSpec, rows: Mapping[str, Rows]) -> list[Use]:
         """The rows of all uses of a weight, by layer, for one of them."""

@@ -12,7 +12,7 @@ from dualhook.errors import InexactWarning, StoreError
 from dualhook.recorder.costs import human
 from dualhook.records import Mark
 
-__all__ = ["Notices", "tell_of_costs", "tell_of_failure", "tell_of_latest"]
+__all__ = ["Notices", "tell_of_costs", "tell_of_failure", "tell_of_latest", "used_up"]
 
 FROM_HERE = "from this step on its memory is inexact, verify() shows by how much"
 
@@ -86,6 +86,12 @@ def tell_of_costs(layers: int, step_bytes: int, budget: int, on_full: str) -> No
         "that)",
         file=sys.stderr,
     )
+
+
+def used_up(path: Path, budget: int, *, may_fold: bool) -> str:
+    """What a memory that has used its budget says."""
+    fold = ", or let on_full='fold' keep the newest patterns" if may_fold else ""
+    return f"the memory at {path} has used its budget of {human(budget)}: raise max_bytes=, choose fewer layers={fold}"
 
 
 def tell_of_failure(error: Exception, step: int, on_disk: int, path: Path, *, several: bool) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dualhook.capture import used_rows
 from dualhook.packing import Softmax, changed, pack_scaled
+from dualhook.recorder.heads import Heads
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.staging import Staging
-from dualhook.records import Rows
+from dualhook.records import LayerSpec, Rows
 from dualhook.store import Writer
 from dualhook.store.writer import SEGMENT_BYTES
 
@@ -25,9 +27,10 @@ PENDING_BYTES = 2**31  # of all rows that no step has used yet
 class Pending:
     """Takes rows as they accumulate, by layer, until a step commits them or their gradient is zeroed."""
 
-    def __init__(self, writer: Writer, ranks: Ranks, dtype: torch.dtype | None) -> None:
+    def __init__(self, writer: Writer, ranks: Ranks, dtype: torch.dtype | None, heads: Heads) -> None:
         self.seen = False
         """Whether any row has ever come."""
+        self.heads = heads
         self._writer = writer
         self._ranks = ranks
         self._dtype = dtype
@@ -39,9 +42,13 @@ class Pending:
         """Whether so many rows wait that they must go before others come."""
         return self._writer.builder.pending_bytes > PENDING_BYTES
 
-    def take(self, layer: str, rows: Rows, kept: Tensor | None) -> None:
-        """Keep rows, or those of an index ``kept`` [m]."""
-        self.seen = True
+    def take(self, spec: LayerSpec, rows: Rows, parameters: Mapping[str, Tensor]) -> None:
+        """Keep the rows of a layer that are not exactly zero; its ``parameters`` are as the forward pass used them."""
+        self.seen, layer = True, spec.name
+        # on a CUDA device a look at the numbers would make training wait: it is taken where they have come to the host
+        kept = None if rows.key.is_cuda else used_rows(rows.output_grad)
+        is_first, is_open = not self.holds(layer), self._writer.builder.is_open(layer)
+        rows = self.heads.pack(spec, rows, parameters, is_first=is_first, is_open=is_open)
         rows = replace(rows, columns=self._ranks.columns(rows))
         if rows.packed is not None:
             self._keep_packed(layer, rows, kept)
@@ -63,10 +70,6 @@ class Pending:
     def holds(self, layer: str) -> bool:
         """Whether the layer has rows that no step has used."""
         return self._staging.holds(layer) or self._writer.builder.holds(layer)
-
-    def is_open(self, layer: str) -> bool:
-        """Whether nothing of the layer waits to be written."""
-        return self._writer.builder.is_open(layer)
 
     def settle(self) -> None:
         """Wait for rows that are still on their way from a device."""

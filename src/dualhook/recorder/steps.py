@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dualhook.capture import Audit, Guard, Selection, Use, fit_scales, used_rows, whole
+from dualhook.capture import Audit, Guard, Selection, Use, fit_scales, whole
 from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
 from dualhook.recorder.heads import Heads
 from dualhook.recorder.layers import Layers
@@ -62,9 +62,9 @@ class StepBook:
         self.batch_since = 0
         self.trained_by: dict[str, str] = {}
         """The class of the optimiser that holds each parameter, as far as it has been seen."""
-        self.pending = Pending(writer, ranks, dtype)
+        self.pending = Pending(writer, ranks, dtype, heads)
         self._on_step = on_step
-        self.layers = Layers(selection, self, heads)
+        self.layers = Layers(selection, self)
         self.measuring = Measuring(ranks, writer, self.layers.probes())
         self.audit: Audit | None = None
         self.input_sizes: frozenset[int] = frozenset()
@@ -103,10 +103,7 @@ class StepBook:
         self._end_step()
         if self.pending.is_full:
             self._give_up(self.layers.names, f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
-        # on a CUDA device a look at the numbers would make training wait: it is taken where they have come to the host
-        kept = None if rows.key.is_cuda else used_rows(rows.output_grad)
-        is_first, is_open = not self.pending.holds(layer), self.pending.is_open(layer)
-        self.pending.take(layer, self.layers.pack(layer, rows, is_first=is_first, is_open=is_open), kept)
+        self.pending.take(self.layers.spec(layer), rows, self.layers.in_use(layer))
 
     def drop(self, layer: str) -> None:
         """Forget rows whose gradient was zeroed."""
