@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from dualhook.recorder.front import OPEN
+
 # The same examples in every run of the gate; HYPOTHESIS_PROFILE=search looks for new ones, and for longer.
 settings.register_profile(
     "gate", derandomize=True, max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -20,3 +22,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 def seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the tests' matrices are small
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """No recorder that a test leaves open sees the steps of the next one."""
+    yield
+    for recorder in list(OPEN.values()):
+        recorder.discard()
