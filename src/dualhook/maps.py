@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualhook.gathering import columns_at, in_runs
 from dualhook.records import LayerSpec, Rows
 
 __all__ = ["LinearMap", "gradient", "map_of", "spread"]
+
+RUN = 4  # columns side by side, where some are chosen: of images a few may be dead, but not all of the runs
 
 
 class LinearMap:
@@ -91,11 +94,11 @@ class LinearMap:
         elif self.slots > 1:
             inputs = slot * self.columns + inputs
         key = _outer(rows.key, self._widths) if self.spec.kind == "bilinear" else rows.key
-        return rows.grads(outputs), key.index_select(1, inputs)
+        return rows.grads(outputs), columns_at(key, inputs)
 
     def grid_inputs(self, count: int, generator: torch.Generator) -> Tensor:
         """Some columns of a slot, ascending."""
-        return torch.randperm(self.columns, generator=generator)[:count].sort().values
+        return in_runs(self.columns, count, RUN, generator)
 
     def seen_from(self, asked: LayerSpec, rows: Rows) -> Rows:
         """Patterns of this use of a parameter as another use sees them, keys whole.

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualhook.gathering import columns_at
+
 __all__ = [
     "FORMS",
     "Largest",
@@ -100,7 +102,7 @@ class Scaled:
 
     def dense(self, key: Tensor, outputs: Tensor | None = None) -> Tensor:
         """The output gradients [n, o], or those of some ``outputs``, in the dtype of ``scale``."""
-        value = self.value if outputs is None else self.value.index_select(1, outputs)
+        value = self.value if outputs is None else columns_at(self.value, outputs)
         return value.to(self.scale.dtype) * self.scale[:, None]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dualhook.gathering import columns_at
 from dualhook.packing import Packed, changed
 
 __all__ = [
@@ -147,7 +148,7 @@ class Rows:
         """The output gradients [n, o], or those of some ``outputs`` of the layer."""
         if self.packed is not None:
             return self.packed.dense(self.key, outputs)
-        return self.output_grad if outputs is None else self.output_grad.index_select(1, outputs)
+        return self.output_grad if outputs is None else columns_at(self.output_grad, outputs)
 
     def unpacked(self) -> Rows:
         """The same with all output gradients there."""

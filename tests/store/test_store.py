@@ -18,8 +18,10 @@ from torch import Tensor
 
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec, LedgerEntry, Mark, Rows
-from dualhook.store import FORMAT_VERSION, Layout, Manifest, SegmentBuilder, Store, Writer
-from dualhook.store.direct import DirectFile
+from dualhook.store import FORMAT_VERSION, Layout, Manifest, SegmentBuilder, Store, Writer, durable
+from dualhook.store.checksums import mismatches
+from dualhook.store.direct import DirectFile, empty_in_blocks
+from dualhook.store.layout import open_tensors, read_header, write_tensors
 
 SPEC = LayerSpec("body.fc", 3, 2, "body.fc.weight", "body.fc.bias")
 SPECIAL = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1e-42, -1e-310, 1.5]
@@ -224,6 +226,31 @@ def test_direct_files_are_safetensors_files(tmp_path, monkeypatch, direct, count
         assert all(found[name].dtype == value.dtype for name, value in given_tensors.items())
         with safe_open(tmp_path / "x.safetensors", "pt") as opened:
             assert opened.metadata() == {"dualhook": "{}"}
+
+
+@pytest.mark.parametrize("count", [1, 4096, 70_000])
+def test_what_lies_in_blocks_is_written_without_a_copy(tmp_path, monkeypatch, count):
+    copied, write_all = [], durable.write_all
+
+    def writing(handle: int, part: memoryview) -> None:
+        copied.append(len(part) if part.obj is file._view.obj else 0)
+        write_all(handle, part)
+
+    monkeypatch.setattr("dualhook.store.direct.write_all", writing)
+    file = DirectFile()
+    tensors = {"a": empty_in_blocks((count, 3), torch.float32), "b": torch.arange(5), "c": torch.rand(count).bfloat16()}
+    tensors |= {"d": empty_in_blocks((count,), torch.bfloat16)[: count - 1]}
+    for name in "ad":
+        tensors[name].copy_(torch.rand(tensors[name].shape))
+    write_tensors(tmp_path / "x.safetensors", tensors, {"kind": "segment"}, file)
+    found = load_file(tmp_path / "x.safetensors")
+    assert {name for name in found if not name.startswith("padding/")} == tensors.keys()
+    opened = open_tensors(tmp_path / "x.safetensors")
+    for name, value in tensors.items():
+        assert torch.equal(found[name], value), name
+        assert torch.equal(opened.get_tensor(name), value), name
+    assert list(mismatches(opened, read_header(tmp_path / "x.safetensors", opened))) == []
+    assert sum(copied) < tensors["c"].nbytes + 6 * 4096  # the header, what is left of blocks, and the small ones
 
 
 def test_file_systems_without_direct_writing(tmp_path, monkeypatch):

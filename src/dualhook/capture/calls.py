@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +30,7 @@ __all__ = [
 
 Coordinates = tuple[Tensor, Tensor, dict[str, Tensor]]
 
-FIRST = 16  # output gradients of a row that are looked at before all of them
+MANY = 64  # output gradients of a row that are looked at before all of them
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,10 @@ def _coordinates(lead: Sequence[int], batch: Batch | None, call: Call, *, whole:
 
 def _numbered(index: Tensor, position: Tensor, batch: Batch | None) -> Coordinates:
     """The sample, position and columns of an ``index`` [n] into the batch, -1 where it is not known."""
+    if batch is None:
+        return index, position, {}
     sample, columns = torch.full_like(index, NO_SAMPLE), {}
-    if batch is not None and bool((index >= 0).any()):
+    if bool((index >= 0).any()):
         known = index.clamp(min=0)
         sample = torch.where(index < 0, NO_SAMPLE, batch.samples[known])
         columns = {name: _column(values[known], index) for name, values in batch.columns.items()}
@@ -229,13 +233,13 @@ def _places(lead: Sequence[int], batch: Batch | None, call: Call, *, whole: bool
     size = 0 if batch is None else batch.samples.numel()
     if call.places is not None:
         return _of_places(call.places, size, call.may_be_flat)
+    if not size or (size > 1 and not lead):
+        return _unknown(tuple(lead))
     number = torch.arange(count)
-    first = lead[0] if lead else 1
+    if not lead:
+        return number, number
+    first = lead[0]
     rest = count // first if first else 0
-    if not size or not lead:
-        if size == 1 and not lead:
-            return number, number
-        return torch.full((count,), -1), number % max(rest, 1)
     told = is_sequence_first(lead, size)
     second = told if told is not None else call.is_sequence_first
     if second and len(lead) > 1 and lead[1] == size:
@@ -248,7 +252,15 @@ def _places(lead: Sequence[int], batch: Batch | None, call: Call, *, whole: bool
             return number % size, number // size
         each = count // size
         return number // each, number % each
-    return torch.full((count,), -1), number % max(rest, 1)
+    return _unknown(tuple(lead))
+
+
+@lru_cache(maxsize=16)
+def _unknown(lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The same where no row's place in the batch is known."""
+    count = math.prod(lead)
+    rest = count // lead[0] if lead and lead[0] else count
+    return torch.full((count,), NO_SAMPLE), torch.arange(count) % max(rest, 1)
 
 
 def _of_places(places: Places, size: int, may_be_flat: bool) -> tuple[Tensor, Tensor]:
@@ -263,8 +275,10 @@ def _of_places(places: Places, size: int, may_be_flat: bool) -> tuple[Tensor, Te
 
 def used_rows(output_grad: Tensor) -> Tensor | None:
     """Which rows [n, o] are not exactly zero, as an index on the CPU; None: all. The others add nothing to a weight."""
-    used = (output_grad[:, :FIRST] != 0).any(1)  # mostly that tells
-    if output_grad.shape[1] > FIRST and not bool(used.all()):
-        left = (~used).nonzero().squeeze(1)
-        used[left] = output_grad.index_select(0, left).abs().amax(1) != 0  # three times as fast as any()
-    return None if bool(used.all()) else used.nonzero().squeeze(1).cpu()
+    zero = np.flatnonzero((output_grad[:, :1] == 0).all(1).numpy())
+    for most in (MANY, output_grad.shape[1]):
+        if not len(zero):
+            return None
+        seen = output_grad[:, :most].index_select(0, torch.from_numpy(zero))
+        zero = zero[(seen == 0).all(1).numpy()]
+    return torch.from_numpy(np.delete(np.arange(len(output_grad)), zero)) if len(zero) else None

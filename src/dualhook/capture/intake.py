@@ -7,7 +7,7 @@ never does), and dropped again when the gradient is zeroed before an optimiser s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from dualhook.capture.compiled import register
 from dualhook.capture.hooks import Guard
 from dualhook.capture.kinds import Tapped
 from dualhook.capture.recompute import note_batch, noted_batch
-from dualhook.capture.sharded import Place, is_sharded, local
+from dualhook.capture.sharded import Place, local
 from dualhook.records import Batch, Rows
 
 __all__ = ["Intake", "Sink"]
@@ -83,6 +83,8 @@ class Intake:
         self._watched: dict[str, tuple[nn.Parameter, RemovableHandle, bool]] = {}
         names = zip(self.spec.parameters, tapped.attributes, strict=False)
         self._places = {name: Place(self.module, attribute) for name, attribute in names}
+        self.places = tuple(self._places.values())
+        """Where the layer's parameters stand in its module."""
         self._any: Tensor | None = None  # whether anything of the gradient's shard was not zero then
 
     @property
@@ -111,12 +113,11 @@ class Intake:
 
     def on_late_call(self) -> Callable[[Call, Tensor], None] | None:
         """The same where the call's rows are known with their gradients only."""
-        if self.is_left_out or not (
-            self._sink.recording and any(parameter.requires_grad for parameter in self.parameters.values())
-        ):
+        trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        if self.is_left_out or not (self._sink.recording and trained):
             return None
         self.was_called = True
-        self._watch()
+        self._watch(trained)
         batch = self._batch_of_call()
 
         def arrive(call: Call, output_grad: Tensor) -> None:
@@ -167,7 +168,7 @@ class Intake:
             for arrival in ready:
                 self._sink.take(self.spec.name, as_rows(self.spec, arrival.call, arrival.output_grad, arrival.batch))
         self._left = _state(self._gradient())
-        if ready and any(is_sharded(parameter) for parameter in self._trained()):
+        if ready and any(place.is_sharded for place in self.places):
             at_task_end(self._reduced)  # a shard's gradient is there once those of all processes have been summed
 
     def _reduced(self) -> None:
@@ -192,8 +193,11 @@ class Intake:
 
     def _gradient(self) -> Tensor | None:
         """The gradient that tells whether a loop has zeroed: of the weight, or of the bias where only that trains."""
-        lead = next(iter(self._trained()), None)
-        return None if lead is None else lead.grad
+        for place in self.places:
+            parameter = place.trained
+            if parameter is not None and parameter.requires_grad:
+                return parameter.grad
+        return None
 
     def _batch_of_call(self) -> Batch | None:
         """The batch of a call that is made now, or of one whose output gradient is there now."""
@@ -205,13 +209,13 @@ class Intake:
 
     def _trained(self) -> list[nn.Parameter]:
         """The parameters that train, as an optimiser has them."""
-        found = (place.trained for place in self._places.values())
+        found = (place.trained for place in self.places)
         return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
 
-    def _watch(self) -> None:
+    def _watch(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Hook the parameters that train: their gradients' accumulation is what makes rows count."""
-        for name, parameter in self.parameters.items():
-            if parameter.requires_grad and not (name in self._watched and self._watched[name][0] is parameter):
+        for name, parameter in trained.items():
+            if not (name in self._watched and self._watched[name][0] is parameter):
                 untouched = parameter._post_accumulate_grad_hooks is None
                 hook = _Accumulated(self)
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -259,5 +263,5 @@ class _Accumulated:
             return
         with intake.guard:
             # functional_call puts other parameters in the layer's place for a while: theirs is another gradient
-            if any(parameter is own for own in intake.parameters.values()):
+            if any(place.used is parameter for place in intake.places):
                 intake.accumulate()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dualhook.capture.sharded import is_sharded, local, rows_at, spread
 from dualhook.capture.uses import Use, are_alike, signed_sums
+from dualhook.gathering import columns_at, in_runs
 from dualhook.maps import map_of
 from dualhook.packing import Softmax
 from dualhook.records import LayerSpec
@@ -42,7 +43,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One parameter's probed entries: the gradient, what the rows rebuild, and the sum of their absolute parts."""
+    """One parameter's probed entries [k]: the gradient, what the rows rebuild, and the sum of their absolute parts."""
 
     gradient: Array
     rebuilt: Array
@@ -108,7 +109,7 @@ class LayerProbe:
         # a slot of an embedding is one column, of which a sum tells no more than the entry itself
         self._sums_per = spec.slots if self.is_slotted and self._map.columns > 1 else 1
         generator = torch.Generator().manual_seed(0)  # its own: training's random numbers stay as they are
-        self._outputs = _runs(spec.out_features, GRID[0], generator)
+        self._outputs = in_runs(spec.out_features, GRID[0], RUN, generator)
         self._inputs = self._map.grid_inputs(GRID[1], generator)
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
 
@@ -140,15 +141,13 @@ class LayerProbe:
         for name, own in gradients.items():
             is_weight, seen = name == self.spec.weight, rows_at(self._matrix(name, own), corner.outputs)
             if is_weight:
-                columns = corner.slot * self._map.columns + corner.inputs
-                seen = seen.index_select(1, columns.to(seen.device))
+                seen = columns_at(seen, corner.slot * self._map.columns + corner.inputs)
             elif seen.dim() == 2:
                 seen = seen[:, corner.slot]
             entries = np.s_[:, :-1] if is_weight else np.s_[:, -1]
             dtype, rounding = _dtype_of(own, uses), _rounding_of(uses)
-            found[name] = Measurement(
-                _numpy(seen), rebuilt[entries], absolute[entries], dtype, sums.get(name), rounding
-            )
+            there, made, size = (part.ravel() for part in (_numpy(seen), rebuilt[entries], absolute[entries]))
+            found[name] = Measurement(there, made, size, dtype, sums.get(name), rounding)
         return found
 
     def _rebuilt(self, corner: Corner, uses: Sequence[Use]) -> tuple[Array, Array]:
@@ -226,7 +225,7 @@ class LayerProbe:
             else:  # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
                 sums = held.sum(2)
             pair = (made.weight, made.size) if is_weight else (made.bias, made.ones)
-            seen, rebuilt, absolute = (_numpy(part.squeeze(1)) for part in (spread(sums, matrix), *pair))
+            seen, rebuilt, absolute = (_numpy(part).ravel() for part in (spread(sums, matrix), *pair))
             found[name] = Measurement(seen, rebuilt, absolute, _dtype_of(own, uses), None, _rounding_of(uses))
         return found
 
@@ -270,7 +269,7 @@ def _adds_up(sums: Measurement, scale: float) -> bool:
 
 
 def _dot(a: Array, b: Array) -> float:
-    return float(np.dot(a.ravel(), b.ravel()))
+    return float(a @ b)
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -287,13 +286,6 @@ def _dtype_of(gradient: Tensor, uses: Sequence[Use]) -> torch.dtype:
 def _rounding_of(uses: Sequence[Use]) -> float:
     """What output gradients that are computed again are off by: exponents carry the rounding of logits."""
     return COMPUTED if any(isinstance(use.rows.packed, Softmax) for use in uses) else 0.0
-
-
-def _runs(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """About ``count`` of the numbers below ``size`` in runs at random places, ascending."""
-    starts = torch.randperm(max(1, -(-size // RUN)), generator=generator)[: max(1, count // RUN)] * RUN
-    found = (starts[:, None] + torch.arange(RUN)).flatten()
-    return found[found < size].sort().values
 
 
 def _numpy(values: Tensor) -> Array:

@@ -23,6 +23,11 @@ class Place:
         self._shard = used if used is not None and is_sharded(used) else None
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether an optimiser steps on a part of it."""
+        return self._shard is not None
+
+    @property
     def used(self) -> nn.Parameter | None:
         """What a forward pass uses; None if it has been taken away or is computed from others."""
         return self._module._parameters.get(self._attribute)  # reading a parametrised attribute would compute it

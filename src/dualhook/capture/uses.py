@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dualhook.gathering import columns_at
 from dualhook.maps import gradient, map_of
 from dualhook.records import LayerSpec, Rows
 
@@ -107,7 +108,7 @@ class Use:
     def _keys(self, columns: Tensor) -> Tensor:
         """Keys at some columns of the use's whole matrix [n, columns]."""
         if self.rows.slot is None:
-            return self.rows.key.index_select(1, columns)
+            return columns_at(self.rows.key, columns)
         width = self.rows.key.shape[1]
         fills = self.rows.slot[:, None] == columns // width
         return self.rows.key.index_select(1, columns % width) * fills

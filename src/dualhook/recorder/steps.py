@@ -101,7 +101,7 @@ class StepBook:
     def take(self, layer: str, rows: Rows) -> None:
         """Keep accumulated rows until a step uses them."""
         self._end_step()
-        if self.pending.is_full:
+        if self.pending.holds(layer) and self.pending.is_full:  # of a step's first rows there is no need to look
             self._give_up(self.layers.names, f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
         self.pending.take(self.layers.spec(layer), rows, self.layers.in_use(layer))
 
@@ -123,8 +123,8 @@ class StepBook:
                 if id(parameter) in own:
                     yield own[id(parameter)], number
 
-    def meet(self, optimizer: Optimizer) -> str:
-        """Note which parameters an optimiser holds; returns what the ledger calls it: its class.
+    def meet(self, optimizer: Optimizer, members: Sequence[tuple[Watched, int]] | None = None) -> str:
+        """Note which parameters an optimiser holds (its ``members``); returns what the ledger calls it: its class.
 
         With a setting that its class's rule does not know it is called by that as well, and fitted.
 
@@ -136,7 +136,8 @@ class StepBook:
         rule = rule_for(name)
         refused = {rule.refuses(numbers_of(group, rule)) for group in optimizer.param_groups}
         name += "".join(f" ({why})" for why in sorted(refused) if why)
-        self.trained_by |= {watched.name: name for watched, _ in self.members(optimizer)}
+        members = list(self.members(optimizer)) if members is None else members
+        self.trained_by |= {watched.name: name for watched, _ in members}
         return name
 
     def before(self, optimizer: Optimizer, has_closure: bool) -> None:
@@ -151,7 +152,7 @@ class StepBook:
             self._skipping = [watched for watched, _ in members if not watched.state_changed_since(optimizer)]
         if not members or loss_scale is None:
             return
-        name = self.meet(optimizer)
+        name = self.meet(optimizer, members)
         rule = rule_for(name)
         if isinstance(rule, FittedRule):
             self._notices.fitted(name)
@@ -302,7 +303,9 @@ class StepBook:
 
     def _show_trackers(self, step: Step) -> None:
         """Let those who fit the step see its gradients; a foreach step may write to them."""
-        trackers = self._trackers.setdefault(step.optimizer, {}) if step.fitting else {}
+        if not step.fitting:
+            return
+        trackers = self._trackers.setdefault(step.optimizer, {})
         for watched, group, _ in step.stepped:
             gradient, before, hyper = step.gradient_of(watched), step.fitting.get(watched.name), step.hyper[group]
             if before is not None and gradient is not None:

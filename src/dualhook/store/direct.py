@@ -1,27 +1,32 @@
 """Writes a safetensors file past the page cache, where the system allows it.
 
 Rows are written once and read much later. Through the page cache every byte is copied into freshly allocated kernel
-memory by a CPU core that training could use; written directly it is one copy into a reused, aligned buffer.
+memory by a CPU core that training could use. Written directly, what lies in blocks in memory and in the file is not
+copied at all, and the rest once, into a reused buffer.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dualhook.store.durable import write_all
 
-__all__ = ["NAMES", "DirectFile", "bytes_of"]
+__all__ = ["NAMES", "PADDING", "DirectFile", "bytes_of", "empty_in_blocks", "in_blocks"]
 
 ALIGNMENT = 4096
+PADDING = "padding/"
+"""What the names of tensors begin with that are there for the next one to begin at a block."""
 BUFFER_BYTES = 4 * 2**20
 NAMES = {
     torch.float64: "F64",
@@ -46,7 +51,7 @@ class DirectFile:
         self._direct = getattr(os, "O_DIRECT", 0)  # Linux
 
     def write(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write contiguous CPU tensors under ``path``, on disk when this returns.
+        """Write contiguous CPU tensors under ``path``, in their order, on disk when this returns.
 
         Raises:
             OSError: the file system refused.
@@ -65,6 +70,11 @@ class DirectFile:
             size = filled = 0
             for part in _parts(tensors, metadata):
                 size += len(part)
+                if filled % ALIGNMENT == 0 and _address(part) % ALIGNMENT == 0:
+                    write_all(handle, self._view[:filled])
+                    whole, filled = len(part) // ALIGNMENT * ALIGNMENT, 0
+                    write_all(handle, part[:whole])
+                    part = part[whole:]
                 while part:
                     taken = min(len(part), BUFFER_BYTES - filled)
                     self._view[filled : filled + taken] = part[:taken]
@@ -79,21 +89,47 @@ class DirectFile:
             os.close(handle)
 
 
-def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    """The bytes of the file: header length, header, tensors; wider dtypes first, so that each is aligned."""
+def empty_in_blocks(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor that begins at a block of memory."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    start = -raw.data_ptr() % ALIGNMENT
+    return raw[start : start + size].view(dtype).view(*shape)
+
+
+def in_blocks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in the order in which they are written: each aligned to its dtype, and to a block as it is in memory.
+
+    For that padding comes behind some of them.
+    """
+    found: dict[str, Tensor] = {}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    blocks = [item for item in ordered if item[1].nbytes >= ALIGNMENT and item[1].data_ptr() % ALIGNMENT == 0]
+    for name, tensor in blocks:
+        found[name] = tensor
+        if left := -tensor.nbytes % ALIGNMENT:
+            found[f"{PADDING}{len(found)}"] = torch.zeros(left, dtype=torch.uint8)
+    return found | dict(ordered)  # those that are there keep their places
+
+
+def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    """The bytes of the file: header length, header up to a block, tensors."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name, tensor in ordered:
+    for name, tensor in tensors.items():
         end = offset + tensor.nbytes
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     yield memoryview(len(text).to_bytes(8, "little") + text)
-    for _, tensor in ordered:
+    for tensor in tensors.values():
         if tensor.numel():
             yield bytes_of(tensor)
+
+
+def _address(part: memoryview) -> int:
+    return int(np.frombuffer(part, np.uint8).ctypes.data) if part.nbytes else 0
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
 from dualhook.store.checksums import text_digest, with_checksums
-from dualhook.store.direct import DirectFile
+from dualhook.store.direct import DirectFile, in_blocks
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 from dualhook.store.mapped import MappedFile
 
@@ -222,7 +222,7 @@ def write_tensors(
 ) -> None:
     """Write one safetensors file, whole or not at all: it appears under its name once it is complete."""
     direct, text = file or DirectFile(), json.dumps(with_checksums(header, tensors))
-    put(path, lambda partial: direct.write(partial, tensors, {HEADER: text}))
+    put(path, lambda partial: direct.write(partial, in_blocks(tensors), {HEADER: text}))
 
 
 def open_tensors(path: Path) -> MappedFile:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dualhook.packing import Packed, Softmax, parts_of
 from dualhook.records import FIELDS, OPTIONAL, LedgerEntry, Rows, absent
+from dualhook.store.direct import empty_in_blocks
 from dualhook.store.ledger import pack
 from dualhook.store.packed import StepWeights
 from dualhook.store.sharing import KEY_ROW, shared_keys
@@ -105,7 +106,7 @@ class LayerBuffer:
         wider = like.dim() == 2 and like.shape[1] > held.shape[1]
         if held.shape[0] < self.filled or held.dtype != dtype or wider:
             rows = self.filled if self.filled <= held.shape[0] else max(self.filled, int(1.5 * held.shape[0]))
-            grown = torch.empty((rows, *(like if wider else held).shape[1:]), dtype=dtype)
+            grown = empty_in_blocks((rows, *(like if wider else held).shape[1:]), dtype)
             if wider:
                 grown[:start, held.shape[1] :].zero_()
             (grown[:start, : held.shape[1]] if wider else grown[:start]).copy_(held[:start])

@@ -88,7 +88,8 @@ def _within(layers: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, S
 
 def _marked(name: str, tensors: Mapping[str, Tensor]) -> _Marked:
     bits = tensors["key"].view(INTEGERS[tensors["key"].dtype.itemsize])
-    looked_at = bits[:, :: max(1, bits.shape[1] // LOOKED_AT)].long()
+    middle = max(0, bits.shape[1] - LOOKED_AT) // 2  # side by side: of each row a cache line or two
+    looked_at = bits[:, middle : middle + LOOKED_AT].long()
     parts = [looked_at, *(tensors[one][:, None] for one in ("step", "sample", "position"))]
     several = torch.cat(parts, 1)
     generator = torch.Generator().manual_seed(0)
