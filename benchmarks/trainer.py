@@ -2,9 +2,10 @@
 
 A GPT-2-style model (4 layers, 256 wide, 8 × 128 tokens a step, AdamW) is trained in turns: without the callback, with
 the head recorded, and with all layers. The first steps do not count: buffers grow, and more is checked than later. That
-the last rows are on disk does.
+the last rows are on disk does. A layer's rows grow with its width and its arithmetic with the square of it: 256 is
+narrow, 768 is GPT-2 small's.
 
-    python benchmarks/trainer.py [--rounds 3] [--steps 40] [--threads N] [--only head]
+    python benchmarks/trainer.py [--rounds 3] [--steps 40] [--width 256] [--threads N] [--only head]
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ class Clock(TrainerCallback):
             self.seconds = time.perf_counter() - self.begin
 
 
-def block(folder: Path, steps: int, settings: dict | None, sizes: dict[str, float], name: str) -> float:
+def block(folder: Path, steps: int, width: int, settings: dict | None, sizes: dict[str, float], name: str) -> float:
     """Seconds of a training, but for its first steps."""
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_positions=LENGTH, n_embd=256, n_layer=4, n_head=4))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=WORDS, n_positions=LENGTH, n_embd=width, n_layer=4, n_head=width // 64)
+    )
     recording = []
     if settings is not None:
         recording = [DualMemoryCallback(folder / "memory", verbose=False, **settings)]
@@ -91,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--width", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="ways whose name begins so")
     options = parser.parse_args()
@@ -99,16 +103,16 @@ def main() -> None:
     sizes: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Callable[[], float]] = {
-            "bare": partial(block, Path(folder) / "run", options.steps, None, sizes, "")
+            "bare": partial(block, Path(folder) / "run", options.steps, options.width, None, sizes, "")
         }
         for name, settings in WAYS.items():
             if name.startswith(options.only):
-                ways[name] = partial(block, Path(folder) / "run", options.steps, settings, sizes, name)
+                ways[name] = partial(block, Path(folder) / "run", options.steps, options.width, settings, sizes, name)
         seconds = in_turns(ways, options.rounds)
     base = seconds["bare"]
     each = 1000 / (options.steps - WARM)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{options.threads} threads"
-    turns = f"{options.rounds} rounds of {options.steps} steps, {BATCH} × {LENGTH} tokens"
+    turns = f"{options.width} wide, {options.rounds} rounds of {options.steps} steps, {BATCH} × {LENGTH} tokens"
     print(f"{device}, torch {torch.__version__}; {turns}")
     print(f"{'recorded':24} {'ms/step':>9} {'kB/token':>9}   ratio to bare: median (lowest to highest)")
     for name, own in seconds.items():
