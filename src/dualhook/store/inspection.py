@@ -65,7 +65,7 @@ def inspected(
 
     ``on_file`` is called with the bytes of every file that has been looked at.
     """
-    found = Inspection()
+    found, layout = Inspection(), replace(layout, generation=manifest.generation)
     # before the segments, which a recorder that is at work writes first
     latest = _looked_at(layout.latest, "latest", layout, manifest, found, deep=deep) if layout.latest.exists() else None
     folders = {"origin": layout.origins(), "segments": layout.segments()}

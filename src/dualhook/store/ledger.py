@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualhook.records import FactorVectors, History, LedgerEntry
+from dualhook.records import FactorVectors, History, LedgerEntry, Mark
 
-__all__ = ["fit_vectors", "pack", "unpack"]
+__all__ = ["entries", "fit_vectors", "pack", "unpack"]
 
 
 FIT = ("step", "row", "column")
@@ -47,6 +47,32 @@ def pack(entries: Sequence[LedgerEntry]) -> tuple[dict[str, Tensor], dict[str, A
         "state": state_names,
     }
     return tensors | _pack_vectors(entries), header
+
+
+def entries(file: Any, header: Mapping[str, Any]) -> list[LedgerEntry]:
+    """The ledger of an open segment, as :func:`pack` was given it."""
+    whole, measured = (file.get_tensor(f"ledger/{part}").tolist() for part in ("entry", "measured"))
+    groups = [
+        {name: value for name, value in zip(header["hyper"], row, strict=True) if not math.isnan(value)}
+        for row in file.get_tensor("ledger/hyper").tolist()
+    ]
+    vectors = {
+        (step, parameter): own for parameter in header["parameters"] for step, own in fit_vectors(file, parameter)
+    }
+    return [
+        LedgerEntry(
+            step=step,
+            parameter=header["parameters"][parameter],
+            optimizer=header["optimizers"][optimizer],
+            hyper=groups[group],
+            state={n: value for n, value in zip(header["state"], state, strict=True) if not math.isnan(value)},
+            scale=scale,
+            residual=residual,
+            mark=Mark(mark),
+            vectors=vectors.get((step, header["parameters"][parameter])),
+        )
+        for (step, parameter, optimizer, group, mark), (scale, residual, *state) in zip(whole, measured, strict=True)
+    ]
 
 
 def fit_vectors(file: Any, parameter: str) -> list[tuple[int, FactorVectors]]:

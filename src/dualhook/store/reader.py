@@ -36,13 +36,14 @@ class Store:
     """
 
     def __init__(self, root: Path, *, on_damage: Literal["raise", "skip"] = "raise") -> None:
-        self.layout = Layout(root)
-        self.manifest = Manifest.read(self.layout)
-        found = inspected(self.layout, self.manifest, deep=on_damage == "skip")
-        while found.damage:  # or a recorder at work has folded segments away while they were looked at
-            before, found = found, inspected(self.layout, self.manifest, deep=on_damage == "skip")
+        self.manifest = Manifest.read(Layout(root))
+        found = inspected(Layout(root), self.manifest, deep=on_damage == "skip")
+        while found.damage:  # or segments have been folded away, or made into others, while they were looked at
+            before, self.manifest = found, Manifest.read(Layout(root))
+            found = inspected(Layout(root), self.manifest, deep=on_damage == "skip")
             if found.damage == before.damage:
                 break
+        self.layout = Layout(root, self.manifest.generation)
         if found.damage and (on_damage == "raise" or not found.origins):
             raise StoreError(
                 f"{root} is damaged: {'; '.join(map(str, found.damage))}. Bring the files back from a copy"
@@ -81,9 +82,12 @@ class Store:
         }
 
     @property
-    def note_of_damage(self) -> str:
-        """One line on what is left out; empty where nothing is."""
-        return f"left out, since damaged: {'; '.join(map(str, self.damage))}" if self.damage else ""
+    def note_of_loss(self) -> str:
+        """One line on what is damaged, and what compacting has dropped; empty where nothing is."""
+        dropped = ", ".join(f"{count:,} of {layer}" for layer, count in self.manifest.dropped.items())
+        damaged = "; ".join(map(str, self.damage))
+        notes = (("dropped by compacting: rows ", dropped), ("left out, since damaged: ", damaged))
+        return "; ".join(title + note for title, note in notes if note)
 
     @cached_property
     def origin_steps(self) -> dict[str, int]:
