@@ -22,7 +22,7 @@ from dualhook.store.cutting import tidy
 from dualhook.store.direct import DirectFile
 from dualhook.store.durable import settle
 from dualhook.store.lanes import Segment
-from dualhook.store.layout import Layout, Manifest, open_tensors, write_tensors
+from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, write_tensors
 from dualhook.store.ledger import entries
 from dualhook.store.lock import WriterLock
 from dualhook.store.reader import Store
@@ -189,6 +189,7 @@ def _marked(ledger: Sequence[LedgerEntry], short: Collection[str]) -> list[Ledge
 
 def _check(segment: Segment, store: Store) -> None:
     """Damaged rows must not come out with checksums that are right."""
-    if damaged := list(mismatches(open_tensors(segment.path), segment.header)):
+    file = open_tensors(segment.path)
+    if damaged := list(mismatches(file, read_header(segment.path, file))):
         name = segment.path.relative_to(store.layout.root).as_posix()
         raise StoreError(f"{store.layout.root} is damaged: {name} is not as it was written: {damaged[0]}")

@@ -11,12 +11,13 @@ from typing import Any
 from dualhook.errors import StoreError
 from dualhook.store.checksums import CHECKSUMS, HEADER_ITSELF, mismatches
 from dualhook.store.lanes import Segment
-from dualhook.store.layout import Layout, Manifest, open_tensors, read_header
+from dualhook.store.layout import Layout, Manifest, glance, open_tensors, segment_name
 
 __all__ = ["Damage", "Inspection", "inspected"]
 
 KINDS = {"segments": "segment", "origin": "origin", "snapshots": "snapshot", "columns": "column"}  # by folder
 Lane = Sequence[tuple[Path, "Segment | None"]]  # one process's files, None where a file is damaged
+COLUMN = "/column/"  # between a layer's rows and the name of a column
 NAMED = 3  # damaged tensors that are named one by one
 
 
@@ -100,27 +101,32 @@ def inspected(
 def _looked_at(
     path: Path, kind: str, layout: Layout, manifest: Manifest, found: Inspection, *, deep: bool
 ) -> dict[str, Any] | None:
-    """The header of a file, with ``left_out``, the layers of damaged rows; None if more is damaged. That is noted."""
+    """The header of a file, with ``columns``, those of its rows, and ``left_out``, the layers of damaged ones.
+
+    None if more is damaged. That is noted.
+    """
     try:
         try:
-            file = open_tensors(path)
-            header = read_header(path, file)
+            header, names = glance(path)
+            file = open_tensors(path) if deep else None
         except StoreError as error:
             raise _FileError(str(error).removeprefix(f"{path} ")) from error
         _check_place(path, kind, header, layout, manifest)
-        if not deep:
-            return header
+        columns = {name.rpartition(COLUMN)[2] for name in names if COLUMN in name}
+        if file is None:
+            header.pop(CHECKSUMS, None)  # most of it, and looked at with the tensors
+            return header | {"columns": columns} if columns else header
         found.without_checksums += CHECKSUMS not in header
         damaged = list(mismatches(file, header))
         if not damaged:
-            return header
+            return header | {"columns": columns}
         layers = _layers_of(damaged, header) if kind == "segment" else frozenset()
         steps = None if kind != "segment" or HEADER_ITSELF in damaged else (header["steps"][0], header["steps"][1])
-        names = ["its header" if name == HEADER_ITSELF else name for name in damaged]
-        listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        damaged = ["its header" if name == HEADER_ITSELF else name for name in damaged]
+        listed = ", ".join(damaged[:NAMED]) + (f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else "")
         found.damage.append(Damage(_name(path, layout.root), f"is not as it was written: {listed}", steps, layers))
         if layers:
-            return header | {"left_out": layers}
+            return header | {"columns": columns, "left_out": layers}
     except _FileError as damaged_file:
         found.damage.append(Damage(_name(path, layout.root), str(damaged_file)))
     found.damaged_paths.add(path)
@@ -133,19 +139,23 @@ def _check_place(path: Path, kind: str, header: Mapping[str, Any], layout: Layou
         raise _FileError(f"is of kind {header.get('kind')!r}: expected {kind!r}")
     if None not in (manifest.id, header.get("memory")) and header["memory"] != manifest.id:
         raise _FileError("belongs to another memory")
-    places: dict[str, Callable[[], Path]] = {
-        "segment": lambda: layout.segment(int(header["number"]), int(header.get("rank", 0))),
-        "origin": lambda: layout.origin(int(header.get("number", path.stem))),
-        "snapshot": lambda: layout.snapshot(int(header["step"])),
-        "column": lambda: layout.column(header.get("name", path.stem)),
-        "latest": lambda: layout.latest,
-    }
     try:
-        place = places[kind]()
+        expected = _file_name(kind, header, path, layout)
     except (KeyError, ValueError, TypeError, StoreError) as error:
         raise _FileError(f"does not say which file it is: {error}") from error
-    if place != path:
-        raise _FileError(f"is in the place of another file, it was {_name(place, layout.root)}")
+    if expected != path.name:
+        raise _FileError(f"is in the place of another file, it was {_name(path.with_name(expected), layout.root)}")
+
+
+def _file_name(kind: str, header: Mapping[str, Any], path: Path, layout: Layout) -> str:
+    """What a header says that its file is called."""
+    if kind == "segment":  # of these there are many
+        return segment_name(int(header["number"]), int(header.get("rank", 0)))
+    if kind == "origin":
+        return layout.origin(int(header.get("number", path.stem))).name
+    if kind == "snapshot":
+        return layout.snapshot(int(header["step"])).name
+    return layout.column(header.get("name", path.stem)).name if kind == "column" else layout.latest.name
 
 
 def _stepped(segment: Segment) -> Iterator[str]:
@@ -155,7 +165,9 @@ def _stepped(segment: Segment) -> Iterator[str]:
 
 
 def _segment(path: Path, header: Mapping[str, Any] | None, found: Inspection) -> Segment | None:
-    return None if header is None else Segment(path, header, frozenset(header.get("left_out", ())))
+    if header is None:
+        return None
+    return Segment(path, header, frozenset(header.get("left_out", ())), frozenset(header.get("columns", ())))
 
 
 def _layers_of(damaged: Sequence[str], header: Mapping[str, Any]) -> frozenset[str]:
@@ -194,7 +206,8 @@ def _check_order(
             found.damage.append(Damage(_name(segment.path, root), what))
             found.damaged_paths.add(segment.path)
             continue
-        _note_gap(map(named, range(before + 1, own)), (last + 1, segment.first_step - 1), found, root)
+        if own > before + 1:
+            _note_gap(map(named, range(before + 1, own)), (last + 1, segment.first_step - 1), found, root)
         found.segments.append(segment)
         number, last = own, segment.last_step
     last = last or 0
@@ -215,7 +228,7 @@ def _note_gap(paths: Iterable[Path], steps: tuple[int, int], found: Inspection, 
 
 def _place(path: Path) -> tuple[int, int]:
     """The process and the number that a segment's file name tells."""
-    rank, _, number = path.stem.rpartition("-")
+    rank, _, number = path.name.removesuffix(".safetensors").rpartition("-")
     return int(rank.removeprefix("r") or 0), int(number)
 
 

@@ -30,6 +30,8 @@ class Segment:
     header: Mapping[str, Any]
     left_out: frozenset[str] = frozenset()
     """Layers whose rows in it are damaged."""
+    columns: frozenset[str] = frozenset()
+    """Columns that were recorded with the rows of some layer."""
 
     @property
     def rank(self) -> int:

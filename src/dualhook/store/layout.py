@@ -19,7 +19,7 @@ from dualhook.store.checksums import text_digest, with_checksums
 from dualhook.store.direct import DirectFile
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 from dualhook.store.lock import WriterLock
-from dualhook.store.mapped import MappedFile
+from dualhook.store.mapped import MappedFile, glanced
 
 __all__ = [
     "FORMAT_VERSION",
@@ -27,8 +27,10 @@ __all__ = [
     "SHARED_KEYS_SINCE",
     "Layout",
     "Manifest",
+    "glance",
     "open_tensors",
     "read_header",
+    "segment_name",
     "tensor_names",
     "write_tensors",
 ]
@@ -39,6 +41,7 @@ SHARED_KEYS_SINCE = 3  # one of version 2 would miss the keys that another layer
 PACKED_SINCE = 4  # one of version 3 would take packed output gradients for none
 COMPACTED_SINCE = 5  # one of version 4 would look for the segments where they were before
 FOLDERS = ("origin", "snapshots", "columns")  # and one of segments
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what files that make no sense give
 HEADER = "dualhook"  # the one key of every file's safetensors metadata; its value is a JSON object
 
 
@@ -84,13 +87,14 @@ class Layout:
 
     def segment(self, number: int, rank: int = 0) -> Path:
         """The file of a segment, counted from 0 in every process that records."""
-        return self.segment_folder / f"{f'r{rank:04d}-' if rank else ''}{number:08d}.safetensors"
+        return self.segment_folder / segment_name(number, rank)
 
     def segments(self, rank: int | None = None) -> list[Path]:
         """Every committed segment, or those that one process has written: process by process, oldest first."""
         process = r"(r\d{4}-)?" if rank is None else f"r{rank:04d}-" if rank else ""
-        found = self.segment_folder.glob("*.safetensors")
-        return sorted(path for path in found if re.fullmatch(process + r"\d{8,}", path.stem))
+        own = re.compile(process + r"\d{8,}\.safetensors")
+        folder = self.segment_folder
+        return [folder / name for name in sorted(os.listdir(folder)) if own.fullmatch(name)] if folder.is_dir() else []
 
     def origin(self, number: int) -> Path:
         """An origin file, counted from 0; a later one takes the place of earlier ones for the parameters it holds."""
@@ -170,6 +174,11 @@ class Layout:
         self.latest.unlink(missing_ok=True)
         for folder in [*self.folders, *self.other_generations(), self.answers]:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def segment_name(number: int, rank: int = 0) -> str:
+    """What the file of a segment is called."""
+    return f"{f'r{rank:04d}-' if rank else ''}{number:08d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -263,8 +272,21 @@ def open_tensors(path: Path) -> MappedFile:
     """
     try:
         return MappedFile(path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
+
+
+def glance(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The JSON object in a file's metadata and the names of its tensors, by its header alone.
+
+    Raises:
+        StoreError: the file is gone or was not written by dualhook.
+    """
+    try:
+        metadata, names = glanced(path)
+    except UNREADABLE as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    return _header(path, metadata), names
 
 
 def tensor_names(file: Any) -> list[str]:
@@ -278,8 +300,12 @@ def read_header(path: Path, file: Any) -> dict[str, Any]:
     Raises:
         StoreError: there is none.
     """
+    return _header(path, file.metadata() or {})
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        header = json.loads((file.metadata() or {})[HEADER])
+        header = json.loads(metadata[HEADER])
     except (KeyError, ValueError) as error:
         raise StoreError(f"{path} was not written by dualhook: its metadata holds no {HEADER!r} object") from error
     if not isinstance(header, dict):

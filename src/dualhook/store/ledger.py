@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dualhook.records import FactorVectors, History, LedgerEntry, Mark
 __all__ = ["entries", "fit_vectors", "pack", "unpack"]
 
 
+NAMES = ("parameters", "optimizers", "hyper", "state")  # what a header lists and the tensors number
 FIT = ("step", "row", "column")
 
 
@@ -98,7 +100,7 @@ def _pack_vectors(entries: Sequence[LedgerEntry]) -> dict[str, Tensor]:
 def unpack(parts: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> dict[str, History]:
     """The history of every parameter, from the ledgers of consecutive segments."""
     pieces: dict[str, list[History]] = {}
-    for tensors, header in parts:
+    for tensors, header in _merged(parts):
         entry, measured = tensors["ledger/entry"], tensors["ledger/measured"]
         hyper = tensors["ledger/hyper"][entry[:, 3]]
         for number, parameter in enumerate(header["parameters"]):
@@ -116,6 +118,22 @@ def unpack(parts: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> d
                 )
             )
     return {parameter: _joined(parameter, histories) for parameter, histories in pieces.items()}
+
+
+def _merged(
+    parts: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Any]]]:
+    """The ledgers of consecutive segments that know the same names as one: there may be very many."""
+    for _, group in groupby(parts, key=lambda part: [part[1][name] for name in NAMES]):
+        alike = list(group)
+        sizes = torch.tensor([0, *(len(tensors["ledger/hyper"]) for tensors, _ in alike)]).cumsum(0).tolist()
+        entry = torch.cat([tensors["ledger/entry"] for tensors, _ in alike])
+        counts = torch.tensor([len(tensors["ledger/entry"]) for tensors, _ in alike])
+        entry[:, 3] += torch.tensor(sizes[:-1]).repeat_interleave(counts)  # rows of ledger/hyper
+        whole = {
+            name: torch.cat([tensors[name] for tensors, _ in alike]) for name in ("ledger/measured", "ledger/hyper")
+        }
+        yield {"ledger/entry": entry, **whole}, alike[0][1]
 
 
 def _joined(parameter: str, histories: Sequence[History]) -> History:

@@ -276,11 +276,7 @@ class Store:
 
     def row_columns(self) -> list[str]:
         """The columns that were recorded with the rows."""
-        found: dict[str, None] = {}
-        for segment in self.segments:
-            for name in tensor_names(open_tensors(segment.path)):
-                if name.startswith("rows/") and "/column/" in name:
-                    found[name.rpartition("/column/")[2]] = None
+        found = {name: None for segment in self.segments for name in sorted(segment.columns)}
         if len(self.trained_uses) > len(self.layers):
             found[USE] = None
         return list(found)
