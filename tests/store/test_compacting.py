@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -241,13 +242,13 @@ def test_what_is_damaged_is_not_compacted(run):
     assert not (path / "segments-0001").exists()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, partial(OSError, 28, "No space left on device")])
 def test_interrupted_the_old_memory_is_there_and_nothing_else(run, original, monkeypatch, error):
     path, _ = run
     files = {one: one.stat().st_mtime_ns for one in path.rglob("*") if one.is_file()}
 
     def stop(count):
-        raise error
+        raise error()
 
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else StoreError):
         dualhook.compact(path, segment_bytes=1, on_bytes=stop)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dualhook.errors import StoreError
+from dualhook.store.checking import check_header
 from dualhook.store.checksums import CHECKSUMS, HEADER_ITSELF, mismatches
 from dualhook.store.lanes import Segment
-from dualhook.store.layout import Layout, Manifest, glance, open_tensors, segment_name
+from dualhook.store.layout import UNREADABLE, Layout, Manifest, glance, open_tensors, segment_name
 
 __all__ = ["Damage", "Inspection", "inspected"]
 
@@ -112,6 +113,10 @@ def _looked_at(
         except StoreError as error:
             raise _FileError(str(error).removeprefix(f"{path} ")) from error
         _check_place(path, kind, header, layout, manifest)
+        try:
+            check_header(kind, header, names)
+        except UNREADABLE as error:
+            raise _FileError(f"has a header that makes no sense: {error}") from error
         columns = {name.rpartition(COLUMN)[2] for name in names if COLUMN in name}
         if file is None:
             header.pop(CHECKSUMS, None)  # most of it, and looked at with the tensors
@@ -141,7 +146,7 @@ def _check_place(path: Path, kind: str, header: Mapping[str, Any], layout: Layou
         raise _FileError("belongs to another memory")
     try:
         expected = _file_name(kind, header, path, layout)
-    except (KeyError, ValueError, TypeError, StoreError) as error:
+    except (*UNREADABLE, OverflowError, StoreError) as error:
         raise _FileError(f"does not say which file it is: {error}") from error
     if expected != path.name:
         raise _FileError(f"is in the place of another file, it was {_name(path.with_name(expected), layout.root)}")

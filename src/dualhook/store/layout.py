@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
+from dualhook.store.checking import checked_count, checked_layer
 from dualhook.store.checksums import text_digest, with_checksums
 from dualhook.store.direct import DirectFile
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
@@ -25,6 +26,7 @@ __all__ = [
     "FORMAT_VERSION",
     "PACKED_SINCE",
     "SHARED_KEYS_SINCE",
+    "UNREADABLE",
     "Layout",
     "Manifest",
     "glance",
@@ -41,7 +43,8 @@ SHARED_KEYS_SINCE = 3  # one of version 2 would miss the keys that another layer
 PACKED_SINCE = 4  # one of version 3 would take packed output gradients for none
 COMPACTED_SINCE = 5  # one of version 4 would look for the segments where they were before
 FOLDERS = ("origin", "snapshots", "columns")  # and one of segments
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what files that make no sense give
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What files that make no sense give."""
 HEADER = "dualhook"  # the one key of every file's safetensors metadata; its value is a JSON object
 
 
@@ -243,12 +246,15 @@ class Manifest:
             checksum = found.pop("checksum", None)
             if checksum not in (None, text_digest(json.dumps(found))):
                 raise ValueError("it is not as it was written")
-            if isinstance(version, int) and version <= FORMAT_VERSION:
-                layers = tuple(LayerSpec(**layer) for layer in found["layers"])
-                ranks = int(found.get("ranks", 1))
-                generation, dropped = int(found.get("generation", 0)), found.get("dropped", {})
+            if checked_count("version", version, 1) <= FORMAT_VERSION:
+                layers = tuple(map(checked_layer, found["layers"]))
+                if len({spec.name for spec in layers}) < len(layers):
+                    raise ValueError("two layers of one name")
+                ranks, generation = checked_count("ranks", found.get("ranks", 1), 1, 2**16), found.get("generation", 0)
+                dropped = {name: checked_count("dropped", count) for name, count in found.get("dropped", {}).items()}
+                checked_count("generation", generation, 0, 2**32)
                 return cls(layers, found["written_by"], ranks, version, found.get("id"), generation, dropped)
-        except (ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             raise StoreError(f"{layout.manifest} is no manifest of a memory: {error}") from error
         raise StoreError(
             f"{layout.root} is a memory of format version {version}, this dualhook reads up to {FORMAT_VERSION}: "
@@ -306,7 +312,7 @@ def read_header(path: Path, file: Any) -> dict[str, Any]:
 def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata[HEADER])
-    except (KeyError, ValueError) as error:
+    except UNREADABLE as error:
         raise StoreError(f"{path} was not written by dualhook: its metadata holds no {HEADER!r} object") from error
     if not isinstance(header, dict):
         raise StoreError(f"{path} was not written by dualhook: its metadata is not an object")

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dualhook.records import FactorVectors, History, LedgerEntry, Mark
 
-__all__ = ["entries", "fit_vectors", "pack", "unpack"]
+__all__ = ["LEDGER", "entries", "fit_vectors", "pack", "unpack"]
 
 
+LEDGER = ("ledger/entry", "ledger/measured", "ledger/hyper")
 NAMES = ("parameters", "optimizers", "hyper", "state")  # what a header lists and the tensors number
 FIT = ("step", "row", "column")
 

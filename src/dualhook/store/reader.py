@@ -15,6 +15,7 @@ from torch import Tensor
 from dualhook.errors import StoreError
 from dualhook.maps import map_of
 from dualhook.records import INEXACT, VALUE, FactorVectors, History, LayerSpec, OriginPart, Rows
+from dualhook.store.checking import check_origin
 from dualhook.store.inspection import inspected
 from dualhook.store.lanes import Lanes, Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
@@ -22,8 +23,6 @@ from dualhook.store.ledger import fit_vectors, unpack
 from dualhook.store.streams import USE, Stored, patterns_of
 
 __all__ = ["Store"]
-
-LEDGER = ("ledger/entry", "ledger/measured", "ledger/hyper")
 
 
 class Store:
@@ -65,10 +64,7 @@ class Store:
     @cached_property
     def histories(self) -> dict[str, History]:
         """The ledger of every recorded parameter, from its origin on."""
-        parts = []
-        for segment in self.segments:
-            file = open_tensors(segment.path)
-            parts.append(({name: file.get_tensor(name) for name in LEDGER}, segment.header))
+        parts = [(segment.ledger(), segment.header) for segment in self.segments]
         begins = self.origin_steps
         found = unpack(parts)
         lost = [name for name, history in found.items() if name not in begins and len(history)]
@@ -98,6 +94,11 @@ class Store:
     def _origin_files(self) -> dict[str, Path]:
         """Which file holds each parameter's origin: the newest that names it."""
         return {name: path for path, header in self._origin_headers.items() for name in header["parameters"]}
+
+    def _origin_file(self, parameter: str) -> Path:
+        if parameter not in self._origin_files:
+            raise StoreError(f"{self.layout.root} is damaged: no file in origin/ holds {parameter!r}")
+        return self._origin_files[parameter]
 
     def fitted(self, parameter: str) -> Iterator[tuple[int, FactorVectors]]:
         """The vectors of a parameter's fitted steps with their step, newest first."""
@@ -133,8 +134,11 @@ class Store:
     def _lost_steps(self, parameter: str, last_step: int) -> int:
         """How many steps have rows or ledger entries of a parameter in damaged files."""
         own = {spec.name for spec in self.manifest.layers if parameter in spec.parameters}
-        lost = [one.steps for one in self.damage if one.steps and (not one.layers or own & one.layers)]
-        return len({step for first, last in lost for step in range(first, min(last, last_step) + 1)})
+        found = reached = 0
+        for first, last in sorted(o.steps for o in self.damage if o.steps and (not o.layers or own & o.layers)):
+            first, last = max(first, reached + 1), min(last, last_step)
+            found, reached = found + max(0, last - first + 1), max(reached, last)
+        return found
 
     def superseded_by(self, parameters: Container[str]) -> list[Path]:
         """The origin files that hold nothing but these parameters: a newer origin of them takes their place."""
@@ -229,14 +233,21 @@ class Store:
 
     def origin(self, parameter: str) -> OriginPart:
         """Where the recording of a parameter begins."""
-        path = self._origin_files[parameter]
+        path = self._origin_file(parameter)
         header, file = self._origin_headers[path], open_tensors(path)
         names = header["parameters"][parameter]
-        return OriginPart(header["step"], {part: file.get_tensor(f"{parameter}//{part}") for part in names})
+        tensors = {part: file.get_tensor(f"{parameter}//{part}") for part in names}
+        try:
+            for spec in self.manifest.layers:
+                if parameter in spec.parameters:
+                    check_origin(spec, parameter, tensors[VALUE])
+        except ValueError as error:
+            raise StoreError(f"{path} does not fit the manifest: {error}") from error
+        return OriginPart(header["step"], tensors)
 
     def dtype(self, parameter: str) -> torch.dtype:
         """The dtype the model has a parameter in."""
-        path = self._origin_files[parameter]
+        path = self._origin_file(parameter)
         return getattr(torch, self._origin_headers[path]["dtypes"][parameter])  # type: ignore[no-any-return]
 
     def latest(self) -> tuple[int, dict[str, Tensor]] | None:
