@@ -53,14 +53,14 @@ TURNS = itertools.count()
 
 
 def read(path: Path) -> None:
-    """Look at every bit of a memory and open it; ask of every eighth one."""
-    layout, is_asked = Layout(path), not next(TURNS) % 8
+    """Look at every bit of a memory and open it; without what is damaged, every eighth one; ask of every 64th."""
+    layout, turn = Layout(path), next(TURNS)
     with contextlib.suppress(dualhook.DualHookError):
         inspected(layout, Manifest.read(layout), deep=True)
-    for on_damage in ("raise", "skip"):
+    for on_damage in ("raise", "skip") if turn % 8 == 0 else ("raise",):
         with contextlib.suppress(dualhook.DualHookError):
             memory = dualhook.load(path, on_damage=on_damage)
-            if not is_asked:
+            if turn % 64:
                 continue
             for question in (
                 memory.info,

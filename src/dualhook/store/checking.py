@@ -151,7 +151,7 @@ def _check_segment(header: Mapping[str, Any], tensors: Collection[str]) -> None:
 
 def check_origin(spec: LayerSpec, parameter: str, value: Tensor) -> None:
     """A parameter's value is of the layer's size, and so are the matrices that it is made into."""
-    expected = (spec.out_features, spec.in_features)
+    expected: tuple[int, ...] = (spec.out_features, spec.in_features)
     if parameter != spec.weight:
         expected = (spec.out_features,) if spec.slots == 1 else (spec.out_features, spec.slots)
     try:

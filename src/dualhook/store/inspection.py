@@ -80,7 +80,8 @@ def inspected(
             if folder == "origin" and header is not None:
                 found.origins[path] = header
             elif folder == "segments":
-                lanes.setdefault(_place(path)[0], []).append((path, _segment(path, header, found)))
+                segment = _segment(path, header, manifest, found, layout.root, deep=deep)
+                lanes.setdefault(_place(path)[0], []).append((path, segment))
             if on_file is not None:
                 on_file(path.stat().st_size)
     folded = max((int(header["folded"]) for header in found.origins.values()), default=0)
@@ -165,14 +166,28 @@ def _file_name(kind: str, header: Mapping[str, Any], path: Path, layout: Layout)
 
 def _stepped(segment: Segment) -> Iterator[str]:
     """The parameters that the ledger of a segment has entries of."""
-    entries = open_tensors(segment.path).get_tensor("ledger/entry")
+    entries = segment.ledger()["ledger/entry"]
     return (segment.header["parameters"][number] for number in set(entries[:, 1].tolist()))
 
 
-def _segment(path: Path, header: Mapping[str, Any] | None, found: Inspection) -> Segment | None:
+def _segment(
+    path: Path, header: Mapping[str, Any] | None, manifest: Manifest, found: Inspection, root: Path, *, deep: bool
+) -> Segment | None:
+    """A segment that can be read; ``deep``: whose rows and ledger make sense, as checksums do not tell."""
     if header is None:
         return None
-    return Segment(path, header, frozenset(header.get("left_out", ())), frozenset(header.get("columns", ())))
+    segment = Segment(path, header, frozenset(header.get("left_out", ())), frozenset(header.get("columns", ())))
+    try:
+        if deep:
+            segment.ledger()
+            for spec in manifest.layers:
+                segment.stored(spec)
+    except StoreError as error:
+        what = str(error).removeprefix(f"{path} ")
+        found.damage.append(Damage(_name(path, root), what, (segment.first_step, segment.last_step)))
+        found.damaged_paths.add(path)
+        return None
+    return segment
 
 
 def _layers_of(damaged: Sequence[str], header: Mapping[str, Any]) -> frozenset[str]:
