@@ -39,7 +39,7 @@ def alone():
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left(tmp_path_factory):
-    """After all tests no thread of ours runs, no file of theirs is open, and no temporary directory of ours is there."""
+    """After all tests no thread of ours runs, no file of theirs is open, no temporary directory of ours is there."""
     folder, before = tmp_path_factory.mktemp("temporary"), tempfile.tempdir
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)  # of child processes too
     yield
