@@ -14,8 +14,13 @@ from dualhook.data import load_fashion_mnist_subset
 __all__ = ["record"]
 
 
-def record(model: nn.Module, path: Path, patterns: int, *, layers: list[str], batch: int) -> dualhook.DualMemory:
-    """Train ``model`` on Fashion-MNIST images by SGD until its ``layers`` have so many patterns; column label."""
+def record(
+    model: nn.Module, path: Path, patterns: int, *, layers: list[str], batch: int, flush: bool = False
+) -> dualhook.DualMemory:
+    """Train ``model`` on Fashion-MNIST images by SGD until its ``layers`` have so many patterns; column label.
+
+    ``flush``: every batch makes a segment.
+    """
     data = load_fashion_mnist_subset()
     torch.manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
@@ -26,6 +31,8 @@ def record(model: nn.Module, path: Path, patterns: int, *, layers: list[str], ba
                 optimizer.zero_grad()
                 F.cross_entropy(model(data.train_images[chosen]), data.train_labels[chosen]).backward()
                 optimizer.step()
+            if flush:
+                recorder.flush()
     memory = recorder.close()
     memory.add_column("label", data.train_labels)
     return memory

@@ -172,6 +172,34 @@ def resumed(rank: int, folder: Path, name: str) -> dict:
     return found | {"patterns": memory.patterns("0"), "marks": memory._store.histories["0.weight"].mark.tolist()}
 
 
+def broken(rank: int, folder: Path) -> dict:
+    """An error of the recorder's own, in a hook of the second process only."""
+    model = wrapped(DDP, network(torch.float64))
+    optimizer = sgd(model)
+    recorder = dualhook.instrument(model, folder / "broken", verbose=False)
+    steps(model, optimizer, rank, 2)
+    recorder.flush()
+    book = recorder._book
+    if rank == 1:
+
+        def take(*given):
+            raise ZeroDivisionError("a mistake of ours")
+
+        book.take = take
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps(model, optimizer, rank, 3)
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    alike = [torch.zeros_like(weights[0]) for _ in range(2)]
+    dist.all_gather(alike, weights[0])
+    found = {"stopped": recorder.stopped, "recorded": recorder.steps, "error": type(recorder.error).__name__}
+    recorder.close_alone()
+    dist.barrier()
+    found["on_disk"] = dualhook.load(folder / "broken").steps
+    told = [str(w.message) for w in caught if "recording" in str(w.message)]
+    return found | {"told": told, "alike": torch.equal(*alike)}
+
+
 class Bare(nn.Module):
     """Uses one weight in a way that no tap sees, in process 1 only; another one in both."""
 
@@ -203,6 +231,7 @@ def every_case(rank: int, folder: Path) -> None:
         "by_itself": lambda: by_itself(rank, folder),
         "temporary": lambda: temporary(rank, folder),
         "stopped": lambda: stopped(rank, folder),
+        "broken": lambda: broken(rank, folder),
         "crashed-ddp": lambda: crashed(rank, folder, "ddp"),
         "crashed-fsdp": lambda: crashed(rank, folder, "fsdp"),
         "flushed-ddp": lambda: flushed(rank, folder, "ddp"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -340,3 +342,19 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder):
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=folder, capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
+
+
+def test_compact_says_what_it_has_made_of_the_memory(folder, tmp_path, capsys):
+    path = shutil.copytree(folder / "run", tmp_path / "run")
+    assert main(["compact", str(path), "--segment-bytes", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["segments_before"], found["segments"], found["dropped"]) == (1, 12, {})
+    assert found["bytes"] > found["bytes_before"] == dualhook.load(folder / "run").nbytes
+    assert main(["compact", str(path), "--dtype", "float16", "--min-share", "0.05"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("12 segments of ")
+    assert " are now 1 of 0.0 MB" in text
+    assert re.search(r"rows dropped, now and before: \d+ of fc1", text)
+    assert main(["verify", str(path)]) == 1
+    assert main(["compact", str(path), "--min-share", "2"]) == 2
+    assert "min_share=2.0: expected a share" in capsys.readouterr().err

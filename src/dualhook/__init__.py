@@ -28,6 +28,7 @@ from __future__ import annotations
 from importlib import metadata
 
 from dualhook.attention import Attention
+from dualhook.compaction import compact
 from dualhook.errors import DualHookError, InexactWarning
 from dualhook.memory import DualMemory, load
 from dualhook.recorder import Recorder, instrument
@@ -40,6 +41,7 @@ __all__ = [
     "InexactWarning",
     "Recorder",
     "Table",
+    "compact",
     "instrument",
     "load",
 ]

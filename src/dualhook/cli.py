@@ -1,9 +1,8 @@
-"""The command line: ``dualhook demo``, ``info``, ``verify``, ``attend``."""
+"""The command line: ``dualhook demo``, ``info``, ``verify``, ``attend``, ``compact``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -13,18 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import dualhook
-from dualhook.errors import DualHookError, LayerError
+from dualhook.errors import DualHookError
+from dualhook.given import build, fill, read_inputs, warn_of
 from dualhook.memory import DualMemory
 from dualhook.query.collectors import CRITERIA
-from dualhook.store import Damage, Layout, Manifest, inspected
+from dualhook.store import SEGMENT_BYTES, Damage, Layout, Manifest, inspected
 from dualhook.table import Table
 
 __all__ = ["main"]
@@ -33,6 +29,13 @@ EPILOGS = {
     "demo": "example:\n  dualhook demo --out dualhook-demo",
     "info": "example:\n  dualhook info runs/fmnist",
     "verify": "examples:\n  dualhook verify runs/fmnist --tolerance 1e-6\n  dualhook verify runs/fmnist --deep",
+    "compact": """\
+Without --dtype and --min-share nothing is lost. Until it is done it takes the disk
+space of both; interrupted at any moment, the memory is as it was.
+
+examples:
+  dualhook compact runs/fmnist
+  dualhook compact runs/fmnist --dtype float16 --min-share 1e-5""",
     "attend": """\
 The model's recorded layers get the weights that the memory holds after the last
 step, everything else those of --weights. Modules in the current directory are
@@ -134,16 +137,16 @@ def _damage(path: Path) -> Sequence[Damage]:
 
 def _attend(options: argparse.Namespace) -> int:
     memory = dualhook.load(options.path)
-    model = _build(options.model)
-    left = _fill(model, memory, options.weights)
-    inputs = _read_inputs(options.inputs, model)
+    model = build(options.model)
+    left = fill(model, memory, options.weights)
+    inputs = read_inputs(options.inputs, model)
     try:
         attention = memory.attend(
             model, inputs, target=options.target, layers=options.layers, method=options.method, cache=options.cache
         )
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise DualHookError(f"{options.model} cannot be run on {options.inputs}: {error}") from error
-    _warn_of(left)
+    warn_of(left)
     with _progress(memory, "top patterns", attention.layers):
         answers = {"top": attention.top(options.top, by=options.by, largest=not options.smallest)}
     if options.sum_by:
@@ -155,6 +158,37 @@ def _attend(options: argparse.Namespace) -> int:
     else:
         print("\n\n".join(table.to_text() for table in answers.values()))
     return 0
+
+
+def _compact(options: argparse.Namespace) -> int:
+    bytes_before, segments_before, _ = _size(options.path)
+    with tqdm(total=bytes_before, desc="reading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        dualhook.compact(
+            options.path,
+            dtype=options.dtype and getattr(torch, options.dtype),
+            min_share=options.min_share,
+            segment_bytes=options.segment_bytes,
+            on_bytes=bar.update,
+        )
+    size, segments, dropped = _size(options.path)
+    if options.json:
+        about = {"bytes_before": bytes_before, "segments_before": segments_before, "bytes": size, "segments": segments}
+        _print_json({"path": str(options.path)} | about | {"dropped": dropped})
+        return 0
+    print(
+        f"{segments_before:,} segments of {bytes_before / 1e6:,.1f} MB in all are now {segments:,} "
+        f"of {size / 1e6:,.1f} MB"
+    )
+    if dropped:
+        print("rows dropped, now and before: " + ", ".join(f"{count:,} of {layer}" for layer, count in dropped.items()))
+    return 0
+
+
+def _size(path: Path) -> tuple[int, int, dict[str, int]]:
+    """Bytes and number of the segments of a memory, and the rows that compacting has dropped by layer."""
+    manifest = Manifest.read(Layout(path))
+    files = Layout(path, manifest.generation).segments()
+    return sum(file.stat().st_size for file in files), len(files), dict(manifest.dropped)
 
 
 @contextmanager
@@ -170,80 +204,6 @@ def _progress(memory: DualMemory, what: str, layers: Sequence[str]) -> Iterator[
             yield
         finally:
             memory.on_progress(None)
-
-
-# ---- the user's model and inputs -----------------------------------------------------------------------------
-
-
-def _build(spec: str) -> nn.Module:
-    """Call what ``module:callable`` names."""
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise DualHookError(f"--model {spec}: expected MODULE:CALLABLE, such as train:build_model")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-        for name in attribute.split("."):
-            found = getattr(found, name)
-        model = found()
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise DualHookError(f"--model {spec}: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise DualHookError(f"--model {spec}: expected it to return a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
-def _fill(model: nn.Module, memory: DualMemory, weights: Path | None) -> list[str]:
-    """Load the memory's weights over those of a file; returns what is left as the callable made it."""
-    there = model.state_dict(keep_vars=True)
-    filled: set[int] = set()  # by identity, and file by file: tied weights have two names
-    for values in ({} if weights is None else _read_safetensors(weights), memory.state_dict()):
-        for name, value in values.items():
-            if name in there and there[name].shape != value.shape:
-                raise LayerError(
-                    f"{name!r} of the model has shape {list(there[name].shape)}, the weights {list(value.shape)}: "
-                    f"expected the model that was recorded at {memory.path}"
-                )
-        model.load_state_dict(values, strict=False)
-        filled |= {id(there[name]) for name in values if name in there}
-    return [name for name, value in there.items() if id(value) not in filled]
-
-
-def _warn_of(left: Sequence[str]) -> None:
-    if left:
-        listed = ", ".join(left[:8]) + (f", … ({len(left)} in all)" if len(left) > 8 else "")
-        print(
-            f"dualhook: warning: neither the memory nor --weights holds {listed}: left as the model was built",
-            file=sys.stderr,
-        )
-
-
-def _read_inputs(path: Path, model: nn.Module) -> Tensor | dict[str, Tensor]:
-    """Inputs from a file, floating-point ones in the model's dtype."""
-    if path.suffix == ".npy":
-        try:
-            inputs = torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, TypeError, EOFError) as error:
-            raise DualHookError(f"--inputs {path} holds no array of numbers: write it with numpy.save") from error
-        return _fitting(inputs, model)
-    if path.suffix == ".safetensors":
-        return {name: _fitting(value, model) for name, value in _read_safetensors(path).items()}
-    raise DualHookError(
-        f"--inputs {path}: expected a .npy file (one array), or .safetensors (named tensors as keyword arguments)"
-    )
-
-
-def _fitting(value: Tensor, model: nn.Module) -> Tensor:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return value.to(dtype) if value.is_floating_point() else value
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return dict(load_file(path))
-    except SafetensorError as error:
-        raise DualHookError(f"{path} is no safetensors file: {error}") from error
 
 
 # ---- output --------------------------------------------------------------------------------------------------
@@ -301,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--deep", action="store_true", help="first compare every file with its checksums, and name those that differ"
     )
+    _compact_arguments(_command(commands, _compact, "write a memory in fewer and smaller files", memory=True))
     _attend_arguments(_command(commands, _attend, "which training patterns a model's outputs attend to", memory=True))
     return parser
 
@@ -343,6 +304,30 @@ def _demo_arguments(parser: _Parser) -> None:
         help="passes over 5,000 images, 80 MB of memory each (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and order (default: %(default)s)")
+
+
+def _compact_arguments(parser: _Parser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float64", "float32", "bfloat16", "float16"),
+        metavar="DTYPE",
+        help="dtype of the rows, float16 with a scale per row (default: as they are); receipts tell what it loses",
+    )
+    parser.add_argument(
+        "--min-share",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="drop rows whose norm is below this share of all in their step; receipts say what the rest explains, "
+        "tables how many are gone (default: none)",
+    )
+    parser.add_argument(
+        "--segment-bytes",
+        type=int,
+        default=SEGMENT_BYTES,
+        metavar="N",
+        help="what a segment may grow to (default: %(default)s)",
+    )
 
 
 def _attend_arguments(parser: _Parser) -> None:

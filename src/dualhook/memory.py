@@ -147,7 +147,7 @@ class DualMemory:
             title=str(self.path),
             footer=f"{begin if self._store.first_step else f'{self.steps} steps'}, "
             f"{len(self.samples):,} samples, {self.nbytes / 1e9:.3g} GB in {len(self._store.segments)} segments; "
-            f"columns {', '.join(self.columns)}" + f"\n{self._store.note_of_damage}".rstrip(),
+            f"columns {', '.join(self.columns)}" + f"\n{self._store.note_of_loss}".rstrip(),
         )
 
     def __repr__(self) -> str:
@@ -228,7 +228,7 @@ class DualMemory:
             progress=self._progress,
             keep=self._keep,
             files=files,
-            missing=self._store.note_of_damage,
+            missing=self._store.note_of_loss,
         )
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None, deep: bool = False) -> VerifyReport:

@@ -107,14 +107,21 @@ def whole_run(scenario: str, folder: Path, say: Say) -> None:
     say("done")
 
 
-def run_and_kill(scenario: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Run in a child that is killed after some time, if it has not ended: what it said, and whether it was killed."""
+def compact_again_and_again(folder: Path, say: Say) -> None:
+    """Write a memory anew, a step a file or all in one, so that there is always something to interrupt."""
+    for turn in range(20):
+        dualhook.compact(folder / "memory", segment_bytes=10**9 if turn % 2 else 1)
+    say("done")
+
+
+def run_and_kill(do: Callable[[Say], None], seconds: float) -> dict[str, Any]:
+    """Do something in a child that is killed after some time, if it has not ended: what it said, and whether it was."""
     there, here = os.pipe()
     child = os.fork()
     if not child:
         os.close(there)
         try:
-            whole_run(scenario, folder, lambda text: os.write(here, f"{text}\n".encode()) and None)
+            do(lambda text: os.write(here, f"{text}\n".encode()) and None)
         except BaseException:
             os.write(here, f"failed {traceback.format_exc()}".encode())
         finally:
@@ -142,4 +149,6 @@ if __name__ == "__main__":
     print("warm", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        print(json.dumps(run_and_kill(order["scenario"], Path(order["folder"]), order["seconds"])), flush=True)
+        scenario, folder = order["scenario"], Path(order["folder"])
+        do = partial(whole_run, scenario, folder) if scenario else partial(compact_again_and_again, folder)
+        print(json.dumps(run_and_kill(do, order["seconds"])), flush=True)

@@ -129,3 +129,21 @@ def test_nothing_is_lost_and_nothing_wrong_however_often_it_is_killed(tmp_path, 
         assert latest[0] == loop.STEPS
         assert all(torch.equal(value, weights[-1][name]) for name, value in latest[1].items())
         assert not list(folder.rglob("*.partial"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+@pytest.mark.parametrize("scenario", loop.SCENARIOS)
+def test_a_memory_that_is_being_compacted_is_the_old_or_the_new_one_when_it_is_killed(tmp_path, warm, scenario):
+    draw = random.Random(scenario)
+    loop.whole_run(scenario, tmp_path, lambda text: None)
+    path, interrupted = tmp_path / "memory", 0
+    for _ in range(KILLS // len(loop.SCENARIOS)):
+        assert warm.run("", tmp_path, draw.uniform(0.05, 0.5 * SECONDS))["killed"]
+        interrupted += len(list(path.glob("segments*"))) > 1
+        assert check(path, scenario, loop.STEPS, draw) == loop.STEPS
+    assert interrupted
+    memory = dualhook.compact(path)
+    assert check(path, scenario, loop.STEPS, draw) == loop.STEPS
+    assert memory.verify()["exact"].all()
+    assert len(list(path.glob("segments*"))) == 1
+    assert not list(path.rglob("*.partial"))

@@ -19,6 +19,8 @@ import pytest
 from faults import loop
 from faults.test_kills import KILLS, check
 
+import dualhook
+
 Names = dict[Path, dict[str, int]]  # of every directory its files, by a number of their own; 0 is a directory
 
 
@@ -130,8 +132,24 @@ def test_what_the_power_leaves_is_a_memory(tmp_path, monkeypatch, scenario, goes
     with monkeypatch.context() as patch:
         disk = Disk(folder / "memory", patch)
         loop.whole_run(scenario, folder, disk.say)
+    hold(disk, scenario, draw, tmp_path / "found")
+
+
+@pytest.mark.parametrize("scenario", loop.SCENARIOS)
+def test_what_the_power_leaves_of_compacting_is_the_old_or_the_new_memory(tmp_path, monkeypatch, scenario):
+    loop.whole_run(scenario, tmp_path, lambda text: None)
+    with monkeypatch.context() as patch:
+        disk = Disk(tmp_path / "memory", patch)
+        disk.kept = loop.STEPS
+        dualhook.compact(tmp_path / "memory", segment_bytes=2000)
+        dualhook.compact(tmp_path / "memory")
+    hold(disk, scenario, random.Random(scenario), tmp_path / "found")
+
+
+def hold(disk: Disk, scenario: str, draw: random.Random, at: Path) -> None:
+    """Some moments, or all: what is found after each is a memory that has what was promised."""
     moments = disk.moments if KILLS >= 200 else draw.sample(disk.moments, 20)
     for moment in moments:
         for names in (moment.synced, moment.current):
-            found = lay_out(disk.root, names, moment.contents, tmp_path / "found")
+            found = lay_out(disk.root, names, moment.contents, at)
             check(found, scenario, moment.kept, draw)

@@ -62,6 +62,17 @@ def test_the_budget_is_that_of_all_and_ends_at_one_step(folder, found):
     assert len(other["texts"]) == 1
 
 
+def test_a_mistake_of_ours_in_one_process_stops_all_recorders_and_no_training(folder, found):
+    first, second = (json.loads((folder / f"found-{rank}.json").read_text())["broken"] for rank in range(WORLD))
+    for case in (first, second):
+        assert case["stopped"]
+        assert case["on_disk"] == 2  # the step whose rows one of them has lost counts for none
+        assert case["alike"]
+        assert len(case["told"]) == 1
+    assert first["recorded"] == second["recorded"]
+    assert (first["error"], second["error"]) == ("StoreError", "ZeroDivisionError")
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_a_process_that_leaves_by_an_exception_waits_for_nobody(found, name):
     assert found[f"crashed-{name}"]["seconds"] < 1.5

@@ -23,7 +23,7 @@ from dualhook.recorder.ranks import Ranks, ranks_of
 from dualhook.recorder.resuming import resumed
 from dualhook.recorder.scope import TemporaryRoot
 from dualhook.recorder.settings import HeadGrads, OnError, OnFull, refuse
-from dualhook.store import Layout, Manifest
+from dualhook.store import Layout, Manifest, WriterLock
 
 __all__ = ["instrument"]
 
@@ -87,8 +87,8 @@ def instrument(
     Raises:
         LayerError: the model has no linear map, ``layers`` matches none or is a preset that does not apply, the model
             is already instrumented, or distributed in a way that cannot be recorded.
-        StoreError: ``path`` holds a memory (without ``overwrite`` or ``resume``) or something else; or there is nothing
-            to resume, or the model is not at the step to resume at.
+        StoreError: ``path`` holds a memory (without ``overwrite`` or ``resume``) or something else, or is being written
+            by somebody else; or there is nothing to resume, or the model is not at the step to resume at.
         RuleError: ``optimizer`` is LBFGS, here or at its first step: several backward passes make one step.
         DualHookError: an argument of a wrong kind.
     """
@@ -128,26 +128,29 @@ def instrument(
     if (overwrite or resume) and (before := OPEN.get(layout.root)) is not None:
         # a notebook's cell run again: the recorder of the first time must not write any more
         before.discard() if overwrite else before.close_alone()
-    resumed_at = None
-    if resume:
-        selection, resumed_at = resumed(layout, selection, ranks, resume_at)
-    else:
-        _create(layout, selection, ranks, overwrite=overwrite)
-    budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
-    return Recorder(
-        inner, selection, layout, optimizers=given, dtype=dtype, budget=budget,
-        on_full=on_full or ("stop" if ranks.several else "fold"), on_error=on_error, head_grads=head_grads, ranks=ranks,
-        verbose=verbose,
-        temporary=temporary, resumed_at=resumed_at,
-    )  # fmt: skip
+    resumed_at, lock = None, WriterLock()
+    try:
+        if resume:
+            layout, selection, resumed_at = resumed(layout.root, selection, ranks, resume_at, lock)
+        else:
+            _create(layout, selection, ranks, lock, overwrite=overwrite)
+        budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
+        return Recorder(
+            inner, selection, layout, optimizers=given, dtype=dtype, budget=budget,
+            on_full=on_full or ("stop" if ranks.several else "fold"), on_error=on_error, head_grads=head_grads,
+            ranks=ranks, verbose=verbose, lock=lock, temporary=temporary, resumed_at=resumed_at,
+        )  # fmt: skip
+    except BaseException:
+        lock.release()
+        raise
 
 
-def _create(layout: Layout, selection: Selection, ranks: Ranks, *, overwrite: bool) -> None:
+def _create(layout: Layout, selection: Selection, ranks: Ranks, lock: WriterLock, *, overwrite: bool) -> None:
     """Begin a memory, in a directory that all processes see."""
 
     def create() -> str:
         try:
-            layout.create(overwrite=overwrite)
+            layout.create(overwrite=overwrite, lock=lock)
             Manifest(selection.specs, _versions(), ranks.size, id=uuid.uuid4().hex).write(layout)
         except OSError as error:
             raise StoreError(f"{layout.root} cannot be written: {error}") from error

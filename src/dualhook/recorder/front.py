@@ -43,8 +43,7 @@ from dualhook.recorder.scope import BatchScope, TemporaryRoot, weakly
 from dualhook.recorder.settings import HeadGrads, OnError, OnFull
 from dualhook.recorder.steps import StepBook
 from dualhook.records import Batch
-from dualhook.store import Layout, Store, Writer
-from dualhook.store.writer import SEGMENT_BYTES
+from dualhook.store import SEGMENT_BYTES, Layout, Store, Writer, WriterLock
 from dualhook.table import Table
 
 __all__ = ["OPEN", "Recorder"]
@@ -81,6 +80,7 @@ class Recorder:
         head_grads: HeadGrads,
         ranks: Ranks,
         verbose: bool,
+        lock: WriterLock,
         temporary: TemporaryRoot | None,
         resumed_at: int | None = None,
     ) -> None:
@@ -92,6 +92,7 @@ class Recorder:
         self._on_error = on_error
         self._ranks = ranks
         self._verbose = verbose and ranks.rank == 0
+        self._lock = lock
         self._temporary = temporary
         self._memory: DualMemory | None = None
         self._closed = False
@@ -130,10 +131,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        if kind is None:
-            self._close()
-        else:  # the other processes may still be training
-            self.close_alone()
+        self._close() if kind is None else self.close_alone()  # the other processes may still be training
 
     def __del__(self) -> None:
         if getattr(self, "_closed", True):
@@ -277,7 +275,7 @@ class Recorder:
         self._detach()
         if os.getpid() != self._pid:  # in a forked worker: the files are the parent's
             return
-        with self._guard:
+        with self._lock, self._guard:
             try:
                 if whole:
                     self._book.notice()
@@ -294,7 +292,8 @@ class Recorder:
         if not self._closed:
             self._closed = True
             self._detach()
-            self._writer.close(discard=True)
+            with self._lock:
+                self._writer.close(discard=True)
 
     def save(self, path: str | os.PathLike[str]) -> DualMemory:
         """Copy the memory to ``path``: how one without a path of its own outlives the process.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from dualhook.errors import LayerError, StoreError
 from dualhook.memory import DualMemory
 from dualhook.recorder.ranks import Ranks
 from dualhook.records import LayerSpec
-from dualhook.store import Layout, Manifest, Store, cut_after, tidy
+from dualhook.store import Layout, Manifest, Store, WriterLock, cut_after, tidy
 
 __all__ = ["resumed"]
 
@@ -23,14 +24,19 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of their norm: what re
 NARROW = 3e-2  # the same in narrower dtypes
 
 
-def resumed(layout: Layout, selection: Selection, ranks: Ranks, step: int | None) -> tuple[Selection, int]:
-    """Cut a memory after ``step`` (None: its last one); what of a selection it records, and the step.
+def resumed(
+    root: Path, selection: Selection, ranks: Ranks, step: int | None, lock: WriterLock
+) -> tuple[Layout, Selection, int]:
+    """Cut a memory after ``step`` (None: its last one); where it lies, what of a selection it records, and the step.
 
     Raises:
-        StoreError: there is no memory, it does not reach to the step, or the model is not at the step.
+        StoreError: there is no memory, somebody else is writing it, it does not reach to the step, or the model is not
+            at the step.
         LayerError: the memory has other layers.
     """
-    store = Store(layout.root)  # raises where there is none
+    ranks.share(lambda: _lock(lock, root))
+    store = Store(root)  # raises where there is none
+    layout = store.layout
     if store.manifest.ranks != ranks.size:
         raise StoreError(
             f"{layout.root} was recorded by {store.manifest.ranks} processes, not {ranks.size}: resume with as many"
@@ -55,7 +61,13 @@ def resumed(layout: Layout, selection: Selection, ranks: Ranks, step: int | None
     ranks.wait()
     cut_after(layout, step, rank=ranks.rank)
     ranks.wait()
-    return selection, step
+    return layout, selection, step
+
+
+def _lock(lock: WriterLock, root: Path) -> str:
+    if root.is_dir():
+        lock.take(root)
+    return ""
 
 
 def _limited(selection: Selection, manifest: Manifest, layout: Layout) -> Selection:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from dualhook.store.answers import AnswerFiles
+from dualhook.store.compacting import Saving, compacted
 from dualhook.store.cutting import cut_after, tidy
 from dualhook.store.inspection import Damage, Inspection, inspected
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
+from dualhook.store.lock import WriterLock
 from dualhook.store.reader import Store
 from dualhook.store.segment import SegmentBuilder
 from dualhook.store.sharing import shared_keys
-from dualhook.store.writer import Writer
+from dualhook.store.writer import SEGMENT_BYTES, Writer
 
 __all__ = [
     "FORMAT_VERSION",
+    "SEGMENT_BYTES",
     "AnswerFiles",
     "Damage",
     "Inspection",
     "Layout",
     "Manifest",
+    "Saving",
     "SegmentBuilder",
     "Store",
     "Writer",
+    "WriterLock",
+    "compacted",
     "cut_after",
     "inspected",
     "shared_keys",

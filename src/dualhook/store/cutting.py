@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import torch
@@ -42,9 +43,11 @@ def cut_after(layout: Layout, step: int, *, rank: int = 0) -> None:
 
 
 def tidy(layout: Layout) -> None:
-    """Remove what a recording that was cut off has left: half-written files, and what folding was about to remove."""
+    """Remove what was left half: files being written, and what folding or compacting was about to remove."""
     for path in layout.partials():
         path.unlink()
+    for folder in layout.other_generations():
+        shutil.rmtree(folder)
     headers = {path: read_header(path, open_tensors(path)) for path in layout.origins()}
     folded = max((int(header["folded"]) for header in headers.values()), default=0)
     for path in layout.segments():

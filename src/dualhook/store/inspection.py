@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dualhook.errors import StoreError
+from dualhook.store.checking import check_header
 from dualhook.store.checksums import CHECKSUMS, HEADER_ITSELF, mismatches
 from dualhook.store.lanes import Segment
-from dualhook.store.layout import Layout, Manifest, open_tensors, read_header
+from dualhook.store.layout import UNREADABLE, Layout, Manifest, glance, open_tensors, segment_name
 
 __all__ = ["Damage", "Inspection", "inspected"]
 
 KINDS = {"segments": "segment", "origin": "origin", "snapshots": "snapshot", "columns": "column"}  # by folder
 Lane = Sequence[tuple[Path, "Segment | None"]]  # one process's files, None where a file is damaged
+COLUMN = "/column/"  # between a layer's rows and the name of a column
 NAMED = 3  # damaged tensors that are named one by one
 
 
@@ -65,7 +67,7 @@ def inspected(
 
     ``on_file`` is called with the bytes of every file that has been looked at.
     """
-    found = Inspection()
+    found, layout = Inspection(), replace(layout, generation=manifest.generation)
     # before the segments, which a recorder that is at work writes first
     latest = _looked_at(layout.latest, "latest", layout, manifest, found, deep=deep) if layout.latest.exists() else None
     folders = {"origin": layout.origins(), "segments": layout.segments()}
@@ -78,7 +80,8 @@ def inspected(
             if folder == "origin" and header is not None:
                 found.origins[path] = header
             elif folder == "segments":
-                lanes.setdefault(_place(path)[0], []).append((path, _segment(path, header, found)))
+                segment = _segment(path, header, manifest, found, layout.root, deep=deep)
+                lanes.setdefault(_place(path)[0], []).append((path, segment))
             if on_file is not None:
                 on_file(path.stat().st_size)
     folded = max((int(header["folded"]) for header in found.origins.values()), default=0)
@@ -100,27 +103,36 @@ def inspected(
 def _looked_at(
     path: Path, kind: str, layout: Layout, manifest: Manifest, found: Inspection, *, deep: bool
 ) -> dict[str, Any] | None:
-    """The header of a file, with ``left_out``, the layers of damaged rows; None if more is damaged. That is noted."""
+    """The header of a file, with ``columns``, those of its rows, and ``left_out``, the layers of damaged ones.
+
+    None if more is damaged. That is noted.
+    """
     try:
         try:
-            file = open_tensors(path)
-            header = read_header(path, file)
+            header, names = glance(path)
+            file = open_tensors(path) if deep else None
         except StoreError as error:
             raise _FileError(str(error).removeprefix(f"{path} ")) from error
         _check_place(path, kind, header, layout, manifest)
-        if not deep:
-            return header
+        try:
+            check_header(kind, header, names)
+        except UNREADABLE as error:
+            raise _FileError(f"has a header that makes no sense: {error}") from error
+        columns = {name.rpartition(COLUMN)[2] for name in names if COLUMN in name}
+        if file is None:
+            header.pop(CHECKSUMS, None)  # most of it, and looked at with the tensors
+            return header | {"columns": columns} if columns else header
         found.without_checksums += CHECKSUMS not in header
         damaged = list(mismatches(file, header))
         if not damaged:
-            return header
+            return header | {"columns": columns}
         layers = _layers_of(damaged, header) if kind == "segment" else frozenset()
         steps = None if kind != "segment" or HEADER_ITSELF in damaged else (header["steps"][0], header["steps"][1])
-        names = ["its header" if name == HEADER_ITSELF else name for name in damaged]
-        listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        damaged = ["its header" if name == HEADER_ITSELF else name for name in damaged]
+        listed = ", ".join(damaged[:NAMED]) + (f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else "")
         found.damage.append(Damage(_name(path, layout.root), f"is not as it was written: {listed}", steps, layers))
         if layers:
-            return header | {"left_out": layers}
+            return header | {"columns": columns, "left_out": layers}
     except _FileError as damaged_file:
         found.damage.append(Damage(_name(path, layout.root), str(damaged_file)))
     found.damaged_paths.add(path)
@@ -133,29 +145,49 @@ def _check_place(path: Path, kind: str, header: Mapping[str, Any], layout: Layou
         raise _FileError(f"is of kind {header.get('kind')!r}: expected {kind!r}")
     if None not in (manifest.id, header.get("memory")) and header["memory"] != manifest.id:
         raise _FileError("belongs to another memory")
-    places: dict[str, Callable[[], Path]] = {
-        "segment": lambda: layout.segment(int(header["number"]), int(header.get("rank", 0))),
-        "origin": lambda: layout.origin(int(header.get("number", path.stem))),
-        "snapshot": lambda: layout.snapshot(int(header["step"])),
-        "column": lambda: layout.column(header.get("name", path.stem)),
-        "latest": lambda: layout.latest,
-    }
     try:
-        place = places[kind]()
-    except (KeyError, ValueError, TypeError, StoreError) as error:
+        expected = _file_name(kind, header, path, layout)
+    except (*UNREADABLE, OverflowError, StoreError) as error:
         raise _FileError(f"does not say which file it is: {error}") from error
-    if place != path:
-        raise _FileError(f"is in the place of another file, it was {_name(place, layout.root)}")
+    if expected != path.name:
+        raise _FileError(f"is in the place of another file, it was {_name(path.with_name(expected), layout.root)}")
+
+
+def _file_name(kind: str, header: Mapping[str, Any], path: Path, layout: Layout) -> str:
+    """What a header says that its file is called."""
+    if kind == "segment":  # of these there are many
+        return segment_name(int(header["number"]), int(header.get("rank", 0)))
+    if kind == "origin":
+        return layout.origin(int(header.get("number", path.stem))).name
+    if kind == "snapshot":
+        return layout.snapshot(int(header["step"])).name
+    return layout.column(header.get("name", path.stem)).name if kind == "column" else layout.latest.name
 
 
 def _stepped(segment: Segment) -> Iterator[str]:
     """The parameters that the ledger of a segment has entries of."""
-    entries = open_tensors(segment.path).get_tensor("ledger/entry")
+    entries = segment.ledger()["ledger/entry"]
     return (segment.header["parameters"][number] for number in set(entries[:, 1].tolist()))
 
 
-def _segment(path: Path, header: Mapping[str, Any] | None, found: Inspection) -> Segment | None:
-    return None if header is None else Segment(path, header, frozenset(header.get("left_out", ())))
+def _segment(
+    path: Path, header: Mapping[str, Any] | None, manifest: Manifest, found: Inspection, root: Path, *, deep: bool
+) -> Segment | None:
+    """A segment that can be read; ``deep``: whose rows and ledger make sense, as checksums do not tell."""
+    if header is None:
+        return None
+    segment = Segment(path, header, frozenset(header.get("left_out", ())), frozenset(header.get("columns", ())))
+    try:
+        if deep:
+            segment.ledger()
+            for spec in manifest.layers:
+                segment.stored(spec)
+    except StoreError as error:
+        what = str(error).removeprefix(f"{path} ")
+        found.damage.append(Damage(_name(path, root), what, (segment.first_step, segment.last_step)))
+        found.damaged_paths.add(path)
+        return None
+    return segment
 
 
 def _layers_of(damaged: Sequence[str], header: Mapping[str, Any]) -> frozenset[str]:
@@ -194,7 +226,8 @@ def _check_order(
             found.damage.append(Damage(_name(segment.path, root), what))
             found.damaged_paths.add(segment.path)
             continue
-        _note_gap(map(named, range(before + 1, own)), (last + 1, segment.first_step - 1), found, root)
+        if own > before + 1:
+            _note_gap(map(named, range(before + 1, own)), (last + 1, segment.first_step - 1), found, root)
         found.segments.append(segment)
         number, last = own, segment.last_step
     last = last or 0
@@ -215,7 +248,7 @@ def _note_gap(paths: Iterable[Path], steps: tuple[int, int], found: Inspection, 
 
 def _place(path: Path) -> tuple[int, int]:
     """The process and the number that a segment's file name tells."""
-    rank, _, number = path.stem.rpartition("-")
+    rank, _, number = path.name.removesuffix(".safetensors").rpartition("-")
     return int(rank.removeprefix("r") or 0), int(number)
 
 

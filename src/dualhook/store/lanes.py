@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
-from dualhook.store.layout import open_tensors, tensor_names
+from dualhook.store.checking import check_ledger, check_rows
+from dualhook.store.layout import UNREADABLE, open_tensors, tensor_names
+from dualhook.store.ledger import LEDGER
 from dualhook.store.streams import Stored
 
 __all__ = ["Lanes", "Segment"]
@@ -30,6 +34,8 @@ class Segment:
     header: Mapping[str, Any]
     left_out: frozenset[str] = frozenset()
     """Layers whose rows in it are damaged."""
+    columns: frozenset[str] = frozenset()
+    """Columns that were recorded with the rows of some layer."""
 
     @property
     def rank(self) -> int:
@@ -65,8 +71,28 @@ class Segment:
         file, prefix = open_tensors(self.path), f"rows/{spec.name}/"
         names = [name for name in tensor_names(file) if name.startswith(prefix)]
         tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        holder = self.header["rows"][spec.name].get("key_of")
-        return Stored(spec, tensors if holder is None else {"key": file.get_tensor(f"rows/{holder}/key"), **tensors})
+        own = self.header["rows"][spec.name]
+        try:
+            if (holder := own.get("key_of")) is not None:
+                tensors["key"] = file.get_tensor(f"rows/{holder}/key")
+            check_rows(spec, tensors, own["count"], self.header["steps"])
+        except UNREADABLE as error:
+            raise StoreError(f"{self.path} has rows of {spec.name!r} that make no sense: {error}") from error
+        return Stored(spec, tensors)
+
+    def ledger(self) -> dict[str, Tensor]:
+        """The ledger's tensors by name.
+
+        Raises:
+            StoreError: they are not what they have to be.
+        """
+        file = open_tensors(self.path)
+        try:
+            tensors = {name: file.get_tensor(name) for name in LEDGER}
+            check_ledger(tensors, self.header)
+        except UNREADABLE as error:
+            raise StoreError(f"{self.path} has a ledger that makes no sense: {error}") from error
+        return tensors
 
 
 class Lanes:

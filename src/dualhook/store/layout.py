@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +15,63 @@ from torch import Tensor
 
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
+from dualhook.store.checking import checked_count, checked_layer
 from dualhook.store.checksums import text_digest, with_checksums
 from dualhook.store.direct import DirectFile, in_blocks
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
-from dualhook.store.mapped import MappedFile
+from dualhook.store.lock import WriterLock
+from dualhook.store.mapped import MappedFile, glanced
 
 __all__ = [
     "FORMAT_VERSION",
     "PACKED_SINCE",
     "SHARED_KEYS_SINCE",
+    "UNREADABLE",
     "Layout",
     "Manifest",
+    "glance",
     "open_tensors",
     "read_header",
+    "segment_name",
     "tensor_names",
     "write_tensors",
 ]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 RANKS_SINCE = 2  # a reader of version 1 would miss the rows of other processes without a word
 SHARED_KEYS_SINCE = 3  # one of version 2 would miss the keys that another layer holds
 PACKED_SINCE = 4  # one of version 3 would take packed output gradients for none
-FOLDERS = ("segments", "origin", "snapshots", "columns")
+COMPACTED_SINCE = 5  # one of version 4 would look for the segments where they were before
+FOLDERS = ("origin", "snapshots", "columns")  # and one of segments
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What files that make no sense give."""
 HEADER = "dualhook"  # the one key of every file's safetensors metadata; its value is a JSON object
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in a memory's directory."""
+    """Where things lie in a memory's directory.
+
+    ``generation`` counts how often the memory has been compacted, each time into another folder.
+    """
 
     root: Path
+    generation: int = 0
+
+    @property
+    def segment_folder(self) -> Path:
+        """Where the segments lie."""
+        return self.root / (f"segments-{self.generation:04d}" if self.generation else "segments")
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders that every memory has."""
+        return [self.segment_folder, *(self.root / name for name in FOLDERS)]
+
+    def other_generations(self) -> list[Path]:
+        """What compacting has left: folders of segments that do not count any more, or never have."""
+        found = sorted(self.root.glob("segments*"))
+        return [f for f in found if re.fullmatch(r"segments(-\d{4,})?", f.name) and f != self.segment_folder]
 
     @property
     def manifest(self) -> Path:
@@ -63,13 +90,14 @@ class Layout:
 
     def segment(self, number: int, rank: int = 0) -> Path:
         """The file of a segment, counted from 0 in every process that records."""
-        return self.root / "segments" / f"{f'r{rank:04d}-' if rank else ''}{number:08d}.safetensors"
+        return self.segment_folder / segment_name(number, rank)
 
     def segments(self, rank: int | None = None) -> list[Path]:
         """Every committed segment, or those that one process has written: process by process, oldest first."""
         process = r"(r\d{4}-)?" if rank is None else f"r{rank:04d}-" if rank else ""
-        found = self.root.glob("segments/*.safetensors")
-        return sorted(path for path in found if re.fullmatch(process + r"\d{8,}", path.stem))
+        own = re.compile(process + r"\d{8,}\.safetensors")
+        folder = self.segment_folder
+        return [folder / name for name in sorted(os.listdir(folder)) if own.fullmatch(name)] if folder.is_dir() else []
 
     def origin(self, number: int) -> Path:
         """An origin file, counted from 0; a later one takes the place of earlier ones for the parameters it holds."""
@@ -108,35 +136,37 @@ class Layout:
 
     def partials(self) -> list[Path]:
         """Every file that was being written when a process ended."""
-        folders = [self.root, self.answers, *(self.root / folder for folder in FOLDERS)]
+        folders = [self.root, self.answers, *self.folders]
         return [path for folder in folders for path in sorted(folder.glob(f"*{PARTIAL}"))]
 
-    def create(self, *, overwrite: bool) -> None:
-        """Make the directory ready for a new memory; one that was never finished is no obstacle.
+    def create(self, *, overwrite: bool, lock: WriterLock | None = None) -> None:
+        """Make the directory ready for a new memory, under a lock; one that was never finished is no obstacle.
 
         Raises:
-            StoreError: it holds a memory and ``overwrite`` is false, or it holds something else.
+            StoreError: it holds a memory and ``overwrite`` is false, or something else; or somebody is writing there.
         """
-        if self.manifest.exists():
-            if not overwrite:
-                raise StoreError(
-                    f"{self.root} already holds a memory: choose another path, or pass overwrite=True to replace it"
-                )
-            self.clear()
-        elif self.unfinished.exists():
-            self.clear()
-        elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        is_memory = self.manifest.exists()
+        if is_memory and not overwrite:
+            raise StoreError(
+                f"{self.root} already holds a memory: choose another path, or pass overwrite=True to replace it"
+            )
+        is_memory = is_memory or self.unfinished.exists()
+        if not is_memory and self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise StoreError(
                 f"{self.root} exists and is not empty, but holds no memory: choose another path "
                 "(overwrite=True replaces memories only, never other files)"
             )
         new = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
+            lock.take(self.root)
+        if is_memory:
+            self.clear()
         self.unfinished.touch()
         for folder in [self.root, *(folder.parent for folder in new)]:
             settle(folder)
-        for name in FOLDERS:
-            (self.root / name).mkdir(exist_ok=True)
+        for folder in self.folders:
+            folder.mkdir(exist_ok=True)
         settle(self.root)
 
     def clear(self) -> None:
@@ -145,9 +175,13 @@ class Layout:
             os.replace(self.manifest, self.unfinished)  # first: from here on it is no memory any more
             settle(self.root)
         self.latest.unlink(missing_ok=True)
-        for folder in FOLDERS:
-            shutil.rmtree(self.root / folder, ignore_errors=True)
-        shutil.rmtree(self.answers, ignore_errors=True)
+        for folder in [*self.folders, *self.other_generations(), self.answers]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def segment_name(number: int, rank: int = 0) -> str:
+    """What the file of a segment is called."""
+    return f"{f'r{rank:04d}-' if rank else ''}{number:08d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -155,7 +189,8 @@ class Manifest:
     """What a memory holds: versions, the linear maps of the model, and how many processes have written it.
 
     ``needs``: the format version that its segments need: of shared keys, of packed output gradients. ``id`` tells the
-    memory from others.
+    memory from others. ``generation`` counts how often it has been compacted, ``dropped`` the rows that this has cost
+    every layer.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -163,6 +198,8 @@ class Manifest:
     ranks: int = 1
     needs: int = 1
     id: str | None = None
+    generation: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def stamp(self) -> dict[str, str]:
@@ -173,7 +210,7 @@ class Manifest:
         """Put the manifest in place, whole or not at all; several processes may at the same time."""
         manifest: dict[str, Any] = {
             "format": "dualhook",
-            "version": max(self.needs, RANKS_SINCE if self.ranks > 1 else 1),
+            "version": max(self.needs, RANKS_SINCE if self.ranks > 1 else 1, COMPACTED_SINCE if self.generation else 1),
             "written_by": dict(self.versions),
             "layers": [asdict(layer) for layer in self.layers],
         }
@@ -181,6 +218,10 @@ class Manifest:
             manifest["ranks"] = self.ranks
         if self.id is not None:
             manifest["id"] = self.id
+        if self.generation:
+            manifest["generation"] = self.generation
+        if self.dropped:
+            manifest["dropped"] = dict(self.dropped)
         manifest["checksum"] = text_digest(json.dumps(manifest))
         text = json.dumps(manifest, indent=2)
         partial = layout.manifest.with_suffix(f".json.{rank}{PARTIAL}") if rank else layout.unfinished
@@ -205,11 +246,15 @@ class Manifest:
             checksum = found.pop("checksum", None)
             if checksum not in (None, text_digest(json.dumps(found))):
                 raise ValueError("it is not as it was written")
-            if isinstance(version, int) and version <= FORMAT_VERSION:
-                layers = tuple(LayerSpec(**layer) for layer in found["layers"])
-                ranks = int(found.get("ranks", 1))
-                return cls(layers, found["written_by"], ranks, version, found.get("id"))
-        except (ValueError, KeyError, TypeError) as error:
+            if checked_count("version", version, 1) <= FORMAT_VERSION:
+                layers = tuple(map(checked_layer, found["layers"]))
+                if len({spec.name for spec in layers}) < len(layers):
+                    raise ValueError("two layers of one name")
+                ranks, generation = checked_count("ranks", found.get("ranks", 1), 1, 2**16), found.get("generation", 0)
+                dropped = {name: checked_count("dropped", count) for name, count in found.get("dropped", {}).items()}
+                checked_count("generation", generation, 0, 2**32)
+                return cls(layers, found["written_by"], ranks, version, found.get("id"), generation, dropped)
+        except UNREADABLE as error:
             raise StoreError(f"{layout.manifest} is no manifest of a memory: {error}") from error
         raise StoreError(
             f"{layout.root} is a memory of format version {version}, this dualhook reads up to {FORMAT_VERSION}: "
@@ -233,8 +278,21 @@ def open_tensors(path: Path) -> MappedFile:
     """
     try:
         return MappedFile(path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
+
+
+def glance(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The JSON object in a file's metadata and the names of its tensors, by its header alone.
+
+    Raises:
+        StoreError: the file is gone or was not written by dualhook.
+    """
+    try:
+        metadata, names = glanced(path)
+    except UNREADABLE as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    return _header(path, metadata), names
 
 
 def tensor_names(file: Any) -> list[str]:
@@ -248,9 +306,13 @@ def read_header(path: Path, file: Any) -> dict[str, Any]:
     Raises:
         StoreError: there is none.
     """
+    return _header(path, file.metadata() or {})
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        header = json.loads((file.metadata() or {})[HEADER])
-    except (KeyError, ValueError) as error:
+        header = json.loads(metadata[HEADER])
+    except UNREADABLE as error:
         raise StoreError(f"{path} was not written by dualhook: its metadata holds no {HEADER!r} object") from error
     if not isinstance(header, dict):
         raise StoreError(f"{path} was not written by dualhook: its metadata is not an object")

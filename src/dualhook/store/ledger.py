@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualhook.records import FactorVectors, History, LedgerEntry
+from dualhook.records import FactorVectors, History, LedgerEntry, Mark
 
-__all__ = ["fit_vectors", "pack", "unpack"]
+__all__ = ["LEDGER", "entries", "fit_vectors", "pack", "unpack"]
 
 
+LEDGER = ("ledger/entry", "ledger/measured", "ledger/hyper")
+NAMES = ("parameters", "optimizers", "hyper", "state")  # what a header lists and the tensors number
 FIT = ("step", "row", "column")
 
 
@@ -49,6 +52,32 @@ def pack(entries: Sequence[LedgerEntry]) -> tuple[dict[str, Tensor], dict[str, A
     return tensors | _pack_vectors(entries), header
 
 
+def entries(file: Any, header: Mapping[str, Any]) -> list[LedgerEntry]:
+    """The ledger of an open segment, as :func:`pack` was given it."""
+    whole, measured = (file.get_tensor(f"ledger/{part}").tolist() for part in ("entry", "measured"))
+    groups = [
+        {name: value for name, value in zip(header["hyper"], row, strict=True) if not math.isnan(value)}
+        for row in file.get_tensor("ledger/hyper").tolist()
+    ]
+    vectors = {
+        (step, parameter): own for parameter in header["parameters"] for step, own in fit_vectors(file, parameter)
+    }
+    return [
+        LedgerEntry(
+            step=step,
+            parameter=header["parameters"][parameter],
+            optimizer=header["optimizers"][optimizer],
+            hyper=groups[group],
+            state={n: value for n, value in zip(header["state"], state, strict=True) if not math.isnan(value)},
+            scale=scale,
+            residual=residual,
+            mark=Mark(mark),
+            vectors=vectors.get((step, header["parameters"][parameter])),
+        )
+        for (step, parameter, optimizer, group, mark), (scale, residual, *state) in zip(whole, measured, strict=True)
+    ]
+
+
 def fit_vectors(file: Any, parameter: str) -> list[tuple[int, FactorVectors]]:
     """The vectors of a parameter's fitted steps in an open segment, oldest first."""
     prefix = f"fit/{parameter}/"
@@ -72,7 +101,7 @@ def _pack_vectors(entries: Sequence[LedgerEntry]) -> dict[str, Tensor]:
 def unpack(parts: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> dict[str, History]:
     """The history of every parameter, from the ledgers of consecutive segments."""
     pieces: dict[str, list[History]] = {}
-    for tensors, header in parts:
+    for tensors, header in _merged(parts):
         entry, measured = tensors["ledger/entry"], tensors["ledger/measured"]
         hyper = tensors["ledger/hyper"][entry[:, 3]]
         for number, parameter in enumerate(header["parameters"]):
@@ -90,6 +119,22 @@ def unpack(parts: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> d
                 )
             )
     return {parameter: _joined(parameter, histories) for parameter, histories in pieces.items()}
+
+
+def _merged(
+    parts: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Any]]]:
+    """The ledgers of consecutive segments that know the same names as one: there may be very many."""
+    for _, group in groupby(parts, key=lambda part: [part[1][name] for name in NAMES]):
+        alike = list(group)
+        sizes = torch.tensor([0, *(len(tensors["ledger/hyper"]) for tensors, _ in alike)]).cumsum(0).tolist()
+        entry = torch.cat([tensors["ledger/entry"] for tensors, _ in alike])
+        counts = torch.tensor([len(tensors["ledger/entry"]) for tensors, _ in alike])
+        entry[:, 3] += torch.tensor(sizes[:-1]).repeat_interleave(counts)  # rows of ledger/hyper
+        whole = {
+            name: torch.cat([tensors[name] for tensors, _ in alike]) for name in ("ledger/measured", "ledger/hyper")
+        }
+        yield {"ledger/entry": entry, **whole}, alike[0][1]
 
 
 def _joined(parameter: str, histories: Sequence[History]) -> History:

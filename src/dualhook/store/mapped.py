@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import platform
 import re
 from contextlib import suppress
@@ -23,9 +24,41 @@ from torch import Tensor
 
 from dualhook.store.direct import NAMES
 
-__all__ = ["MappedFile"]
+__all__ = ["MappedFile", "glanced"]
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+GLANCE_BYTES = 2**14  # that a header takes, as a rule
+
+
+def glanced(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The texts that go with a file's tensors, and their names; only its header is read, and compared with its size.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no whole safetensors file.
+    """
+    with open(path, "rb", buffering=0) as file:
+        size, data = os.fstat(file.fileno()).st_size, file.read(GLANCE_BYTES)
+        length = _header_length(data, size)
+        while len(data) < 8 + length and (more := file.read(8 + length - len(data))):
+            data += more
+    header = json.loads(data[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    metadata = header.pop("__metadata__", {})
+    if 8 + length + max((own["data_offsets"][1] for own in header.values()), default=0) != size:
+        raise ValueError(f"{size} bytes are not what its header says")
+    return metadata, list(header)
+
+
+def _header_length(data: Any, size: int) -> int:
+    """What a file of so many bytes says of the length of its header."""
+    length = int.from_bytes(data[:8], "little")
+    if not 0 < length <= size - 8:
+        raise ValueError(f"its header would take {length} of {size} bytes")
+    return length
 
 
 @dataclass(frozen=True)
@@ -53,9 +86,8 @@ class MappedFile:
             with suppress(OSError):  # a kernel that was built without them
                 self._map.madvise(mmap.MADV_HUGEPAGE)
                 self._map.madvise(mmap.MADV_RANDOM)
-        size, length = len(self._map), int.from_bytes(self._map[:8], "little")
-        if not 0 < length <= size - 8:
-            raise ValueError(f"its header would take {length} of {size} bytes")
+        size = len(self._map)
+        length = _header_length(self._map, size)
         header = json.loads(self._map[8 : 8 + length])
         if not isinstance(header, dict):
             raise ValueError("its header is no object")

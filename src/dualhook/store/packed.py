@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualhook.packing import FORMS, Largest, Scaled, Softmax
+from dualhook.packing import FORMS, Largest, Packed, Scaled, Softmax
 
-__all__ = ["PER_STEP", "WEIGHT_STEP", "StepWeights", "form_of", "packed_width", "unpacked"]
+__all__ = ["PER_STEP", "WEIGHT_STEP", "StepWeights", "form_of", "packed_rows", "packed_width", "unpacked"]
 
 WEIGHT, WEIGHT_STEP = PER_STEP = ("weight", "weight_step")
 """The tensors of a layer that have no row for every pattern: weights [step, o, i] and their steps, ascending."""
@@ -37,9 +38,9 @@ class StepWeights:
 
     def commit(self, step: int) -> None:
         """The coming step is ``step``."""
-        if self._is_pending:
+        if self._is_pending and self._steps[-1:] != [step]:  # of one step all rows are made with the same
             self._steps.append(step)
-            self._is_pending = False
+        self._is_pending = False
 
     def rewind(self) -> None:
         """Forget that of the coming step."""
@@ -81,20 +82,25 @@ def packed_width(tensors: Mapping[str, Tensor], outputs: int) -> int | None:
     return tensors[f"{Scaled.name}/value"].shape[1] if form == Scaled.name else outputs if form else None
 
 
+def packed_rows(tensors: Mapping[str, Tensor], start: int, stop: int, width: int) -> Packed:
+    """What stands for the output gradients [n, o] of some stored rows, those computed are of one step."""
+    form = FORMS[form_of(tensors) or ""]
+    fields: dict[str, Any] = {field: tensors[f"{form.name}/{field}"][start:stop] for field in form.fields}
+    if form is Largest:
+        return Largest(**fields, width=width)
+    if form is Scaled:
+        return Scaled(**fields)
+    place = int(torch.searchsorted(tensors[WEIGHT_STEP], tensors["step"][start]))
+    return Softmax(**fields, weight=tensors[WEIGHT][place])
+
+
 def unpacked(tensors: Mapping[str, Tensor], key: Tensor, start: int, stop: int, width: int) -> Tensor:
     """The output gradients [n, o] of some stored rows, ``start`` to ``stop``, with their keys [n, i]."""
-    form = FORMS[form_of(tensors) or ""]
-    fields = {field: tensors[f"{form.name}/{field}"][start:stop] for field in form.fields}
-    if form is Largest:
-        return Largest(**fields, width=width).dense(key)
-    if form is Scaled:
-        return Scaled(**fields).dense(key)
-    steps, counts = torch.unique_consecutive(tensors["step"][start:stop], return_counts=True)
-    places = torch.searchsorted(tensors[WEIGHT_STEP], steps)
-    parts, at = [], 0
-    for place, count in zip(places.tolist(), counts.tolist(), strict=True):
-        own = slice(at, at + count)
-        packed = Softmax(**{name: values[own] for name, values in fields.items()}, weight=tensors[WEIGHT][place])
-        parts.append(packed.dense(key[own]))
+    if form_of(tensors) != Softmax.name:
+        return packed_rows(tensors, start, stop, width).dense(key)
+    counts = torch.unique_consecutive(tensors["step"][start:stop], return_counts=True)[1].tolist()
+    parts, at = [], start
+    for count in counts:
+        parts.append(packed_rows(tensors, at, at + count, width).dense(key[at - start : at - start + count]))
         at += count
     return torch.cat(parts) if parts else key.new_zeros(0, width)

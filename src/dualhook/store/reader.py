@@ -15,6 +15,7 @@ from torch import Tensor
 from dualhook.errors import StoreError
 from dualhook.maps import map_of
 from dualhook.records import INEXACT, VALUE, FactorVectors, History, LayerSpec, OriginPart, Rows
+from dualhook.store.checking import check_origin
 from dualhook.store.inspection import inspected
 from dualhook.store.lanes import Lanes, Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
@@ -22,8 +23,6 @@ from dualhook.store.ledger import fit_vectors, unpack
 from dualhook.store.streams import USE, Stored, patterns_of
 
 __all__ = ["Store"]
-
-LEDGER = ("ledger/entry", "ledger/measured", "ledger/hyper")
 
 
 class Store:
@@ -36,13 +35,14 @@ class Store:
     """
 
     def __init__(self, root: Path, *, on_damage: Literal["raise", "skip"] = "raise") -> None:
-        self.layout = Layout(root)
-        self.manifest = Manifest.read(self.layout)
-        found = inspected(self.layout, self.manifest, deep=on_damage == "skip")
-        while found.damage:  # or a recorder at work has folded segments away while they were looked at
-            before, found = found, inspected(self.layout, self.manifest, deep=on_damage == "skip")
+        self.manifest = Manifest.read(Layout(root))
+        found = inspected(Layout(root), self.manifest, deep=on_damage == "skip")
+        while found.damage:  # or segments have been folded away, or made into others, while they were looked at
+            before, self.manifest = found, Manifest.read(Layout(root))
+            found = inspected(Layout(root), self.manifest, deep=on_damage == "skip")
             if found.damage == before.damage:
                 break
+        self.layout = Layout(root, self.manifest.generation)
         if found.damage and (on_damage == "raise" or not found.origins):
             raise StoreError(
                 f"{root} is damaged: {'; '.join(map(str, found.damage))}. Bring the files back from a copy"
@@ -64,10 +64,7 @@ class Store:
     @cached_property
     def histories(self) -> dict[str, History]:
         """The ledger of every recorded parameter, from its origin on."""
-        parts = []
-        for segment in self.segments:
-            file = open_tensors(segment.path)
-            parts.append(({name: file.get_tensor(name) for name in LEDGER}, segment.header))
+        parts = [(segment.ledger(), segment.header) for segment in self.segments]
         begins = self.origin_steps
         found = unpack(parts)
         lost = [name for name, history in found.items() if name not in begins and len(history)]
@@ -81,9 +78,12 @@ class Store:
         }
 
     @property
-    def note_of_damage(self) -> str:
-        """One line on what is left out; empty where nothing is."""
-        return f"left out, since damaged: {'; '.join(map(str, self.damage))}" if self.damage else ""
+    def note_of_loss(self) -> str:
+        """One line on what is damaged, and what compacting has dropped; empty where nothing is."""
+        dropped = ", ".join(f"{count:,} of {layer}" for layer, count in self.manifest.dropped.items())
+        damaged = "; ".join(map(str, self.damage))
+        notes = (("dropped by compacting: rows ", dropped), ("left out, since damaged: ", damaged))
+        return "; ".join(title + note for title, note in notes if note)
 
     @cached_property
     def origin_steps(self) -> dict[str, int]:
@@ -94,6 +94,11 @@ class Store:
     def _origin_files(self) -> dict[str, Path]:
         """Which file holds each parameter's origin: the newest that names it."""
         return {name: path for path, header in self._origin_headers.items() for name in header["parameters"]}
+
+    def _origin_file(self, parameter: str) -> Path:
+        if parameter not in self._origin_files:
+            raise StoreError(f"{self.layout.root} is damaged: no file in origin/ holds {parameter!r}")
+        return self._origin_files[parameter]
 
     def fitted(self, parameter: str) -> Iterator[tuple[int, FactorVectors]]:
         """The vectors of a parameter's fitted steps with their step, newest first."""
@@ -129,8 +134,11 @@ class Store:
     def _lost_steps(self, parameter: str, last_step: int) -> int:
         """How many steps have rows or ledger entries of a parameter in damaged files."""
         own = {spec.name for spec in self.manifest.layers if parameter in spec.parameters}
-        lost = [one.steps for one in self.damage if one.steps and (not one.layers or own & one.layers)]
-        return len({step for first, last in lost for step in range(first, min(last, last_step) + 1)})
+        found = reached = 0
+        for first, last in sorted(o.steps for o in self.damage if o.steps and (not o.layers or own & o.layers)):
+            first, last = max(first, reached + 1), min(last, last_step)
+            found, reached = found + max(0, last - first + 1), max(reached, last)
+        return found
 
     def superseded_by(self, parameters: Container[str]) -> list[Path]:
         """The origin files that hold nothing but these parameters: a newer origin of them takes their place."""
@@ -225,14 +233,21 @@ class Store:
 
     def origin(self, parameter: str) -> OriginPart:
         """Where the recording of a parameter begins."""
-        path = self._origin_files[parameter]
+        path = self._origin_file(parameter)
         header, file = self._origin_headers[path], open_tensors(path)
         names = header["parameters"][parameter]
-        return OriginPart(header["step"], {part: file.get_tensor(f"{parameter}//{part}") for part in names})
+        tensors = {part: file.get_tensor(f"{parameter}//{part}") for part in names}
+        try:
+            for spec in self.manifest.layers:
+                if parameter in spec.parameters:
+                    check_origin(spec, parameter, tensors[VALUE])
+        except ValueError as error:
+            raise StoreError(f"{path} does not fit the manifest: {error}") from error
+        return OriginPart(header["step"], tensors)
 
     def dtype(self, parameter: str) -> torch.dtype:
         """The dtype the model has a parameter in."""
-        path = self._origin_files[parameter]
+        path = self._origin_file(parameter)
         return getattr(torch, self._origin_headers[path]["dtypes"][parameter])  # type: ignore[no-any-return]
 
     def latest(self) -> tuple[int, dict[str, Tensor]] | None:
@@ -272,11 +287,7 @@ class Store:
 
     def row_columns(self) -> list[str]:
         """The columns that were recorded with the rows."""
-        found: dict[str, None] = {}
-        for segment in self.segments:
-            for name in tensor_names(open_tensors(segment.path)):
-                if name.startswith("rows/") and "/column/" in name:
-                    found[name.rpartition("/column/")[2]] = None
+        found = {name: None for segment in self.segments for name in sorted(segment.columns)}
         if len(self.trained_uses) > len(self.layers):
             found[USE] = None
         return list(found)

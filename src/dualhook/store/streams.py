@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dualhook.maps import map_of
 from dualhook.records import FIELDS, OPTIONAL, LayerSpec, Rows
-from dualhook.store.packed import PER_STEP, form_of, packed_width, unpacked
+from dualhook.store.packed import PER_STEP, form_of, packed_rows, packed_width, unpacked
 from dualhook.store.sharing import KEY_ROW
 
 __all__ = ["USE", "Stored", "patterns_of", "rows_of"]
@@ -48,12 +48,23 @@ class Stored:
 
     def rows(self, start: int, stop: int) -> Rows:
         """Stored rows; a copy is made of keys that another layer holds and has more of, and of what is packed."""
-        part = {name: values[start:stop] for name, values in self.tensors.items() if name not in PER_STEP}
-        if KEY_ROW in part:
-            part["key"] = self.tensors["key"].index_select(0, part[KEY_ROW])
+        part = self._part(start, stop)
         if form_of(part) is not None:
             part["output_grad"] = unpacked(self.tensors, part["key"], start, stop, self.spec.out_features)
         return rows_of(part)
+
+    def as_kept(self, start: int, stop: int) -> Rows:
+        """Stored rows of one step, those that are packed as they are."""
+        part = self._part(start, stop)
+        if form_of(part) is None or start == stop:
+            return rows_of(part)
+        return replace(rows_of(part), packed=packed_rows(self.tensors, start, stop, self.spec.out_features))
+
+    def _part(self, start: int, stop: int) -> dict[str, Tensor]:
+        part = {name: values[start:stop] for name, values in self.tensors.items() if name not in PER_STEP}
+        if KEY_ROW in part:
+            part["key"] = self.tensors["key"].index_select(0, part[KEY_ROW])
+        return part
 
     def between(self, first_step: int, last_step: int) -> tuple[int, int]:
         """Where the rows of some steps lie."""

@@ -30,7 +30,7 @@ from dualhook.store.packed import form_of
 from dualhook.store.segment import SegmentBuilder
 from dualhook.store.sharing import KEY_ROW
 
-__all__ = ["Writer"]
+__all__ = ["SEGMENT_BYTES", "Writer", "segment_header"]
 
 SEGMENT_BYTES = 64 * 2**20
 NO_INDEX = torch.empty(0)
@@ -235,10 +235,7 @@ class Writer:
         self._count_shared(header["rows"], tensors)
         self._tell_version(header["rows"], tensors)
         path = self.layout.segment(self._number, self.rank)
-        if self.rank:
-            header["rank"] = self.rank
-        header = {"kind": "segment", "number": self._number, **header, **self._stamp}
-        write_tensors(path, tensors, header, self._file)
+        write_tensors(path, tensors, segment_header(header, self._number, self.rank) | self._stamp, self._file)
         self._number += 1
         self.last_step = header["steps"][1]
         self.bytes += path.stat().st_size
@@ -264,6 +261,11 @@ class Writer:
             manifest = Manifest.read(self.layout)
             if self._needs > manifest.needs:
                 replace(manifest, needs=self._needs).write(self.layout, rank=self.rank)
+
+
+def segment_header(contents: Mapping[str, Any], number: int, rank: int) -> dict[str, Any]:
+    """The header of a segment from that of what it holds."""
+    return {"kind": "segment", "number": number, **contents} | ({"rank": rank} if rank else {})
 
 
 def _named(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,0 +1,93 @@
+"""What the command line is given to ask with: the user's model, weights and inputs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dualhook.errors import DualHookError, LayerError
+from dualhook.memory import DualMemory
+
+__all__ = ["build", "fill", "read_inputs", "warn_of"]
+
+
+def build(spec: str) -> nn.Module:
+    """Call what ``module:callable`` names."""
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise DualHookError(f"--model {spec}: expected MODULE:CALLABLE, such as train:build_model")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            found = getattr(found, name)
+        model = found()
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise DualHookError(f"--model {spec}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise DualHookError(f"--model {spec}: expected it to return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def fill(model: nn.Module, memory: DualMemory, weights: Path | None) -> list[str]:
+    """Load the memory's weights over those of a file; returns what is left as the callable made it."""
+    there = model.state_dict(keep_vars=True)
+    filled: set[int] = set()  # by identity, and file by file: tied weights have two names
+    for values in ({} if weights is None else _read_safetensors(weights), memory.state_dict()):
+        for name, value in values.items():
+            if name in there and there[name].shape != value.shape:
+                raise LayerError(
+                    f"{name!r} of the model has shape {list(there[name].shape)}, the weights {list(value.shape)}: "
+                    f"expected the model that was recorded at {memory.path}"
+                )
+        model.load_state_dict(values, strict=False)
+        filled |= {id(there[name]) for name in values if name in there}
+    return [name for name, value in there.items() if id(value) not in filled]
+
+
+def warn_of(left: Sequence[str]) -> None:
+    """Say on standard error what no file has filled."""
+    if left:
+        listed = ", ".join(left[:8]) + (f", … ({len(left)} in all)" if len(left) > 8 else "")
+        print(
+            f"dualhook: warning: neither the memory nor --weights holds {listed}: left as the model was built",
+            file=sys.stderr,
+        )
+
+
+def read_inputs(path: Path, model: nn.Module) -> Tensor | dict[str, Tensor]:
+    """Inputs from a file, floating-point ones in the model's dtype."""
+    if path.suffix == ".npy":
+        try:
+            inputs = torch.from_numpy(np.load(path, allow_pickle=False))
+        except (ValueError, TypeError, EOFError) as error:
+            raise DualHookError(f"--inputs {path} holds no array of numbers: write it with numpy.save") from error
+        return _fitting(inputs, model)
+    if path.suffix == ".safetensors":
+        return {name: _fitting(value, model) for name, value in _read_safetensors(path).items()}
+    raise DualHookError(
+        f"--inputs {path}: expected a .npy file (one array), or .safetensors (named tensors as keyword arguments)"
+    )
+
+
+def _fitting(value: Tensor, model: nn.Module) -> Tensor:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise DualHookError(f"{path} is no safetensors file: {error}") from error
