@@ -6,6 +6,7 @@ import copy
 import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from dualhook.maps import map_of
 from dualhook.model import Positions, Target, find_layers, model_inputs
 from dualhook.optimizers import average_weights
 from dualhook.progress import ReplayProgress
-from dualhook.query import REPLAY_BYTES, Composition, rebuild
+from dualhook.query import REPLAY_BYTES, Composition, Workers, rebuild
 from dualhook.questions import ask
 from dualhook.records import AVERAGE, VALUE, LayerSpec, Rows
 from dualhook.store import AnswerFiles, Store, inspected
@@ -119,7 +120,7 @@ class DualMemory:
         return self._store.nbytes
 
     def on_progress(self, callback: Callable[[int], None] | None) -> None:
-        """Call ``callback(patterns)`` for every block of patterns that any question has worked through; None stops.
+        """Call ``callback(patterns)`` whenever a question has worked through some more patterns; None stops.
 
         A question is one pass over the patterns of each of its layers.
         """
@@ -176,6 +177,8 @@ class DualMemory:
         step: int | None = None,
         method: Method = "exact",
         cache: bool = False,
+        executor: Executor | None = None,
+        device: str | torch.device | None = None,
         **named: Any,
     ) -> Attention:
         """Which training patterns does this prediction attend to? Lazy: nothing is read until the answer is asked.
@@ -198,18 +201,24 @@ class DualMemory:
                 time: the same question is then answered without a replay, also after reopening, and one that was
                 interrupted goes on from its finished layers, or within a long one from where it was a minute ago.
                 Answers of a layer that take more than a quarter of ``replay_bytes`` are not kept.
+            executor: where the patterns are gone through, any ``concurrent.futures.Executor``: threads, processes, or a
+                cluster (``client.get_executor()`` of Dask) whose workers see the memory under the same path. Answers
+                are the same to the last bit; what a lost worker had to do is done here. Default threads of this
+                process, ``torch.get_num_threads()`` of them; replays always run here.
+            device: where they are multiplied, such as ``"cuda"``; default the processor. Replays do not go there.
             **named: keyword arguments of the model, in place of ``inputs``:
                 ``attend(model, **tokenizer(prompt, return_tensors="pt"))``.
 
         A layer whose optimiser's rule is not registered any more has attention weights, but no contributions.
 
         Raises:
+            DualHookError: what is no executor, or a device on which torch cannot compute.
             LayerError: the model, the inputs, the target or the positions do not fit the memory.
             RuleError: a preview of an optimiser whose steps are made of more than its state (Lion, Muon, …).
         """
         if method not in METHODS:
             raise DualHookError(f"method={method!r}: expected one of {', '.join(METHODS)}")
-        horizon = self._horizon(step)
+        horizon, workers = self._horizon(step), Workers.checked(executor, device)
         if not self._specs:
             raise LayerError(f"{self.path} holds no patterns: no optimiser step on a recorded layer was seen")
         specs = [self._specs[name] for name in self._named(layers)]
@@ -229,6 +238,7 @@ class DualMemory:
             keep=self._keep,
             files=files,
             missing=self._store.note_of_damage,
+            workers=workers,
         )
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None, deep: bool = False) -> VerifyReport:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dualhook.query import Composition, GroupSums, LayerQuery, Receipt, TopPatterns, dual_output, rebuild, scan
-from dualhook.query.streaming import Scores
+from dualhook.query.scores import Scores
 from dualhook.records import LayerSpec, Rows
 
 I, O = 3, 2
@@ -34,6 +34,42 @@ class Held:
                 known = part.step <= last_step
                 yield Rows(part.key[known], part.output_grad[known], part.step[known], part.sample[known],
                            part.position[known], first=first)  # fmt: skip
+
+    def pieces(self, layer: str, *, last_step: int, first_step: int = 0):
+        for start, stop in zip(self.cuts[:-1], self.cuts[1:], strict=True):
+            rows = self.rows.part(start, stop)
+            if len(rows := replace(rows.where(rows.step <= last_step), first=start)):
+                yield HeldPiece(rows)
+
+    def worked_on(self, patterns: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class HeldPiece:
+    """Some of its rows."""
+
+    rows: Rows
+
+    @property
+    def first(self) -> int:
+        return self.rows.first
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    @property
+    def first_step(self) -> int:
+        return int(self.rows.step.min())
+
+    @property
+    def last_step(self) -> int:
+        return int(self.rows.step.max())
+
+    def blocks(self, block_rows: int):
+        for start in range(0, len(self.rows), block_rows):
+            yield self.rows.part(start, min(len(self.rows), start + block_rows))
 
 
 @st.composite
@@ -79,6 +115,7 @@ def dense(rows: Rows, made_of: Composition, query: Tensor, direction: Tensor) ->
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr("dualhook.query.streaming.BLOCK_ROWS", 5)
+    monkeypatch.setattr("dualhook.query.streaming.TASK_ROWS", 12)
     monkeypatch.setattr("dualhook.query.weights.BLOCK_ROWS", 4)
 
 
@@ -185,7 +222,7 @@ def test_receipt_dual_output_and_rebuilt_weight(case):
     assert all(close(left[name], value) for name, value in rebuild(Held(kept, []), made_of).items())
     asked = LayerQuery(made_of, query, direction, output)
     receipt = Receipt(asked)
-    receipt.parts = scan(source, asked, [receipt]).parts
+    receipt.parts = scan(source, asked, [receipt.sums]).parts
     assert (receipt.explained > 1 - 1e-9).all()
     true = contribution.abs().sum(1) / contribution.sum(1).abs()
     assert close(receipt.cancellation[true < 1e6], true[true < 1e6])
@@ -199,6 +236,6 @@ def test_receipt_sees_what_is_missing(case, share):
     grown = output + share / (1 - share) * (output - origin)  # the patterns are then 1 - share of what training did
     asked = LayerQuery(made_of, query, direction, grown)
     receipt = Receipt(asked)
-    receipt.parts = scan(source, asked, [receipt]).parts
+    receipt.parts = scan(source, asked, [receipt.sums]).parts
     moved = (output - origin).flatten(1).norm(dim=1) > 1e-6
     assert close(receipt.explained[moved], torch.full_like(receipt.explained[moved], 1 - share))

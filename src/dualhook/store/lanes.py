@@ -8,7 +8,7 @@ that order, and do not change as more steps come.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class Segment:
             return 0
         steps = open_tensors(self.path).get_tensor(f"rows/{layer}/step")
         return int(torch.searchsorted(steps, last_step, right=True))
+
+    def holding(self, uses: Sequence[LayerSpec]) -> Segment:
+        """The same as far as the rows of some layers go, without what a header says of others."""
+        own = {spec.name: rows for spec in uses if (rows := self.header["rows"].get(spec.name)) is not None}
+        return replace(self, header={"steps": self.header["steps"], "rank": self.rank, "rows": own})
 
     def stored(self, spec: LayerSpec) -> Stored | None:
         """The layer's rows, memory-mapped; None if there are none."""
