@@ -68,8 +68,17 @@ class LayerQuery:
 
     def of(self, pieces: Sequence[Piece]) -> LayerQuery:
         """The same question to some pieces of the patterns: what a worker needs to answer it, and no more."""
-        nothing = self.query.new_zeros(0)
-        return replace(self, made_of=self.made_of.of(pieces), output=nothing, size=None, memory="")
+        return replace(
+            self,
+            made_of=self.made_of.of(pieces),
+            query=self.query.clone(),  # of views the whole would travel
+            direction=self.direction.clone(),
+            slot=None if self.slot is None else self.slot.clone(),
+            present=None if self.present is None else self.present.clone(),
+            output=self.query.new_zeros(0),
+            size=None,
+            memory="",
+        )
 
     def on(self, device: torch.device) -> LayerQuery:
         """The same on another device, as far as scores need it."""

@@ -168,7 +168,7 @@ def _submitted(executor: Executor, task: Task) -> Future[Done] | None:
         return executor.submit(_do, task)
     except BrokenExecutor:
         return None
-    except Exception as error:
+    except RuntimeError as error:
         raise DualHookError(f"executor={executor!r} takes no tasks: {error}") from error
 
 

@@ -233,6 +233,8 @@ def open_tensors(path: Path) -> MappedFile:
     """
     try:
         return MappedFile(path)
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} cannot be read: it is gone. Open the memory again, or bring the file back") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
 
