@@ -24,7 +24,7 @@ from dualhook.records import Piece, Rows, RowSource
 __all__ = ["BLOCK_ROWS", "Pass", "dual_output", "scan"]
 
 TASK_ROWS = 2**15  # patterns of a task, at least
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 16384
 CACHED_SCORES = 2**15  # numbers of one score matrix that stays in the cache: many queries make the blocks shorter, …
 LEAST_ROWS = 512  # … but not so short that products lose their speed …
 BLOCK_SCORES = 2**24  # … unless the score matrix would grow large
