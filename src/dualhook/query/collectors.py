@@ -41,7 +41,8 @@ class TopPatterns:
         return TopPatterns(self.k, self.by, self.largest)
 
     def add(self, scores: Scores) -> None:
-        ahead = self._ahead(criterion(scores, self.by), scores.rows.first)
+        rank = criterion(scores, self.by)
+        ahead = self._ahead(rank, scores.rows.first)
         query, index = ahead.nonzero().unbind(1)
         self._first = scores.rows.first
         if not len(query):
@@ -50,7 +51,7 @@ class TopPatterns:
         row = torch.repeat_interleave(counts)
         at = row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
         best = {}
-        for name, values in self._fields(scores, query, index).items():
+        for name, values in self._fields(scores, rank[query, index], query, index).items():
             found = values.new_full((len(chosen), int(counts.max())), self._behind.get(name, 0))
             found[at] = values
             best[name] = torch.cat([self._best[name][chosen], found], 1) if self._best else found
@@ -92,12 +93,11 @@ class TopPatterns:
             best = {field: values.gather(1, order) for field, values in best.items()}
         return best
 
-    def _fields(self, scores: Scores, query: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """What is kept of the patterns with an ``index`` [m] in the block, each for one query."""
-        rows, ranks = scores.rows, criterion(scores, self.by)[query, index]
-        weight, contribution = scores.weight[query, index].cpu(), scores.contribution_of(query, index).cpu()
-        index = index.cpu()
-        found = {"rank": ranks.cpu(), "pattern": index + rows.first, "weight": weight, "contribution": contribution}
+    def _fields(self, scores: Scores, rank: Tensor, query: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """What is kept of the patterns with a ``rank`` [m] and an ``index`` [m] in the block, each for one query."""
+        rows, weight = scores.rows, scores.weight[query, index].cpu()
+        contribution, index = scores.contribution_of(query, index).cpu(), index.cpu()
+        found = {"rank": rank.cpu(), "pattern": index + rows.first, "weight": weight, "contribution": contribution}
         return found | {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
 
 

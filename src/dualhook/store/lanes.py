@@ -7,6 +7,7 @@ that order, and do not change as more steps come.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -81,14 +82,19 @@ class Lanes:
         self._lanes = [[segment for segment in segments if segment.rank == rank] for rank in range(ranks)]
         self.last_step = min(max((segment.last_step for segment in lane), default=first_step) for lane in self._lanes)
         """The newest step that every process has on disk."""
+        self._begins = [[segment.first_step for segment in lane] for lane in self._lanes]
+        self._ends = [[segment.last_step for segment in lane] for lane in self._lanes]
 
     def spans(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, list[Segment]]]:
         """Cuts steps where some segment ends: first and last step, and the segments that hold them, by process."""
         last_step = min(last_step, self.last_step)
-        ends = {segment.last_step for lane in self._lanes for segment in lane}
-        for before, end in pairwise(
-            [first_step - 1, *sorted(end for end in ends if first_step <= end < last_step), last_step]
-        ):
-            there = [s for lane in self._lanes for s in lane if s.first_step <= end and s.last_step > before]
+        ends = sorted({end for own in self._ends for end in own if first_step <= end < last_step})
+        for before, end in pairwise([first_step - 1, *ends, last_step]):
+            there = [segment for number in range(len(self._lanes)) for segment in self._within(number, before, end)]
             if there:
                 yield before + 1, end, there
+
+    def _within(self, number: int, before: int, end: int) -> Sequence[Segment]:
+        """The segments of one process that hold steps after ``before`` up to ``end``."""
+        start, stop = bisect_right(self._ends[number], before), bisect_right(self._begins[number], end)
+        return self._lanes[number][start:stop]
