@@ -26,7 +26,7 @@ from dualhook.progress import ReplayProgress
 from dualhook.query import REPLAY_BYTES, Composition, Workers, rebuild
 from dualhook.questions import ask
 from dualhook.records import AVERAGE, VALUE, LayerSpec, Rows
-from dualhook.store import AnswerFiles, Store, inspected
+from dualhook.store import AnswerFiles, Store, inspected, located
 from dualhook.table import Table
 from dualhook.verification import VerifyReport, actual_weights, explained_layers, verified
 
@@ -40,11 +40,14 @@ METHODS = ("exact", "preview")
 def load(path: str | os.PathLike[str], *, on_damage: OnDamage = "raise") -> DualMemory:
     """Open the memory that was recorded at ``path``; needs neither the model nor the training script.
 
+    A URL that fsspec knows (``s3://bucket/run``) is read in ranges, and never written to.
+
     ``on_damage="skip"`` looks at every bit of it and goes on without what is damaged, which every table then says;
     steps that are lost count as inexact, and receipts tell what the patterns that are left explain.
 
     Raises:
-        StoreError: the directory is no memory, or one of a newer format, or files of it are damaged or missing.
+        StoreError: the directory is no memory, or one of a newer format, or files of it are damaged or missing, or
+            what the URL names cannot be reached.
     """
     if on_damage not in ("raise", "skip"):
         raise DualHookError(f"on_damage={on_damage!r}: expected 'raise' or 'skip'")
@@ -58,7 +61,7 @@ class DualMemory:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep: object = None, on_damage: OnDamage = "raise") -> None:
-        self._store = Store(Path(path), on_damage=on_damage)
+        self._store = Store(located(path), on_damage=on_damage)
         self._specs = {spec.name: spec for spec in self._store.trained_uses}
         self._primary = {spec.name: spec for spec in self._store.layers}
         self._columns = Columns(self._store)

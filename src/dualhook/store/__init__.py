@@ -7,6 +7,7 @@ from dualhook.store.cutting import cut_after, tidy
 from dualhook.store.inspection import Damage, Inspection, inspected
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.reader import Store
+from dualhook.store.remote import located
 from dualhook.store.segment import SegmentBuilder
 from dualhook.store.sharing import shared_keys
 from dualhook.store.writer import Writer
@@ -23,6 +24,7 @@ __all__ = [
     "Writer",
     "cut_after",
     "inspected",
+    "located",
     "shared_keys",
     "tidy",
 ]

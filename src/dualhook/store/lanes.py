@@ -70,9 +70,10 @@ class Segment:
             return None
         file, prefix = open_tensors(self.path), f"rows/{spec.name}/"
         names = [name for name in tensor_names(file) if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        holder = self.header["rows"][spec.name].get("key_of")
-        return Stored(spec, tensors if holder is None else {"key": file.get_tensor(f"rows/{holder}/key"), **tensors})
+        if (holder := self.header["rows"][spec.name].get("key_of")) is not None:
+            names.append(f"rows/{holder}/key")
+        found = file.get_tensors(names)
+        return Stored(spec, {name.removeprefix(prefix).removeprefix(f"rows/{holder}/"): found[name] for name in names})
 
 
 class Lanes:

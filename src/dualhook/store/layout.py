@@ -19,6 +19,7 @@ from dualhook.store.checksums import text_digest, with_checksums
 from dualhook.store.direct import DirectFile
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 from dualhook.store.mapped import MappedFile
+from dualhook.store.remote import RangedFile, RemotePath
 
 __all__ = [
     "FORMAT_VERSION",
@@ -42,7 +43,7 @@ HEADER = "dualhook"  # the one key of every file's safetensors metadata; its val
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in a memory's directory."""
+    """Where things lie in a memory's directory; one behind a URL can be read only."""
 
     root: Path
 
@@ -225,14 +226,14 @@ def write_tensors(
     put(path, lambda partial: direct.write(partial, tensors, {HEADER: text}))
 
 
-def open_tensors(path: Path) -> MappedFile:
-    """Open a safetensors file for memory-mapped reading.
+def open_tensors(path: Path) -> MappedFile | RangedFile:
+    """Open a safetensors file for memory-mapped reading, or behind a URL for reading in ranges.
 
     Raises:
         StoreError: the file is gone or is no safetensors file.
     """
     try:
-        return MappedFile(path)
+        return RangedFile(path) if isinstance(path, RemotePath) else MappedFile(path)
     except FileNotFoundError as error:
         raise StoreError(f"{path} cannot be read: it is gone. Open the memory again, or bring the file back") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
