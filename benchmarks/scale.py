@@ -1,7 +1,7 @@
 """How time and memory go with the number of patterns N: opening, asking, resident memory, and the fitted slopes.
 
 A linear classifier of pooled Fashion-MNIST images (49 to 10) is trained and recorded until it has N patterns, for
-several N. A process of its own then opens each memory and asks. ``then`` questions know the receipt already. Memory is
+several N, in at most 1,000 steps. A process of its own then opens each memory and asks. ``then`` questions know the receipt already. Memory is
 what the process holds more than before it opened the memory: at its peak, the mapped pages of a segment included, and
 its own (anonymous) pages after the questions. A slope is the exponent b of time or memory ~ N^b, by least squares of
 the logarithms: 1 is linear, 0 is flat.
@@ -32,7 +32,7 @@ from torch import nn
 import dualhook
 from dualhook.data import load_fashion_mnist_subset
 
-BATCH = 1000
+BATCH, STEPS = 1000, 1000  # patterns of a step at least, steps at most
 COLUMNS = ("open", "the first top(10)", "then top(10)", "then sum_by('label')", "peak MB", "own MB")
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     try:
         for patterns in arguments.patterns:
             path, model = folder / str(patterns), network()
-            record(model, path, patterns, layers=["3"], batch=BATCH)
+            record(model, path, patterns, layers=["3"], batch=max(BATCH, patterns // STEPS))
             torch.save(model.state_dict(), path.with_suffix(".pt"))
             command = [sys.executable, __file__, "--ask", str(path)]
             for name in ("queries", "rounds", "threads"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dualhook.attention import Attention
 from dualhook.columns import Columns
-from dualhook.composition import compose, explanation, unknown_composition
+from dualhook.composition import check_average, compose, unknown_composition
 from dualhook.dual import DualLinear, dual_model
 from dualhook.errors import DualHookError, LayerError, RuleError
 from dualhook.maps import map_of
@@ -123,10 +123,7 @@ class DualMemory:
         return self._store.nbytes
 
     def on_progress(self, callback: Callable[[int], None] | None) -> None:
-        """Call ``callback(patterns)`` whenever a question has worked through some more patterns; None stops.
-
-        A question is one pass over the patterns of each of its layers.
-        """
+        """Call ``callback(patterns)`` whenever a question, one pass a layer, has gone through some more; None stops."""
         self._store.on_rows = callback
 
     @property
@@ -204,11 +201,10 @@ class DualMemory:
                 time: the same question is then answered without a replay, also after reopening, and one that was
                 interrupted goes on from its finished layers, or within a long one from where it was a minute ago.
                 Answers of a layer that take more than a quarter of ``replay_bytes`` are not kept.
-            executor: where the patterns are gone through, any ``concurrent.futures.Executor``: threads, processes, or a
-                cluster (``client.get_executor()`` of Dask) whose workers see the memory under the same path. Answers
-                are the same to the last bit; what a lost worker had to do is done here. Default threads of this
-                process, ``torch.get_num_threads()`` of them; replays always run here.
-            device: where they are multiplied, such as ``"cuda"``; default the processor. Replays do not go there.
+            executor: what goes through the patterns: threads, processes, or a cluster's (``client.get_executor()`` of
+                Dask) whose workers see the memory under the same path. Answers are the same to the last bit; a lost
+                worker's part is done here. Default ``torch.get_num_threads()`` threads, and always for replays.
+            device: where products are made, such as ``"cuda"``; default, and always for replays, the processor.
             **named: keyword arguments of the model, in place of ``inputs``:
                 ``attend(model, **tokenizer(prompt, return_tensors="pt"))``.
 
@@ -328,18 +324,7 @@ class DualMemory:
             RuleError: an unknown average, or settings that make none.
         """
         settings: dict[str, Any] = {"start": start, "every": every, "decay": decay}
-        if name == "asgd":
-            if not any("asgd" in explanation(self._store, spec).rule for spec in self._specs.values()):
-                raise RuleError(
-                    f"{self.path} was not trained by torch.optim.ASGD: there is no mean of its own to ask about"
-                )
-        elif self._store.first_step:
-            raise RuleError(
-                f"{self.path} has folded its first {self._store.first_step} steps into the origin: "
-                "an average needs every step; record with a larger max_bytes"
-            )
-        else:
-            average_weights(name, horizon=self.steps, **settings)  # refuses settings that make no average
+        check_average(self._store, self._specs.values(), name, self.steps, settings)
         twin = copy.copy(self)
         twin._average, twin._composed = (name, settings), {}
         return twin
