@@ -1,10 +1,10 @@
 """How time and memory go with the number of patterns N: opening, asking, resident memory, and the fitted slopes.
 
 A linear classifier of pooled Fashion-MNIST images (49 to 10) is trained and recorded until it has N patterns, for
-several N, in at most 1,000 steps. A process of its own then opens each memory and asks. ``then`` questions know the receipt already. Memory is
-what the process holds more than before it opened the memory: at its peak, the mapped pages of a segment included, and
-its own (anonymous) pages after the questions. A slope is the exponent b of time or memory ~ N^b, by least squares of
-the logarithms: 1 is linear, 0 is flat.
+several N, in at most 1,000 steps. A process of its own then opens each memory and asks. ``then`` questions know the
+receipt already. Memory is what the process holds more than before it opened the memory: at its peak, the mapped pages
+of the segments under way included, and its own (anonymous) pages after the questions. A slope is the exponent b of time
+or memory ~ N^b, by least squares of the logarithms: 1 is linear, 0 is flat.
 
     python benchmarks/scale.py [--patterns 10000 100000 1000000] [--queries 32] [--rounds 3] [--threads 1]
 
