@@ -1,10 +1,10 @@
 """How time and memory go with the number of patterns N: opening, asking, resident memory, and the fitted slopes.
 
 A linear classifier of pooled Fashion-MNIST images (49 to 10) is trained and recorded until it has N patterns, for
-several N. A process of its own then opens each memory and asks. ``then`` questions know the receipt already. Memory is
-what the process holds more than before it opened the memory: at its peak, the mapped pages of a segment included, and
-its own (anonymous) pages after the questions. A slope is the exponent b of time or memory ~ N^b, by least squares of
-the logarithms: 1 is linear, 0 is flat.
+several N, in at most 1,000 steps. A process of its own then opens each memory and asks. ``then`` questions know the
+receipt already. Memory is what the process holds more than before it opened the memory: at its peak, the mapped pages
+of the segments under way included, and its own (anonymous) pages after the questions. A slope is the exponent b of time
+or memory ~ N^b, by least squares of the logarithms: 1 is linear, 0 is flat.
 
     python benchmarks/scale.py [--patterns 10000 100000 1000000] [--queries 32] [--rounds 3] [--threads 1]
     python benchmarks/scale.py --patterns 10000000 --segments 10000 --rounds 1
@@ -36,7 +36,7 @@ from torch import nn
 import dualhook
 from dualhook.data import load_fashion_mnist_subset
 
-BATCH = 1000
+BATCH, STEPS = 1000, 1000  # patterns of a step at least, steps at most
 COLUMNS = (
     "headers",
     "open",
@@ -118,7 +118,8 @@ def main() -> None:
     try:
         for patterns in arguments.patterns:
             path, model = folder / str(patterns), network(side)
-            batch = BATCH if arguments.segments is None else patterns // arguments.segments
+            per_step = max(BATCH, patterns // STEPS)
+            batch = per_step if arguments.segments is None else patterns // arguments.segments
             record(model, path, patterns, layers=["3"], batch=batch, flush=arguments.segments is not None)
             torch.save(model.state_dict(), path.with_suffix(".pt"))
             command = [sys.executable, __file__, "--ask", str(path), "--side", str(side)]

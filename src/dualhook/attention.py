@@ -13,7 +13,19 @@ from torch import Tensor
 
 from dualhook.errors import DualHookError, LayerError, RuleError
 from dualhook.progress import ReplayProgress
-from dualhook.query import KEPT, Answer, Answers, Collector, GroupSums, LayerQuery, Receipt, TopPatterns, scan, seal
+from dualhook.query import (
+    KEPT,
+    Answer,
+    Answers,
+    Collector,
+    GroupSums,
+    LayerQuery,
+    Receipt,
+    TopPatterns,
+    Workers,
+    scan,
+    seal,
+)
 from dualhook.query.collectors import CRITERIA, Criterion
 from dualhook.records import Rows, RowSource
 from dualhook.table import Table
@@ -22,7 +34,10 @@ __all__ = ["Attention", "Grouping"]
 
 
 class Grouping:
-    """A column as groups: ``code(rows)`` [n] numbers the group of every pattern, ``labels`` name them."""
+    """A column as groups: ``code(rows)`` [n] numbers the group of every pattern, ``labels`` name them.
+
+    ``code`` can be pickled.
+    """
 
     def __init__(self, labels: Sequence[Any], code: Callable[[Rows], Tensor]) -> None:
         self.labels = labels
@@ -52,8 +67,10 @@ class Attention:
         keep: object = None,
         files: Answers | None = None,
         missing: str = "",
+        workers: Workers,
     ) -> None:
         self._missing = missing
+        self._workers = workers
         self._files = files
         self._answers: dict[str, Answer] = {}
         self._source = source
@@ -138,7 +155,7 @@ class Attention:
         for asked in self._asked(layers):
             groups = [self._grouping(asked.name, name) for name in names]
             sizes = [max(1, len(group.labels)) for group in groups]
-            sums = GroupSums(len(asked), partial(_combined, groups))
+            sums = GroupSums(len(asked), partial(_combined, [group.code for group in groups], sizes))
             self._pass(asked, sums)
             codes, counts, totals = sums.result()
             shape = (len(asked), len(codes))
@@ -234,10 +251,11 @@ class Attention:
             through = scan(
                 self._source,
                 asked,
-                [*collectors, *([receipt] if receipt else [])],
+                [*collectors, *([receipt.sums] if receipt else [])],
                 outputs=receipt is not None,
                 answer=answer,
                 unfinished=self._files,
+                workers=self._workers,
             )
         if receipt:
             receipt.parts = through.parts
@@ -289,12 +307,12 @@ class Attention:
         return Table({n: values[order] for n, values in columns.items()}, title=title, footer=note, bars=bars)
 
 
-def _combined(groups: Sequence[Grouping], rows: Rows) -> Tensor:
+def _combined(codes: Sequence[Callable[[Rows], Tensor]], sizes: Sequence[int], rows: Rows) -> Tensor:
     """The combination of groups [n] that every pattern is in, numbered with the last changing fastest."""
-    code = torch.zeros(len(rows), dtype=torch.int64)
-    for group in groups:
-        code = code * len(group.labels) + group.code(rows)
-    return code
+    found = torch.zeros(len(rows), dtype=torch.int64)
+    for code, size in zip(codes, sizes, strict=True):
+        found = found * size + code(rows)
+    return found
 
 
 def _typed(labels: np.ndarray) -> np.ndarray:

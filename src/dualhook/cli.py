@@ -20,7 +20,7 @@ from dualhook.errors import DualHookError
 from dualhook.given import build, fill, read_inputs, warn_of
 from dualhook.memory import DualMemory
 from dualhook.query.collectors import CRITERIA
-from dualhook.store import SEGMENT_BYTES, Damage, Layout, Manifest, inspected
+from dualhook.store import SEGMENT_BYTES, Damage, Layout, Manifest, inspected, located
 from dualhook.table import Table
 
 __all__ = ["main"]
@@ -120,11 +120,11 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _damage(path: Path) -> Sequence[Damage]:
+def _damage(path: str) -> Sequence[Damage]:
     """What is wrong with the files of a memory, every bit looked at."""
-    layout = Layout(path)
+    layout = Layout(located(path))
     manifest = Manifest.read(layout)
-    total = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    total = sum(file.stat().st_size for file in layout.root.glob("**/*.safetensors"))
     with tqdm(total=total, desc="reading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         found = inspected(layout, manifest, deep=True, on_file=bar.update)
     if found.without_checksums:
@@ -283,7 +283,7 @@ def _command(
     )
     parser.set_defaults(run=run)
     if memory:
-        parser.add_argument("path", type=Path, metavar="PATH", help="the path that was given to dualhook.instrument")
+        parser.add_argument("path", metavar="PATH", help="the path that was given to dualhook.instrument, or a URL")
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
 

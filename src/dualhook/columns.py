@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,26 +90,35 @@ class Columns:
         known = torch.from_numpy(codes.astype(np.int64) + 1)
         # group 0: the sample is not known, or came after the column was added
         code = torch.cat([torch.zeros(1, dtype=torch.int64), known])
-        return Grouping(
-            [UNKNOWN, *labels.tolist()], lambda rows: code[torch.where(rows.sample < len(known), rows.sample, -1) + 1]
-        )
+        return Grouping([UNKNOWN, *labels.tolist()], partial(_of_samples, code))
 
     def _recorded_grouping(self, layer: str, column: str) -> Grouping:
         stored = column if column in COORDINATES else f"column/{column}"
         parts = [torch.unique(part.double()) for part in self._store.coordinates(layer, stored)]
         values = torch.unique(torch.cat(parts)) if parts else torch.zeros(0, dtype=torch.float64)
         if column in COORDINATES:
-            return Grouping(values.long().tolist(), lambda rows: torch.searchsorted(values, _of_rows(rows, column)))
+            return Grouping(values.long().tolist(), partial(_among, values, column))
         # a batch without the column has left NaN, or -1 among whole numbers: group 0
         known = values[~values.isnan() & (values != -1)]
         whole = bool((known == known.round()).all())
         labels = known.long().tolist() if whole else known.tolist()
+        return Grouping([UNKNOWN, *labels], partial(_among_known, known, column))
 
-        def code(rows: Rows) -> Tensor:
-            found = _of_rows(rows, column)
-            return torch.where(found.isnan() | (found == -1), 0, 1 + torch.searchsorted(known, found))
 
-        return Grouping([UNKNOWN, *labels], code)
+def _of_samples(code: Tensor, rows: Rows) -> Tensor:
+    """The groups of samples, by a code [1 + sample] that begins with that of unknown ones."""
+    return code[torch.where(rows.sample < len(code) - 1, rows.sample, -1) + 1]
+
+
+def _among(values: Tensor, column: str, rows: Rows) -> Tensor:
+    """Where a column's values stand among all of them, ascending."""
+    return torch.searchsorted(values, _of_rows(rows, column))
+
+
+def _among_known(known: Tensor, column: str, rows: Rows) -> Tensor:
+    """The same behind group 0, of those that have none."""
+    found = _of_rows(rows, column)
+    return torch.where(found.isnan() | (found == -1), 0, 1 + torch.searchsorted(known, found))
 
 
 def _of_rows(rows: Rows, column: str) -> Tensor:

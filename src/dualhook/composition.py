@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from dualhook.optimizers import (
     ReplayRule,
     Rule,
     ScalarRule,
+    average_weights,
     coefficients,
     collapsed,
     rules_in,
@@ -29,7 +31,16 @@ from dualhook.query import REPLAY_BYTES, Composition, Replay, ReplayShare, StepT
 from dualhook.records import AVERAGE, SLOW, VALUE, Coefficients, FactorVectors, History, LayerSpec, Mark
 from dualhook.store import Store
 
-__all__ = ["Explanation", "compose", "explanation", "is_replayed", "replayed_states", "rules_of", "unknown_composition"]
+__all__ = [
+    "Explanation",
+    "check_average",
+    "compose",
+    "explanation",
+    "is_replayed",
+    "replayed_states",
+    "rules_of",
+    "unknown_composition",
+]
 
 
 def compose(
@@ -91,6 +102,28 @@ def unknown_composition(spec: LayerSpec, horizon: int, why: str) -> Composition:
         return Composition(spec, nan, weight, unknown=why)
     bias = weight[:, 0] if spec.slots == 1 else weight[:, : spec.slots]
     return Composition(spec, nan, weight, nan, bias, unknown=why)
+
+
+def check_average(
+    store: Store, specs: Iterable[LayerSpec], name: str, horizon: int, settings: Mapping[str, Any]
+) -> None:
+    """Whether a memory can be asked about an average of its weights.
+
+    Raises:
+        RuleError: it cannot, or these settings make none.
+    """
+    if name == "asgd":
+        if not any("asgd" in explanation(store, spec).rule for spec in specs):
+            raise RuleError(
+                f"{store.layout.root} was not trained by torch.optim.ASGD: there is no mean of its own to ask about"
+            )
+    elif store.first_step:
+        raise RuleError(
+            f"{store.layout.root} has folded its first {store.first_step} steps into the origin: "
+            "an average needs every step; record with a larger max_bytes"
+        )
+    else:
+        average_weights(name, horizon=horizon, **settings)
 
 
 def rules_of(store: Store, parameter: str) -> dict[str, Rule]:

@@ -6,6 +6,7 @@ import copy
 import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +16,17 @@ from torch import Tensor, nn
 
 from dualhook.attention import Attention
 from dualhook.columns import Columns
-from dualhook.composition import compose, explanation, unknown_composition
+from dualhook.composition import check_average, compose, unknown_composition
 from dualhook.dual import DualLinear, dual_model
 from dualhook.errors import DualHookError, LayerError, RuleError
 from dualhook.maps import map_of
 from dualhook.model import Positions, Target, find_layers, model_inputs
 from dualhook.optimizers import average_weights
 from dualhook.progress import ReplayProgress
-from dualhook.query import REPLAY_BYTES, Composition, rebuild
+from dualhook.query import REPLAY_BYTES, Composition, Workers, rebuild
 from dualhook.questions import ask
 from dualhook.records import AVERAGE, VALUE, LayerSpec, Rows
-from dualhook.store import AnswerFiles, Store, inspected
+from dualhook.store import AnswerFiles, Store, inspected, located
 from dualhook.table import Table
 from dualhook.verification import VerifyReport, actual_weights, explained_layers, verified
 
@@ -39,11 +40,14 @@ METHODS = ("exact", "preview")
 def load(path: str | os.PathLike[str], *, on_damage: OnDamage = "raise") -> DualMemory:
     """Open the memory that was recorded at ``path``; needs neither the model nor the training script.
 
+    A URL that fsspec knows (``s3://bucket/run``) is read in ranges, and never written to.
+
     ``on_damage="skip"`` looks at every bit of it and goes on without what is damaged, which every table then says;
     steps that are lost count as inexact, and receipts tell what the patterns that are left explain.
 
     Raises:
-        StoreError: the directory is no memory, or one of a newer format, or files of it are damaged or missing.
+        StoreError: the directory is no memory, or one of a newer format, or files of it are damaged or missing, or
+            what the URL names cannot be reached.
     """
     if on_damage not in ("raise", "skip"):
         raise DualHookError(f"on_damage={on_damage!r}: expected 'raise' or 'skip'")
@@ -57,7 +61,7 @@ class DualMemory:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep: object = None, on_damage: OnDamage = "raise") -> None:
-        self._store = Store(Path(path), on_damage=on_damage)
+        self._store = Store(located(path), on_damage=on_damage)
         self._specs = {spec.name: spec for spec in self._store.trained_uses}
         self._primary = {spec.name: spec for spec in self._store.layers}
         self._columns = Columns(self._store)
@@ -119,10 +123,7 @@ class DualMemory:
         return self._store.nbytes
 
     def on_progress(self, callback: Callable[[int], None] | None) -> None:
-        """Call ``callback(patterns)`` for every block of patterns that any question has worked through; None stops.
-
-        A question is one pass over the patterns of each of its layers.
-        """
+        """Call ``callback(patterns)`` whenever a question, one pass a layer, has gone through some more; None stops."""
         self._store.on_rows = callback
 
     @property
@@ -176,6 +177,8 @@ class DualMemory:
         step: int | None = None,
         method: Method = "exact",
         cache: bool = False,
+        executor: Executor | None = None,
+        device: str | torch.device | None = None,
         **named: Any,
     ) -> Attention:
         """Which training patterns does this prediction attend to? Lazy: nothing is read until the answer is asked.
@@ -198,18 +201,23 @@ class DualMemory:
                 time: the same question is then answered without a replay, also after reopening, and one that was
                 interrupted goes on from its finished layers, or within a long one from where it was a minute ago.
                 Answers of a layer that take more than a quarter of ``replay_bytes`` are not kept.
+            executor: what goes through the patterns: threads, processes, or a cluster's (``client.get_executor()`` of
+                Dask) whose workers see the memory under the same path. Answers are the same to the last bit; a lost
+                worker's part is done here. Default ``torch.get_num_threads()`` threads, and always for replays.
+            device: where products are made, such as ``"cuda"``; default, and always for replays, the processor.
             **named: keyword arguments of the model, in place of ``inputs``:
                 ``attend(model, **tokenizer(prompt, return_tensors="pt"))``.
 
         A layer whose optimiser's rule is not registered any more has attention weights, but no contributions.
 
         Raises:
+            DualHookError: what is no executor, or a device on which torch cannot compute.
             LayerError: the model, the inputs, the target or the positions do not fit the memory.
             RuleError: a preview of an optimiser whose steps are made of more than its state (Lion, Muon, …).
         """
         if method not in METHODS:
             raise DualHookError(f"method={method!r}: expected one of {', '.join(METHODS)}")
-        horizon = self._horizon(step)
+        horizon, workers = self._horizon(step), Workers.checked(executor, device)
         if not self._specs:
             raise LayerError(f"{self.path} holds no patterns: no optimiser step on a recorded layer was seen")
         specs = [self._specs[name] for name in self._named(layers)]
@@ -229,6 +237,7 @@ class DualMemory:
             keep=self._keep,
             files=files,
             missing=self._store.note_of_loss,
+            workers=workers,
         )
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None, deep: bool = False) -> VerifyReport:
@@ -315,18 +324,7 @@ class DualMemory:
             RuleError: an unknown average, or settings that make none.
         """
         settings: dict[str, Any] = {"start": start, "every": every, "decay": decay}
-        if name == "asgd":
-            if not any("asgd" in explanation(self._store, spec).rule for spec in self._specs.values()):
-                raise RuleError(
-                    f"{self.path} was not trained by torch.optim.ASGD: there is no mean of its own to ask about"
-                )
-        elif self._store.first_step:
-            raise RuleError(
-                f"{self.path} has folded its first {self._store.first_step} steps into the origin: "
-                "an average needs every step; record with a larger max_bytes"
-            )
-        else:
-            average_weights(name, horizon=self.steps, **settings)  # refuses settings that make no average
+        check_average(self._store, self._specs.values(), name, self.steps, settings)
         twin = copy.copy(self)
         twin._average, twin._composed = (name, settings), {}
         return twin

@@ -35,6 +35,7 @@ __all__ = [
     "LedgerEntry",
     "Mark",
     "OriginPart",
+    "Piece",
     "RowSource",
     "Rows",
     "absent",
@@ -178,6 +179,10 @@ class Rows:
         joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in there}
         return Rows(columns=columns, first=self.first, **joined)
 
+    def on(self, device: torch.device) -> Rows:
+        """The same on a device."""
+        return self if device == self.key.device else self._each(lambda values: values.to(device))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
         there = [*FIELDS, *(name for name in OPTIONAL if getattr(self, name) is not None)]
         parts: dict[str, Any] = {name: change(getattr(self, name)) for name in there}
@@ -220,7 +225,11 @@ class FactorVectors:
 
     def to_cpu(self) -> FactorVectors:
         """The same, off any accelerator."""
-        return FactorVectors(self.row.cpu(), self.column.cpu())
+        return self.each(Tensor.cpu)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> FactorVectors:
+        """The same with both changed."""
+        return FactorVectors(change(self.row), change(self.column))
 
 
 @dataclass(frozen=True)
@@ -283,8 +292,44 @@ class Coefficients:
     reach: Tensor
 
 
+class Piece(Protocol):
+    """Some consecutive patterns of a layer, which can be read anywhere: small, and pickled to get there."""
+
+    @property
+    def first(self) -> int:
+        """The number of the first pattern."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many patterns there are."""
+        ...
+
+    @property
+    def first_step(self) -> int:
+        """The oldest step they may be of."""
+        ...
+
+    @property
+    def last_step(self) -> int:
+        """The newest step they may be of."""
+        ...
+
+    def blocks(self, block_rows: int) -> Iterator[Rows]:
+        """The patterns, oldest first, at most ``block_rows`` at a time."""
+        ...
+
+
 class RowSource(Protocol):
     """Where a question gets its patterns from."""
+
+    def pieces(self, layer: str, *, last_step: int, first_step: int = 0) -> Iterator[Piece]:
+        """The layer's patterns of ``first_step`` to ``last_step`` in pieces, oldest first; none is empty."""
+        ...
+
+    def worked_on(self, patterns: int) -> None:
+        """Hear that so many more patterns have been through."""
+        ...
 
     def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
         """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""

@@ -6,79 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from held import Held, cases, dense
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dualhook.query import Composition, GroupSums, LayerQuery, Receipt, TopPatterns, dual_output, rebuild, scan
-from dualhook.query.streaming import Scores
-from dualhook.records import LayerSpec, Rows
-
-I, O = 3, 2
-
-
-class Held:
-    """A row source over rows in memory, cut into segments anywhere."""
-
-    def __init__(self, rows: Rows, cuts: list[int]) -> None:
-        self.rows = rows
-        self.cuts = [0, *sorted(cuts), len(rows)]
-
-    def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0):
-        for start, stop in zip(self.cuts[:-1], self.cuts[1:], strict=True):
-            for first in range(start, stop, block_rows):
-                last = min(stop, first + block_rows)
-                keep = slice(first, last)
-                part = Rows(self.rows.key[keep], self.rows.output_grad[keep], self.rows.step[keep],
-                            self.rows.sample[keep], self.rows.position[keep], first=first)  # fmt: skip
-                known = part.step <= last_step
-                yield Rows(part.key[known], part.output_grad[known], part.step[known], part.sample[known],
-                           part.position[known], first=first)  # fmt: skip
-
-
-@st.composite
-def cases(draw: st.DrawFn):
-    count = draw(st.integers(0, 40))
-    torch.manual_seed(draw(st.integers(0, 10**6)))
-    coarse = draw(st.booleans())  # small whole numbers: many ties
-
-    def values(*shape: int) -> Tensor:
-        drawn = torch.randn(*shape, dtype=torch.float64)
-        return (drawn * 1.5).round() if coarse else drawn
-
-    horizon = draw(st.integers(1, 6))
-    step = torch.randint(1, horizon + 1, (count,)).sort().values
-    rows = Rows(values(count, I), values(count, O), step, torch.randint(-1, 5, (count,)), torch.randint(0, 3, (count,)))
-    bias = draw(st.booleans())
-    spec = LayerSpec("fc", I, O, "fc.weight", "fc.bias" if bias else None)
-    made_of = Composition(
-        spec, values(horizon + 1), values(O, I), values(horizon + 1) if bias else None, values(O) if bias else None
-    )
-    queries, positions = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    query, direction = values(queries, positions, I), values(queries, positions, O)
-    cuts = draw(st.lists(st.integers(0, count), max_size=4))
-    block_rows = draw(st.integers(1, 9))
-    return rows, made_of, query, direction, Held(rows, cuts), block_rows
-
-
-def dense(rows: Rows, made_of: Composition, query: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention weights [q, n], contributions [q, n] and the layer's output [q, p, o]."""
-    ones = torch.ones(len(rows), 1, dtype=torch.float64)
-    augmented = made_of.bias is not None
-    keys = torch.cat([rows.key, ones], 1) if augmented else rows.key
-    q = torch.cat([query, torch.ones_like(query[..., :1])], -1) if augmented else query
-    weight = torch.einsum("ni,qpi->qn", keys, q)
-    scaled = torch.cat([rows.key * made_of.weight[rows.step][:, None], ones * made_of.bias[rows.step][:, None]], 1) \
-        if augmented else rows.key * made_of.weight[rows.step][:, None]  # fmt: skip
-    contribution = -torch.einsum("qpo,no,ni,qpi->qn", direction, rows.output_grad, scaled, q)
-    matrix = torch.cat([made_of.origin_weight, made_of.origin_bias[:, None]], 1) if augmented else made_of.origin_weight
-    total = matrix - rows.output_grad.T @ scaled
-    return weight, contribution, q @ total.T
+from dualhook.query import GroupSums, LayerQuery, Receipt, TopPatterns, dual_output, rebuild, scan
+from dualhook.query.scores import Scores
+from dualhook.records import Rows
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr("dualhook.query.streaming.BLOCK_ROWS", 5)
+    monkeypatch.setattr("dualhook.query.streaming.TASK_ROWS", 12)
     monkeypatch.setattr("dualhook.query.weights.BLOCK_ROWS", 4)
 
 
@@ -185,7 +126,7 @@ def test_receipt_dual_output_and_rebuilt_weight(case):
     assert all(close(left[name], value) for name, value in rebuild(Held(kept, []), made_of).items())
     asked = LayerQuery(made_of, query, direction, output)
     receipt = Receipt(asked)
-    receipt.parts = scan(source, asked, [receipt]).parts
+    receipt.parts = scan(source, asked, [receipt.sums]).parts
     assert (receipt.explained > 1 - 1e-9).all()
     true = contribution.abs().sum(1) / contribution.sum(1).abs()
     assert close(receipt.cancellation[true < 1e6], true[true < 1e6])
@@ -199,6 +140,6 @@ def test_receipt_sees_what_is_missing(case, share):
     grown = output + share / (1 - share) * (output - origin)  # the patterns are then 1 - share of what training did
     asked = LayerQuery(made_of, query, direction, grown)
     receipt = Receipt(asked)
-    receipt.parts = scan(source, asked, [receipt]).parts
+    receipt.parts = scan(source, asked, [receipt.sums]).parts
     moved = (output - origin).flatten(1).norm(dim=1) > 1e-6
     assert close(receipt.explained[moved], torch.full_like(receipt.explained[moved], 1 - share))

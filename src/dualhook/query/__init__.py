@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dualhook.query.answers import Answer, Answers
-from dualhook.query.collectors import Collector, GroupSums, Receipt, TopPatterns
+from dualhook.query.collectors import GroupSums, Receipt, TopPatterns
 from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken, Synchronization
 from dualhook.query.replay import Replay
+from dualhook.query.scores import LayerQuery
 from dualhook.query.sealed import seal
 from dualhook.query.slots import answered
-from dualhook.query.streaming import KEPT, LayerQuery, dual_output, scan
+from dualhook.query.streaming import KEPT, dual_output, scan
+from dualhook.query.tasks import Collector, Workers
 from dualhook.query.weights import rebuild
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "StepTaken",
     "Synchronization",
     "TopPatterns",
+    "Workers",
     "answered",
     "dual_output",
     "rebuild",

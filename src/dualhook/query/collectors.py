@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dualhook.query.streaming import LayerQuery, Scores
+from dualhook.query.scores import LayerQuery, Scores
 from dualhook.records import Rows
 
-__all__ = ["Collector", "Criterion", "GroupSums", "Receipt", "TopPatterns"]
+__all__ = ["Criterion", "GroupSums", "Receipt", "TopPatterns"]
 
 Criterion = Literal["weight", "abs_weight", "contribution", "abs_contribution"]
 CRITERIA = ("weight", "abs_weight", "contribution", "abs_contribution")
-
-
-class Collector(Protocol):
-    """Something that sees every block of a pass once."""
-
-    def add(self, scores: Scores) -> None:
-        """Take one block."""
-        ...
 
 
 def criterion(scores: Scores, by: Criterion) -> Tensor:
@@ -45,26 +37,35 @@ class TopPatterns:
         self._behind = {"rank": -torch.inf if largest else torch.nan, "pattern": torch.iinfo(torch.int64).max}
         self._first = 0  # pattern number of the block that was seen last
 
+    def fresh(self) -> TopPatterns:
+        return TopPatterns(self.k, self.by, self.largest)
+
     def add(self, scores: Scores) -> None:
-        ahead = self._ahead(criterion(scores, self.by), scores.rows.first)
+        rank = criterion(scores, self.by)
+        ahead = self._ahead(rank, scores.rows.first)
         query, index = ahead.nonzero().unbind(1)
         self._first = scores.rows.first
         if not len(query):
             return
-        chosen, counts = torch.unique_consecutive(query, return_counts=True)
+        chosen, counts = torch.unique_consecutive(query.cpu(), return_counts=True)
         row = torch.repeat_interleave(counts)
         at = row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
         best = {}
-        for name, values in self._fields(scores, query, index).items():
+        for name, values in self._fields(scores, rank[query, index], query, index).items():
             found = values.new_full((len(chosen), int(counts.max())), self._behind.get(name, 0))
             found[at] = values
             best[name] = torch.cat([self._best[name][chosen], found], 1) if self._best else found
-        for name, descending in (("pattern", False), ("rank", self.largest)):  # equal ones by their number
-            order = best[name].sort(dim=1, descending=descending, stable=True).indices
-            order = order if name == "pattern" else order[:, : self.k]
-            best = {field: values.gather(1, order) for field, values in best.items()}
+        best = self._first_of(best)
         every = len(chosen) == len(ahead)  # as long as they are fewer than k
         self._best = best if every else {n: v.index_copy(0, chosen, best[n]) for n, v in self._best.items()}
+
+    def found(self) -> dict[str, Tensor]:
+        return self._best
+
+    def merge(self, found: dict[str, Tensor]) -> None:
+        if found and self._best:
+            found = self._first_of({name: torch.cat([own, found[name]], 1) for name, own in self._best.items()})
+        self._best = found or self._best
 
     def result(self, queries: int) -> dict[str, Tensor]:
         """The fields, each [q, at most k], best first."""
@@ -75,21 +76,29 @@ class TopPatterns:
         """Which patterns of a block, ``rank`` [q, n] from number ``first`` on, may be among the ``k`` best so far."""
         held = self._best.get("rank")
         if held is None or held.shape[1] < self.k:
-            return torch.ones_like(rank, dtype=torch.bool)
-        last = held[:, -1:]
+            if rank.shape[1] <= self.k:
+                return torch.ones_like(rank, dtype=torch.bool)
+            last = rank.topk(self.k, dim=1, largest=self.largest).values[:, -1:]
+            return ~(rank < last) if self.largest else ~(rank > last)
+        last = held[:, -1:].to(rank.device)
         if first >= self._first:  # the earlier one of equals stays; a replay shows the newest patterns first
             return ~(rank <= last) if self.largest else ~(rank >= last)  # NaN is the largest, as in sort
         return ~(rank < last) if self.largest else ~(rank > last)
 
-    def _fields(self, scores: Scores, query: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """What is kept of the patterns with an ``index`` [m] in the block, each for one query."""
-        rows = scores.rows
-        return {
-            "rank": criterion(scores, self.by)[query, index],
-            "pattern": index + rows.first,
-            "weight": scores.weight[query, index],
-            "contribution": scores.contribution_of(query, index),
-        } | {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
+    def _first_of(self, best: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The ``k`` that come first of candidates [q, m], in order."""
+        for name, descending in (("pattern", False), ("rank", self.largest)):  # equal ones by their number
+            order = best[name].sort(dim=1, descending=descending, stable=True).indices
+            order = order if name == "pattern" else order[:, : self.k]
+            best = {field: values.gather(1, order) for field, values in best.items()}
+        return best
+
+    def _fields(self, scores: Scores, rank: Tensor, query: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """What is kept of the patterns with a ``rank`` [m] and an ``index`` [m] in the block, each for one query."""
+        rows, weight = scores.rows, scores.weight[query, index].cpu()
+        contribution, index = scores.contribution_of(query, index).cpu(), index.cpu()
+        found = {"rank": rank.cpu(), "pattern": index + rows.first, "weight": weight, "contribution": contribution}
+        return found | {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
 
 
 class GroupSums:
@@ -98,24 +107,34 @@ class GroupSums:
     FIELDS = ("weight", "abs_weight", "contribution", "abs_contribution")
 
     def __init__(self, queries: int, group_of: Callable[[Rows], Tensor]) -> None:
+        self._queries = queries
         self._group_of = group_of
         none = torch.zeros(0, dtype=torch.int64)
         self._summed = [_Summed(none, none, torch.zeros((len(self.FIELDS), queries, 0), dtype=torch.float64))]
+
+    def fresh(self) -> GroupSums:
+        return GroupSums(self._queries, self._group_of)
 
     def add(self, scores: Scores) -> None:
         groups = self._group_of(scores.rows)
         group, place = torch.unique(groups, return_inverse=True)
         totals = torch.zeros((len(self.FIELDS), len(scores.weight), len(group)), dtype=torch.float64)
         for total, name in zip(totals, self.FIELDS, strict=True):
-            total.index_add_(1, place, criterion(scores, name).double())  # type: ignore[arg-type]
-        self._summed.append(_Summed(group, torch.bincount(place, minlength=len(group)), totals))
+            total.index_add_(1, place, criterion(scores, name).cpu().double())  # type: ignore[arg-type]
+        self.merge(_Summed(group, torch.bincount(place, minlength=len(group)), totals))
+
+    def found(self) -> _Summed:
+        self._merge()
+        return self._summed[0]
+
+    def merge(self, found: _Summed) -> None:
+        self._summed.append(found)
         if sum(len(later.group) for later in self._summed[1:]) > len(self._summed[0].group):
             self._merge()  # seldom enough that each group is moved a few times only
 
     def result(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The groups [g] that occur, ascending, how many patterns each has [g], and the totals by name [q, g]."""
-        self._merge()
-        summed = self._summed[0]
+        summed = self.found()
         return summed.group, summed.count, dict(zip(self.FIELDS, summed.totals, strict=True))
 
     def _merge(self) -> None:
@@ -139,19 +158,37 @@ class _Summed:
         return _Summed(group, count, totals)
 
 
+class Cancellation:
+    """Sums of contributions, signed and absolute [q]."""
+
+    def __init__(self, queries: int) -> None:
+        self.signed = torch.zeros(queries, dtype=torch.float64)
+        self.absolute = torch.zeros(queries, dtype=torch.float64)
+
+    def fresh(self) -> Cancellation:
+        return Cancellation(len(self.signed))
+
+    def add(self, scores: Scores) -> None:
+        self.signed += scores.contribution.sum(1, dtype=torch.float64).cpu()
+        self.absolute += scores.contribution.abs().sum(1, dtype=torch.float64).cpu()
+
+    def found(self) -> Cancellation:
+        return self
+
+    def merge(self, found: Cancellation) -> None:
+        self.signed += found.signed
+        self.absolute += found.absolute
+
+
 class Receipt:
     """Does the sum add up? The share of the trained output that the parts explain, and the cancellation."""
 
     def __init__(self, asked: LayerQuery) -> None:
         self._asked = asked
-        self._signed = torch.zeros(len(asked), dtype=torch.float64)
-        self._absolute = torch.zeros(len(asked), dtype=torch.float64)
+        self.sums = Cancellation(len(asked))
+        """What a pass has to gather for it."""
         self.parts: Mapping[str, Tensor] = {}
         """What the layer answers by parts [q, p, o], see :attr:`Pass.parts`; set when the pass is through."""
-
-    def add(self, scores: Scores) -> None:
-        self._signed += scores.contribution.sum(1, dtype=torch.float64)
-        self._absolute += scores.contribution.abs().sum(1, dtype=torch.float64)
 
     @property
     def explained(self) -> Tensor:
@@ -179,7 +216,7 @@ class Receipt:
     @property
     def cancellation(self) -> Tensor:
         """Sum of absolute contributions over the absolute value of their sum [q]."""
-        return torch.where(self._absolute == 0, 1.0, self._absolute / self._signed.abs())
+        return torch.where(self.sums.absolute == 0, 1.0, self.sums.absolute / self.sums.signed.abs())
 
     def along_direction(self) -> dict[str, Tensor]:
         """What every part puts into the prediction, ``direction · part`` [q]."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dualhook.maps import LinearMap
 from dualhook.optimizers import Entry, Exactness, ReplayRule, Side
-from dualhook.records import FactorVectors, LayerSpec, Rows
+from dualhook.records import FactorVectors, LayerSpec, Piece, Rows
 
 __all__ = ["REPLAY_BYTES", "Composition", "ReplayShare", "SealedRows", "StepTaken", "Synchronization", "Totals"]
 
@@ -142,6 +142,11 @@ class ReplayShare:
         """Of its replay."""
         return self.computed_in.itemsize
 
+    def without_history(self) -> ReplayShare:
+        """What says no more than that the parameter is replayed."""
+        nothing = self.weight.new_zeros(0)
+        return replace(self, weight=nothing, tensors={}, taken={}, readout=nothing, snapshots={}, totals=None, map=None)
+
     def kept_bytes(self, units: slice, *, totals: bool) -> int:
         """What one step of some output units leaves for the way back: factor, gradient, weight, rounding."""
         entries = self.weight[units].numel()
@@ -171,6 +176,11 @@ class SealedRows:
     def output_grad(self, rows: Rows) -> Tensor:
         """The output gradients of a block."""
         return self._own(rows) if self.side == "left" else rows.output_grad
+
+    def of(self, first: int, count: int) -> SealedRows:
+        """Those of some consecutive patterns."""
+        start = first - self.first
+        return replace(self, values=self.values[start : start + count].clone(), first=first)
 
     def _own(self, rows: Rows) -> Tensor:
         start = rows.first - self.first
@@ -205,6 +215,8 @@ class Composition:
     """Whether the replays are previewed from snapshots."""
     unknown: str = ""
     """Why nothing of this is known (all NaN): the optimiser's rule is not registered any more."""
+    first_step: int = 0
+    """The step that the first of the coefficients is of."""
 
     @property
     def horizon(self) -> int:
@@ -215,6 +227,34 @@ class Composition:
     def only_replays(self) -> bool:
         """Whether every parameter of the layer is replayed: no coefficient by step says anything."""
         return len(self.replays) == len(self.spec.parameters)
+
+    def of(self, pieces: Sequence[Piece]) -> Composition:
+        """What some consecutive pieces of the patterns are multiplied with; no origin, nothing to replay."""
+        steps = slice(min(piece.first_step for piece in pieces), max(piece.last_step for piece in pieces) + 1)
+        count, nothing = sum(piece.count for piece in pieces), self.origin_weight.new_zeros(0)
+        return replace(
+            self,
+            weight=self.weight[steps].clone(),
+            origin_weight=nothing,
+            bias=None if self.bias is None else self.bias[steps].clone(),
+            origin_bias=None if self.origin_bias is None else nothing,
+            factor=None if self.factor is None else self.factor.each(lambda values: values[steps].clone()),
+            sealed=None if self.sealed is None else self.sealed.of(pieces[0].first, count),
+            replays=tuple(share.without_history() for share in self.replays),
+            rounding=None,
+            tick=None,
+            first_step=steps.start,
+        )
+
+    def on(self, device: torch.device) -> Composition:
+        """The same with what scores need on another device."""
+        return replace(
+            self,
+            weight=self.weight.to(device),
+            bias=None if self.bias is None else self.bias.to(device),
+            factor=None if self.factor is None else self.factor.each(lambda values: values.to(device)),
+            sealed=None if self.sealed is None else replace(self.sealed, values=self.sealed.values.to(device)),
+        )
 
     def unsummed(self) -> Composition:
         """The same with no totals known: the next pass adds them up again."""

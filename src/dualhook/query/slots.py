@@ -31,7 +31,7 @@ def constants(slot: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor | N
     """What the bias's components of keys and queries make together [q, p, n]; None: 1 throughout."""
     if slot is None:
         return None if rows.constant is None else rows.constant.to(dtype)
-    one = torch.ones(len(rows), dtype=dtype) if rows.constant is None else rows.constant.to(dtype)
+    one = torch.ones(len(rows), dtype=dtype, device=slot.device) if rows.constant is None else rows.constant.to(dtype)
     return one * (slot[..., None] == rows.slot) if rows.slot is not None else one.expand(*slot.shape, -1)
 
 
@@ -40,7 +40,7 @@ def met(rows: Rows, vectors: Tensor) -> Tensor:
     if rows.slot is None:
         return vectors
     blocks = vectors.reshape(len(rows), -1, rows.key.shape[1])
-    return blocks[torch.arange(len(rows)), rows.slot]
+    return blocks[torch.arange(len(rows), device=blocks.device), rows.slot]
 
 
 def bias_gradient(values: Tensor, rows: Rows, slots: int) -> Tensor:

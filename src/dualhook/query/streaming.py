@@ -1,17 +1,12 @@
-"""One pass over a layer's patterns: what every block of rows contributes to every query.
+"""One pass over a layer's patterns, by tasks or by a replay, and what it adds up to.
 
-Letters: ``n`` pattern of a block, ``q`` query, ``p`` position of a query (a call of the layer or a place in a
-sequence), ``i`` input, ``o`` output, ``t`` step.
+Letters: ``n`` pattern, ``q`` query, ``p`` position of a query, ``i`` input, ``o`` output.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,145 +15,21 @@ from dualhook.query.answers import Answer, Answers, Started, oldest_first
 from dualhook.query.parts import Composition
 from dualhook.query.preview import Preview
 from dualhook.query.replay import BLOCK_BYTES, Replay
+from dualhook.query.scores import LayerQuery, Scores
 from dualhook.query.scoring import ReplayScores
-from dualhook.query.slots import answered, constants, met, products
-from dualhook.records import Rows, RowSource
+from dualhook.query.slots import answered
+from dualhook.query.tasks import HERE, Collector, Task, Workers
+from dualhook.records import Piece, Rows, RowSource
 
-if TYPE_CHECKING:
-    from dualhook.query.collectors import Collector
+__all__ = ["BLOCK_ROWS", "Pass", "dual_output", "scan"]
 
-__all__ = ["BLOCK_ROWS", "LayerQuery", "Pass", "Scores", "dual_output", "scan"]
-
-BLOCK_ROWS = 4096
-CACHED_SCORES = 2**15  # numbers of one score matrix that stays in the cache: many queries make the blocks shorter, …
+TASK_ROWS = 2**15  # patterns of a task, at least
+BLOCK_ROWS = 16384
+CACHED_SCORES = 2**17  # numbers of one score matrix that stays in the cache: many queries make the blocks shorter, …
 LEAST_ROWS = 512  # … but not so short that products lose their speed …
 BLOCK_SCORES = 2**24  # … unless the score matrix would grow large
 KEPT = 4  # an answer of up to this part of the replay's budget is kept
 SAVE_SECONDS = 30.0  # between two times that a long replay saves what it has
-
-
-@dataclass(frozen=True)
-class LayerQuery:
-    """What one layer is asked: its inputs ``query`` [q, p, i] and the ``direction`` [q, p, o] that counts.
-
-    A query with several positions (the layer is called several times for one prediction, or along a sequence) is
-    answered by the sum over them. ``output`` [q, p, o] is what the trained layer really gives, for the receipt.
-    """
-
-    made_of: Composition
-    query: Tensor
-    direction: Tensor
-    output: Tensor
-    slot: Tensor | None = None
-    """Which slot of the layer's columns every query fills [q, p], -1 for one that is only padding; None: all."""
-    size: Tensor | None = None
-    """``|W| |x| + |b|`` [q, p, o]: what the rounding of ``output`` goes with; None: its own size."""
-    memory: str = ""
-    """What tells the memory and the weights asked about from others: part of the :attr:`key`."""
-    present: Tensor | None = None
-    """Which positions count [q, p]; the others are zeros that fill up queries of fewer. None: all."""
-
-    @cached_property
-    def layer_key(self) -> str:
-        """What tells the layer at this horizon from others."""
-        return hashlib.sha256(f"{self.memory} {self.name} {self.made_of.horizon}".encode()).hexdigest()[:32]
-
-    @cached_property
-    def key(self) -> str:
-        """What tells this question from others."""
-        made_of = self.made_of
-        method = f"{made_of.preview} {made_of.sealed is not None}"
-        found = hashlib.sha256(f"{self.memory} {self.name} {made_of.horizon} {method}".encode())
-        for values in (self.query, self.direction):
-            found.update(f"{values.dtype} {list(values.shape)}".encode())
-            found.update(values.detach().contiguous().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()[:32]
-
-    @property
-    def name(self) -> str:
-        """The layer's name."""
-        return self.made_of.spec.name
-
-    def __len__(self) -> int:
-        return int(self.query.shape[0])
-
-
-class Scores:
-    """One block of rows against all queries; each quantity is computed when a collector asks for it."""
-
-    def __init__(self, asked: LayerQuery, rows: Rows, replayed: Tensor | None = None) -> None:
-        self._asked = asked
-        self.rows = rows
-        self._replayed = replayed
-        self._dtype = _computing_dtype(rows)
-
-    @cached_property
-    def _products(self) -> Tensor:
-        """``key · query`` [q, p, n]; not to be written to."""
-        return products(self._asked.query, self._asked.slot, self.rows, self._dtype)
-
-    @cached_property
-    def _constants(self) -> Tensor | None:
-        """The same of the bias's constant [q, p, n] or [n]; None: 1."""
-        return constants(self._asked.slot, self.rows, self._dtype)
-
-    @cached_property
-    def _terms(self) -> list[tuple[Tensor, Tensor]]:
-        """What sums to minus the layer's change: attention with coefficient [q, p, n], output gradients [n, o]."""
-        made_of, step, d = self._asked.made_of, self.rows.step, self.rows.output_grad.to(self._dtype)
-        bias = None if made_of.bias is None else made_of.bias[step].to(self._dtype)
-        if bias is not None and self._constants is not None:
-            bias = bias * self._constants
-        weight, factor, sealed = made_of.weight[step].to(self._dtype), made_of.factor, made_of.sealed
-        if sealed is not None:
-            keys, gradients = sealed.key(self.rows), sealed.output_grad(self.rows).to(self._dtype)
-        elif factor is not None:
-            keys = self.rows.key.to(self._dtype) * met(self.rows, factor.column[step]).to(self._dtype)
-            gradients = d * factor.row[step].to(self._dtype)
-        else:  # the bias is one more key component
-            attended = self._products * weight
-            return [(attended if bias is None else attended + bias, d)]
-        keyed = replace(self.rows, key=keys)
-        own = (products(self._asked.query, self._asked.slot, keyed, self._dtype) * weight, gradients)
-        return [own] if bias is None else [own, (bias.expand_as(self._products), d)]
-
-    @cached_property
-    def weight(self) -> Tensor:
-        """Attention weights ``key · query``, the bias's constant 1 included [q, n]."""
-        if self._asked.made_of.bias is None:
-            return _over_positions(self._products)
-        ones: Tensor | float = self._constants if self._constants is not None else 1.0
-        if self._asked.present is not None:
-            ones = ones * self._asked.present[..., None].to(self._dtype)
-        return _over_positions(self._products + ones)
-
-    @cached_property
-    def contribution(self) -> Tensor:
-        """``direction · value (key · query)`` [q, n]; sums to what training has put into the direction."""
-        if self._replayed is not None and self._asked.made_of.only_replays:
-            return self._replayed
-        along = self._asked.direction
-        terms = [_over_positions(_against(along, d, self._dtype).mul_(attended)) for attended, d in self._terms]
-        by_step = sum(terms[1:], terms[0]).neg_()
-        return by_step if self._replayed is None else by_step + self._replayed
-
-    def contribution_of(self, query: Tensor, pattern: Tensor) -> Tensor:
-        """Contributions [m] of some of the block's patterns [m], each to one query of [m].
-
-        Where they are few, and the block's contributions not asked for otherwise, other output gradients are not read.
-        """
-        known = self._replayed is not None or "contribution" in vars(self)
-        if known or self._asked.query.shape[1] > 1 or len(pattern) >= len(self.rows):
-            return self.contribution[query, pattern]
-        along, found = self._asked.direction[query, 0].to(self._dtype), torch.zeros(len(query), dtype=self._dtype)
-        for attended, d in self._terms:
-            found -= (along * d[pattern]).sum(1).mul_(attended[query, 0, pattern])
-        return found
-
-    def output(self) -> Tensor:
-        """What the block's coefficients by step add to the layer's output [q, p, o]."""
-        terms = [attended @ d for attended, d in self._terms]
-        return -torch.stack(terms).sum(0) if len(terms) > 1 else -terms[0]
 
 
 class Pass:
@@ -166,7 +37,8 @@ class Pass:
 
     ``outputs=True`` also adds up what the layer answers, part by part: :attr:`parts`. What a replay has found is the
     :attr:`answer`, if there is room; a pass that is given one replays nothing. ``unfinished`` is where a long replay
-    puts what it has, so that it goes on from there if it is asked again after an interruption.
+    puts what it has, so that it goes on from there if it is asked again after an interruption. ``workers`` do what
+    is no replay.
     """
 
     def __init__(
@@ -178,8 +50,10 @@ class Pass:
         outputs: bool = True,
         answer: Answer | None = None,
         unfinished: Answers | None = None,
+        workers: Workers = HERE,
     ) -> None:
         self.answer = answer
+        self._workers = workers
         self._unfinished = unfinished
         self._previewed: Tensor | None = None  # what previewed patterns add to the output
         self._source = source
@@ -190,12 +64,23 @@ class Pass:
         if scores and asked.made_of.replays:
             self._scores = ReplayScores(asked.query, asked.direction, asked.slot, asked.made_of.spec.slots)
 
-    def __iter__(self) -> Iterator[Scores]:
-        for rows, replayed in self._blocks():
-            scores = Scores(self._asked, rows, replayed)
-            yield scores
-            if self._outputs and not self._asked.made_of.only_replays:
-                self._by_step += scores.output()
+    def run(self, collectors: Sequence[Collector]) -> None:
+        """Show every block of patterns to the collectors."""
+        if self._asked.made_of.replays and self.answer is None:
+            for rows, replayed in self._replayed():
+                scores = Scores(self._asked, rows, replayed)
+                for collector in collectors:
+                    collector.add(scores)
+                if self._outputs and not self._asked.made_of.only_replays:
+                    self._by_step += scores.output()
+            return
+        with self._workers.doing(self._tasks(collectors)) as results:
+            for done in results:
+                for collector, found in zip(collectors, done.found, strict=True):
+                    collector.merge(found)
+                if done.output is not None:
+                    self._by_step += done.output
+                self._source.worked_on(done.patterns)
 
     @property
     def parts(self) -> Mapping[str, Tensor]:
@@ -230,21 +115,25 @@ class Pass:
         """What a matrix or a bias adds to the output [q, p, o]."""
         return bias_output(self._asked, part) if is_bias else answered(self._asked.query, self._asked.slot, part)
 
-    def _blocks(self) -> Iterator[tuple[Rows, Tensor | None]]:
-        asked = self._asked
-        if asked.made_of.replays and self.answer is None:
-            yield from self._replayed()
-            return
+    def _tasks(self, collectors: Sequence[Collector]) -> Iterator[Task]:
+        """The pass in runs of pieces, oldest first."""
+        asked, start = self._asked, 0
         queries = max(1, asked.query.shape[0] * asked.query.shape[1])
         rows = min(BLOCK_ROWS, max(LEAST_ROWS, CACHED_SCORES // queries), max(1, BLOCK_SCORES // queries))
-        yield from self._scanned(rows, None if self.answer is None else self.answer.contribution)
+        outputs = self._outputs and not asked.made_of.only_replays
+        fresh = [collector.fresh() for collector in collectors]
+        for pieces in _runs(self._source.pieces(asked.name, last_step=asked.made_of.horizon)):
+            stop = start + sum(piece.count for piece in pieces)
+            replayed = None if self.answer is None else self.answer.contribution[:, start:stop].clone()
+            yield Task(pieces, asked.of(pieces), fresh, rows, outputs, replayed, self._workers.device)
+            start = stop
 
-    def _scanned(self, rows: int, scores: Tensor | None, first_step: int = 0) -> Iterator[tuple[Rows, Tensor | None]]:
+    def _scanned(self, rows: int, scores: Tensor, first_step: int) -> Iterator[tuple[Rows, Tensor]]:
         """The patterns from ``first_step`` on in blocks, oldest first, with their part of ``scores`` [q, n]."""
         start = 0
         horizon = self._asked.made_of.horizon
         for block in self._source.blocks(self._asked.name, first_step=first_step, last_step=horizon, block_rows=rows):
-            yield block, None if scores is None else scores[:, start : start + len(block)]
+            yield block, scores[:, start : start + len(block)]
             start += len(block)
 
     def _replayed(self) -> Iterator[tuple[Rows, Tensor | None]]:
@@ -305,12 +194,11 @@ def scan(
     outputs: bool = True,
     answer: Answer | None = None,
     unfinished: Answers | None = None,
+    workers: Workers = HERE,
 ) -> Pass:
     """Show every block of the layer's patterns to the collectors; the pass that is through."""
-    through = Pass(source, asked, outputs=outputs, answer=answer, unfinished=unfinished)
-    for scores in through:
-        for collector in collectors:
-            collector.add(scores)
+    through = Pass(source, asked, outputs=outputs, answer=answer, unfinished=unfinished, workers=workers)
+    through.run(collectors)
     return through
 
 
@@ -319,8 +207,7 @@ def dual_output(source: RowSource, made_of: Composition, query: Tensor) -> Tenso
     flat = query.reshape(1, -1, query.shape[-1])
     asked = LayerQuery(made_of.unsummed(), flat, flat, flat)
     through = Pass(source, asked, scores=False)
-    for _ in through:
-        pass
+    through.run([])
     total = sum(through.parts.values(), torch.zeros(()))
     return total.reshape(*query.shape[:-1], -1).to(query.dtype)
 
@@ -339,15 +226,13 @@ def bias_output(asked: LayerQuery, bias: Tensor) -> Tensor:
     return bias.T[asked.slot.clamp(min=0)]
 
 
-def _against(query: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Products of [q, p, d] with [n, d], as [q, p, n]."""
-    return (query.to(dtype).reshape(-1, query.shape[-1]) @ rows.to(dtype).T).reshape(*query.shape[:2], -1)
-
-
-def _over_positions(scores: Tensor) -> Tensor:
-    """The sum over a query's positions [q, n] of scores [q, p, n]; of one position the scores themselves."""
-    return scores[:, 0] if scores.shape[1] == 1 else scores.sum(1)
-
-
-def _computing_dtype(rows: Rows) -> torch.dtype:
-    return torch.promote_types(rows.key.dtype, torch.float32)
+def _runs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Consecutive pieces together until they are enough for a task; those of a large memory are by themselves."""
+    waiting: list[Piece] = []
+    for piece in pieces:
+        waiting.append(piece)
+        if sum(own.count for own in waiting) >= TASK_ROWS:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting

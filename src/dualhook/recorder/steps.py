@@ -136,8 +136,7 @@ class StepBook:
         rule = rule_for(name)
         refused = {rule.refuses(numbers_of(group, rule)) for group in optimizer.param_groups}
         name += "".join(f" ({why})" for why in sorted(refused) if why)
-        members = list(self.members(optimizer)) if members is None else members
-        self.trained_by |= {watched.name: name for watched, _ in members}
+        self.trained_by |= {watched.name: name for watched, _ in members or self.members(optimizer)}
         return name
 
     def before(self, optimizer: Optimizer, has_closure: bool) -> None:

@@ -9,6 +9,7 @@ from dualhook.store.inspection import Damage, Inspection, inspected
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.lock import WriterLock
 from dualhook.store.reader import Store
+from dualhook.store.remote import located
 from dualhook.store.segment import SegmentBuilder
 from dualhook.store.sharing import shared_keys
 from dualhook.store.writer import SEGMENT_BYTES, Writer
@@ -29,6 +30,7 @@ __all__ = [
     "compacted",
     "cut_after",
     "inspected",
+    "located",
     "shared_keys",
     "tidy",
 ]

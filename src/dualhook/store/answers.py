@@ -10,14 +10,21 @@ from torch import Tensor
 from dualhook.errors import StoreError
 from dualhook.store.checksums import mismatches
 from dualhook.store.layout import open_tensors, read_header, tensor_names, write_tensors
+from dualhook.store.remote import RemotePath
 
 __all__ = ["AnswerFiles"]
 
 
 class AnswerFiles:
-    """Named tensors under keys, one file each. What cannot be read or is of another key counts as not there."""
+    """Named tensors under keys, one file each. What cannot be read or is of another key counts as not there.
+
+    Raises:
+        StoreError: nothing can be written beside the memory.
+    """
 
     def __init__(self, folder: Path) -> None:
+        if isinstance(folder, RemotePath):
+            folder.mkdir()
         self._folder = folder
 
     def get(self, key: str) -> dict[str, Tensor] | None:

@@ -7,8 +7,9 @@ that order, and do not change as more steps come.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,17 +65,23 @@ class Segment:
         steps = open_tensors(self.path).get_tensor(f"rows/{layer}/step")
         return int(torch.searchsorted(steps, last_step, right=True))
 
+    def holding(self, uses: Sequence[LayerSpec]) -> Segment:
+        """The same as far as the rows of some layers go, without what a header says of others."""
+        own = {spec.name: rows for spec in uses if (rows := self.header["rows"].get(spec.name)) is not None}
+        return replace(self, header={"steps": self.header["steps"], "rank": self.rank, "rows": own})
+
     def stored(self, spec: LayerSpec) -> Stored | None:
         """The layer's rows, memory-mapped; None if there are none."""
         if not self.count(spec.name):
             return None
         file, prefix = open_tensors(self.path), f"rows/{spec.name}/"
         names = [name for name in tensor_names(file) if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
         own = self.header["rows"][spec.name]
+        if (holder := own.get("key_of")) is not None:
+            names.append(f"rows/{holder}/key")
         try:
-            if (holder := own.get("key_of")) is not None:
-                tensors["key"] = file.get_tensor(f"rows/{holder}/key")
+            found = file.get_tensors(names)
+            tensors = {n.removeprefix(prefix).removeprefix(f"rows/{holder}/"): found[n] for n in names}
             check_rows(spec, tensors, own["count"], self.header["steps"])
         except UNREADABLE as error:
             raise StoreError(f"{self.path} has rows of {spec.name!r} that make no sense: {error}") from error
@@ -88,7 +95,7 @@ class Segment:
         """
         file = open_tensors(self.path)
         try:
-            tensors = {name: file.get_tensor(name) for name in LEDGER}
+            tensors = file.get_tensors(LEDGER)
             check_ledger(tensors, self.header)
         except UNREADABLE as error:
             raise StoreError(f"{self.path} has a ledger that makes no sense: {error}") from error
@@ -102,14 +109,19 @@ class Lanes:
         self._lanes = [[segment for segment in segments if segment.rank == rank] for rank in range(ranks)]
         self.last_step = min(max((segment.last_step for segment in lane), default=first_step) for lane in self._lanes)
         """The newest step that every process has on disk."""
+        self._begins = [[segment.first_step for segment in lane] for lane in self._lanes]
+        self._ends = [[segment.last_step for segment in lane] for lane in self._lanes]
 
     def spans(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, list[Segment]]]:
         """Cuts steps where some segment ends: first and last step, and the segments that hold them, by process."""
         last_step = min(last_step, self.last_step)
-        ends = {segment.last_step for lane in self._lanes for segment in lane}
-        for before, end in pairwise(
-            [first_step - 1, *sorted(end for end in ends if first_step <= end < last_step), last_step]
-        ):
-            there = [s for lane in self._lanes for s in lane if s.first_step <= end and s.last_step > before]
+        ends = sorted({end for own in self._ends for end in own if first_step <= end < last_step})
+        for before, end in pairwise([first_step - 1, *ends, last_step]):
+            there = [segment for number in range(len(self._lanes)) for segment in self._within(number, before, end)]
             if there:
                 yield before + 1, end, there
+
+    def _within(self, number: int, before: int, end: int) -> Sequence[Segment]:
+        """The segments of one process that hold steps after ``before`` up to ``end``."""
+        start, stop = bisect_right(self._ends[number], before), bisect_right(self._begins[number], end)
+        return self._lanes[number][start:stop]

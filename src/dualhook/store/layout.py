@@ -21,6 +21,7 @@ from dualhook.store.direct import DirectFile, in_blocks
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 from dualhook.store.lock import WriterLock
 from dualhook.store.mapped import MappedFile, glanced
+from dualhook.store.remote import RangedFile, RemotePath
 
 __all__ = [
     "FORMAT_VERSION",
@@ -50,7 +51,7 @@ HEADER = "dualhook"  # the one key of every file's safetensors metadata; its val
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in a memory's directory.
+    """Where things lie in a memory's directory; one behind a URL can be read only.
 
     ``generation`` counts how often the memory has been compacted, each time into another folder.
     """
@@ -97,7 +98,11 @@ class Layout:
         process = r"(r\d{4}-)?" if rank is None else f"r{rank:04d}-" if rank else ""
         own = re.compile(process + r"\d{8,}\.safetensors")
         folder = self.segment_folder
-        return [folder / name for name in sorted(os.listdir(folder)) if own.fullmatch(name)] if folder.is_dir() else []
+        if isinstance(folder, RemotePath):
+            names = [path.name for path in folder.glob("*")]
+        else:
+            names = os.listdir(folder) if folder.is_dir() else []
+        return [folder / name for name in sorted(names) if own.fullmatch(name)]
 
     def origin(self, number: int) -> Path:
         """An origin file, counted from 0; a later one takes the place of earlier ones for the parameters it holds."""
@@ -270,14 +275,16 @@ def write_tensors(
     put(path, lambda partial: direct.write(partial, in_blocks(tensors), {HEADER: text}))
 
 
-def open_tensors(path: Path) -> MappedFile:
-    """Open a safetensors file for memory-mapped reading.
+def open_tensors(path: Path) -> MappedFile | RangedFile:
+    """Open a safetensors file for memory-mapped reading, or behind a URL for reading in ranges.
 
     Raises:
         StoreError: the file is gone or is no safetensors file.
     """
     try:
-        return MappedFile(path)
+        return RangedFile(path) if isinstance(path, RemotePath) else MappedFile(path)
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} cannot be read: it is gone. Open the memory again, or bring the file back") from error
     except UNREADABLE as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
 
@@ -288,6 +295,9 @@ def glance(path: Path) -> tuple[dict[str, Any], list[str]]:
     Raises:
         StoreError: the file is gone or was not written by dualhook.
     """
+    if isinstance(path, RemotePath):
+        file = open_tensors(path)
+        return read_header(path, file), tensor_names(file)
     try:
         metadata, names = glanced(path)
     except UNREADABLE as error:

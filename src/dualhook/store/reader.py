@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,8 @@ from dualhook.store.inspection import inspected
 from dualhook.store.lanes import Lanes, Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
 from dualhook.store.ledger import fit_vectors, unpack
-from dualhook.store.streams import USE, Stored, patterns_of
+from dualhook.store.spans import Span, stored_in
+from dualhook.store.streams import USE
 
 __all__ = ["Store"]
 
@@ -59,7 +59,7 @@ class Store:
         self._counted: dict[str, list[int]] = {}
         self._lanes = Lanes(self.segments, self.manifest.ranks, folded)
         self.on_rows: Callable[[int], None] | None = None
-        """Called with the length of every block of rows that has been worked on."""
+        """Called with the number of patterns of every piece that has been worked on."""
 
     @cached_property
     def histories(self) -> dict[str, History]:
@@ -218,18 +218,13 @@ class Store:
 
     def _patterns(self, segment: Segment, uses: Sequence[LayerSpec], last_step: int) -> int:
         """How many patterns of some uses a segment holds up to a step."""
-        return sum(stored.patterns(stored.between(0, last_step)[1]) for stored in self._stored(segment, uses))
+        return sum(stored.patterns(stored.between(0, last_step)[1]) for stored in stored_in(segment, uses))
 
     def _first_number(self, layer: str, uses: Sequence[LayerSpec]) -> int:
         """The number of the first pattern that is left; folded ones keep theirs, where a stored row is a pattern."""
         if len(uses) > 1 or map_of(uses[0]).stores_maps:
             return 0
         return next((int(s.header["rows"][layer]["first"]) for s in self.segments if s.count(layer)), 0)
-
-    def _stored(self, segment: Segment, uses: Sequence[LayerSpec]) -> list[Stored]:
-        """The rows of some uses in a segment."""
-        found = ((number, segment.stored(spec)) for number, spec in enumerate(uses))
-        return [replace(stored, number=number) for number, stored in found if stored is not None]
 
     def origin(self, parameter: str) -> OriginPart:
         """Where the recording of a parameter begins."""
@@ -258,22 +253,32 @@ class Store:
         step = int(read_header(self.layout.latest, file)["step"])
         return step, {name: file.get_tensor(name) for name in tensor_names(file)}
 
-    def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
-        """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""
+    def pieces(self, layer: str, *, last_step: int, first_step: int = 0) -> Iterator[Span]:
+        """The layer's patterns of ``first_step`` to ``last_step`` in pieces, oldest first; none is empty."""
         uses, asked = self.uses(layer), self._by_name[layer]
         number = self._first_number(layer, uses) + self._count_before(layer, first_step)
         for begin, end, segments in self._lanes.spans(first_step, last_step):
-            stored = [one for segment in segments for one in self._stored(segment, uses)]
-            for rows in patterns_of(asked, stored, begin, end, block_rows, number) if stored else ():
-                number += len(rows)
+            span = Span(asked, uses, [segment.holding(uses) for segment in segments], begin, end, number)
+            if span.count:
+                yield span
+            number += span.count
+
+    def blocks(self, layer: str, *, last_step: int, block_rows: int, first_step: int = 0) -> Iterator[Rows]:
+        """The layer's patterns of ``first_step`` to ``last_step``, oldest first, at most ``block_rows`` at a time."""
+        for piece in self.pieces(layer, first_step=first_step, last_step=last_step):
+            for rows in piece.blocks(block_rows):
                 yield rows
-                if self.on_rows is not None:
-                    self.on_rows(len(rows))
+                self.worked_on(len(rows))
+
+    def worked_on(self, patterns: int) -> None:
+        """Say that so many more patterns have been through."""
+        if self.on_rows is not None:
+            self.on_rows(patterns)
 
     def coordinates(self, layer: str, name: str) -> Iterator[Tensor]:
         """Values of one coordinate or recorded column over the layer's patterns, each value at least once."""
         for segment in self.segments:
-            for stored in self._stored(segment, self.uses(layer)):
+            for stored in stored_in(segment, self.uses(layer)):
                 if name == "position" and stored.counts is not None:
                     places = torch.arange(int(stored.counts.max()) // stored.spec.slots)
                     yield (torch.unique(stored.tensors["position"])[:, None] + places).flatten()
