@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import tempfile
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,26 +34,6 @@ def alone():
     assert threads() == []
 
 
-@pytest.fixture(scope="session", autouse=True)
-def nothing_left(tmp_path_factory):
-    """After all tests no thread of ours runs, no file of theirs is open, no temporary directory of ours is there."""
-    folder, before = tmp_path_factory.mktemp("temporary"), tempfile.tempdir
-    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)  # of child processes too
-    yield
-    tempfile.tempdir = before
-    gc.collect()
-    assert threads() == []
-    assert open_files(tmp_path_factory.getbasetemp()) == []
-    assert [path.name for path in folder.glob("dualhook*")] == []
-
-
 def threads() -> list[str]:
     """Our threads."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("dualhook")]
-
-
-def open_files(folder: Path) -> list[str]:
-    """What this process has open below a folder, mapped files too, by Linux's /proc."""
-    handles = Path("/proc/self/fd")
-    found = [os.readlink(handle) for handle in handles.iterdir() if handle.is_symlink()] if handles.is_dir() else []
-    return sorted(path for path in found if path.startswith(f"{folder}/"))

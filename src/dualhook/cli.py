@@ -161,16 +161,17 @@ def _attend(options: argparse.Namespace) -> int:
 
 
 def _compact(options: argparse.Namespace) -> int:
-    bytes_before, segments_before, _ = _size(options.path)
+    path = Path(options.path)
+    bytes_before, segments_before, _ = _size(path)
     with tqdm(total=bytes_before, desc="reading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         dualhook.compact(
-            options.path,
+            path,
             dtype=options.dtype and getattr(torch, options.dtype),
             min_share=options.min_share,
             segment_bytes=options.segment_bytes,
             on_bytes=bar.update,
         )
-    size, segments, dropped = _size(options.path)
+    size, segments, dropped = _size(path)
     if options.json:
         about = {"bytes_before": bytes_before, "segments_before": segments_before, "bytes": size, "segments": segments}
         _print_json({"path": str(options.path)} | about | {"dropped": dropped})

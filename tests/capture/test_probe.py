@@ -280,7 +280,7 @@ def test_nan_loss_is_recorded_as_it_is_and_said_once():
 
 def test_fit_uses_the_shared_scale_where_rows_cancel():
     generator = np.random.default_rng(0)
-    rebuilt = generator.normal(size=(8, 8))
+    rebuilt = generator.normal(size=64)
     clear = Measurement(0.25 * rebuilt, rebuilt, abs(rebuilt) * 10, torch.float32)
     noise = Measurement(1e-9 * rebuilt[::-1], 1e-9 * rebuilt, abs(rebuilt), torch.float32)
     fits = fit_scales([clear, noise])

@@ -40,7 +40,9 @@ def recorded(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server():
     """A local S3 server, as the environment tells clients where to find it."""
-    moto = pytest.importorskip("moto.server")
+    why = "needs moto, flask and s3fs: pip takes minutes to find versions that go together"
+    moto = pytest.importorskip("moto.server", reason=why)
+    pytest.importorskip("s3fs", reason=why)
     running = moto.ThreadedMotoServer(port=0, verbose=False)
     running.start()
     host, port = running.get_host_and_port()

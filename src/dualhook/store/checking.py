@@ -183,10 +183,8 @@ def check_rows(spec: LayerSpec, tensors: Mapping[str, Tensor], count: int, steps
     _check("output_grad", output_grad, key.dtype if form is None else None, outputs)
     if KEY_ROW in tensors:
         _check(KEY_ROW, tensors[KEY_ROW], torch.int32, (), len(key))
-    if spec.slots > 1 and widths is not None:
+    if "slot" in tensors or (spec.slots > 1 and widths is not None):  # an embedding of one token has one
         _check("slot", tensors["slot"], torch.int32, (), spec.slots)
-    elif "slot" in tensors:
-        raise ValueError("slots of a layer that has one")
     if spec.kind in CONVOLUTIONS:
         _check_extent(spec, tensors, form)
     elif "extent" in tensors:
