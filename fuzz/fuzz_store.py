@@ -8,9 +8,9 @@ make the process hold more than ``--rss`` MB. What is wrong is written to ``cras
     pip install atheris
     python fuzz/fuzz_store.py manifest [--runs 100000] [--corpus fuzz/corpus] [--new DIR]
 
-Targets: manifest; of a segment its safetensors header (``segment``), the JSON text in there (``header``) and its numbers
-(``ledger``); origin; cli. ``python fuzz/make_corpus.py`` makes the corpus from a golden memory. What a run works in stays
-in ``/dev/shm/dualhook-fuzz-*``: libFuzzer ends the process at once.
+Targets: manifest; of a segment its safetensors header (``segment``), the JSON text in there (``header``) and its
+numbers (``ledger``); origin; cli. ``python fuzz/make_corpus.py`` makes the corpus from a golden memory. What a run
+works in stays in ``/dev/shm/dualhook-fuzz-*``: libFuzzer ends the process at once.
 """
 
 from __future__ import annotations

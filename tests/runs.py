@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -285,3 +286,17 @@ def runs(draw: st.DrawFn, *, max_steps: int = 10) -> Run:
         zero_to_none=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )  # fmt: skip
+
+
+def recorded_shortly(path: Path, optimizer: Callable[..., torch.optim.Optimizer], steps: int) -> nn.Module:
+    """A small network after some recorded steps on samples that move on by one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    trained_by = optimizer(model.parameters())
+    with dualhook.instrument(model, path, optimizer=trained_by, verbose=False) as recorder:
+        for step in range(steps):
+            with recorder.batch(samples=torch.arange(4) + step):
+                model(torch.randn(4, 5)).square().mean().backward()
+                trained_by.step()
+                trained_by.zero_grad()
+    return model

@@ -9,6 +9,7 @@ import pytest
 import torch
 from held import cases
 from hypothesis import assume, given
+from runs import recorded_shortly
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,16 +24,7 @@ from dualhook.records import FactorVectors
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "memory"
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with dualhook.instrument(model, path, verbose=False) as recorder:
-        for step in range(10):
-            with recorder.batch(samples=torch.arange(4) + step):
-                model(torch.randn(4, 5)).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    return model, path
+    return recorded_shortly(path, partial(torch.optim.SGD, lr=0.1), 10), path
 
 
 def tables(recorded, device) -> list:

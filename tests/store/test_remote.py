@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
-from torch import nn
+from runs import recorded_shortly
 
 import dualhook
 from dualhook.cli import main
@@ -21,17 +22,9 @@ from dualhook.store.remote import RangedFile, RemotePath
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "memory"
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dualhook.recorder.front.SEGMENT_BYTES", 1_500)
-        with dualhook.instrument(model, path, optimizer=optimizer, verbose=False) as recorder:
-            for step in range(12):
-                with recorder.batch(samples=torch.arange(4) + step):
-                    model(torch.randn(4, 5)).square().mean().backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
+        model = recorded_shortly(path, partial(torch.optim.Adam, lr=0.01), 12)
     dualhook.load(path).add_column("label", torch.arange(20) % 3)
     assert len(list((path / "segments").iterdir())) > 3
     return model, path
@@ -157,7 +150,7 @@ def test_a_bucket_that_is_not_there(server):
 
 
 def test_a_server_that_cannot_be_reached(monkeypatch):
-    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    pytest.importorskip("s3fs", reason="a client of S3 is what cannot reach it").S3FileSystem.clear_instance_cache()
     for name, value in {"ENDPOINT_URL": "http://127.0.0.1:9", "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     with pytest.raises(StoreError, match="s3://bucket/run.* cannot be read: .*127.0.0.1:9"):

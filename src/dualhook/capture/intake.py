@@ -7,7 +7,7 @@ never does), and dropped again when the gradient is zeroed before an optimiser s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -82,15 +82,14 @@ class Intake:
         self._left: tuple[int, int] | None = None  # the first gradient after the last accumulation: which, and version
         self._watched: dict[str, tuple[nn.Parameter, RemovableHandle, bool]] = {}
         names = zip(self.spec.parameters, tapped.attributes, strict=False)
-        self._places = {name: Place(self.module, attribute) for name, attribute in names}
-        self.places = tuple(self._places.values())
-        """Where the layer's parameters stand in its module."""
+        self.places = {name: Place(self.module, attribute) for name, attribute in names}
+        """Where the layer's parameters stand in its module, by their names."""
         self._any: Tensor | None = None  # whether anything of the gradient's shard was not zero then
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The layer's parameters by their names in the model, as the module has them now."""
-        found = {name: place.used for name, place in self._places.items()}
+        found = {name: place.used for name, place in self.places.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     def called_with(self, name: str) -> nn.Parameter | None:
@@ -168,7 +167,7 @@ class Intake:
             for arrival in ready:
                 self._sink.take(self.spec.name, as_rows(self.spec, arrival.call, arrival.output_grad, arrival.batch))
         self._left = _state(self._gradient())
-        if ready and any(place.is_sharded for place in self.places):
+        if ready and any(place.is_sharded for place in self.places.values()):
             at_task_end(self._reduced)  # a shard's gradient is there once those of all processes have been summed
 
     def _reduced(self) -> None:
@@ -193,11 +192,8 @@ class Intake:
 
     def _gradient(self) -> Tensor | None:
         """The gradient that tells whether a loop has zeroed: of the weight, or of the bias where only that trains."""
-        for place in self.places:
-            parameter = place.trained
-            if parameter is not None and parameter.requires_grad:
-                return parameter.grad
-        return None
+        lead = next(self._trained(), None)
+        return None if lead is None else lead.grad
 
     def _batch_of_call(self) -> Batch | None:
         """The batch of a call that is made now, or of one whose output gradient is there now."""
@@ -207,10 +203,10 @@ class Intake:
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._trained() if parameter.grad is not None]
 
-    def _trained(self) -> list[nn.Parameter]:
+    def _trained(self) -> Iterator[nn.Parameter]:
         """The parameters that train, as an optimiser has them."""
-        found = (place.trained for place in self.places)
-        return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
+        found = (place.trained for place in self.places.values())
+        return (parameter for parameter in found if parameter is not None and parameter.requires_grad)
 
     def _watch(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Hook the parameters that train: their gradients' accumulation is what makes rows count."""
@@ -263,5 +259,5 @@ class _Accumulated:
             return
         with intake.guard:
             # functional_call puts other parameters in the layer's place for a while: theirs is another gradient
-            if any(place.used is parameter for place in intake.places):
+            if any(place.used is parameter for place in intake.places.values()):
                 intake.accumulate()

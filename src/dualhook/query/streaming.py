@@ -229,10 +229,12 @@ def bias_output(asked: LayerQuery, bias: Tensor) -> Tensor:
 def _runs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
     """Consecutive pieces together until they are enough for a task; those of a large memory are by themselves."""
     waiting: list[Piece] = []
+    count = 0
     for piece in pieces:
         waiting.append(piece)
-        if sum(own.count for own in waiting) >= TASK_ROWS:
+        count += piece.count
+        if count >= TASK_ROWS:
             yield waiting
-            waiting = []
+            waiting, count = [], 0
     if waiting:
         yield waiting

@@ -131,7 +131,8 @@ class Recorder:
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        self._close() if kind is None else self.close_alone()  # the other processes may still be training
+        close = self._close if kind is None else self.close_alone  # the other processes may still be training
+        close()
 
     def __del__(self) -> None:
         if getattr(self, "_closed", True):

@@ -77,11 +77,12 @@ class Segment:
         file, prefix = open_tensors(self.path), f"rows/{spec.name}/"
         names = [name for name in tensor_names(file) if name.startswith(prefix)]
         own = self.header["rows"][spec.name]
+        places = {name.removeprefix(prefix): name for name in names}
         if (holder := own.get("key_of")) is not None:
-            names.append(f"rows/{holder}/key")
+            places["key"] = f"rows/{holder}/key"
         try:
-            found = file.get_tensors(names)
-            tensors = {n.removeprefix(prefix).removeprefix(f"rows/{holder}/"): found[n] for n in names}
+            found = file.get_tensors(list(places.values()))
+            tensors = {part: found[name] for part, name in places.items()}
             check_rows(spec, tensors, own["count"], self.header["steps"])
         except UNREADABLE as error:
             raise StoreError(f"{self.path} has rows of {spec.name!r} that make no sense: {error}") from error
