@@ -92,6 +92,23 @@ class Columns:
         code = torch.cat([torch.zeros(1, dtype=torch.int64), known])
         return Grouping([UNKNOWN, *labels.tolist()], partial(_of_samples, code))
 
+    def of_samples(self, name: str, samples: np.ndarray) -> np.ndarray:
+        """The values of an added column for some samples; those that came after it was added are unknown.
+
+        Raises:
+            DualHookError: no column of that name was added.
+        """
+        if name not in self._added:
+            added = f"expected one of {', '.join(self._added)}" if self._added else "none was added"
+            raise DualHookError(f"no column {name!r} of the samples: {added}; see memory.add_column")
+        values = np.asarray(self._added[name])
+        if not len(samples) or int(samples[-1]) < len(values):
+            found: np.ndarray = values[samples]
+            return found
+        wide = np.full(int(samples[-1]) + 1, UNKNOWN, dtype=object)
+        wide[: len(values)] = values
+        return np.array([str(value) for value in wide[samples]], dtype=object)
+
     def _recorded_grouping(self, layer: str, column: str) -> Grouping:
         stored = column if column in COORDINATES else f"column/{column}"
         parts = [torch.unique(part.double()) for part in self._store.coordinates(layer, stored)]

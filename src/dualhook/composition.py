@@ -39,6 +39,7 @@ __all__ = [
     "is_replayed",
     "replayed_states",
     "rules_of",
+    "shares_of",
     "unknown_composition",
 ]
 
@@ -173,6 +174,29 @@ def replayed_states(store: Store, spec: LayerSpec, step: int, names: Sequence[st
     for share, (weight, tensors) in zip(shares, found, strict=True):
         states[share.parameter] = {VALUE: weight.double(), **{n: v.double() for n, v in tensors.items()}}
     return states
+
+
+def shares_of(store: Store, spec: LayerSpec, horizon: int) -> list[ReplayShare]:
+    """The layer's parameters as replays take them, whatever their rules, with their snapshots; the weight first.
+
+    Raises:
+        RuleError: steps of a parameter were fitted, or its rule is not registered any more.
+    """
+    shares = []
+    for name in spec.parameters:
+        if name in store.histories:
+            shares.append(share := _replay_share(store, spec, name, horizon, None))
+            found = store.snapshots(name)
+            share.snapshots = {step: partial(_laid_out, store, spec, share, step) for step in found if step <= horizon}
+    return shares
+
+
+def _laid_out(store: Store, spec: LayerSpec, share: ReplayShare, step: int) -> dict[str, Tensor]:
+    """A snapshot of an optimiser's state, laid out as the share's weight is."""
+    own, found = map_of(spec), store.snapshot(share.parameter, step)
+    if share.map is None or share.is_natural:
+        return found
+    return {n: own.matrix(share.parameter, v) if v.shape == share.shape else v for n, v in found.items()}
 
 
 def _replay_share(store: Store, spec: LayerSpec, name: str, horizon: int, weights: Tensor | None) -> ReplayShare:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,25 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from dualhook.attention import Attention
-from dualhook.columns import Columns
-from dualhook.composition import check_average, compose, unknown_composition
+from dualhook.composition import check_average
 from dualhook.dual import DualLinear, dual_model
 from dualhook.errors import DualHookError, LayerError, RuleError
-from dualhook.maps import map_of
-from dualhook.model import Positions, Target, find_layers, model_inputs
-from dualhook.optimizers import average_weights
-from dualhook.progress import ReplayProgress
-from dualhook.query import REPLAY_BYTES, Composition, Workers, rebuild
-from dualhook.questions import ask
-from dualhook.records import AVERAGE, VALUE, LayerSpec, Rows
-from dualhook.store import AnswerFiles, Store, inspected, located
-from dualhook.table import Table
-from dualhook.verification import VerifyReport, actual_weights, explained_layers, verified
+from dualhook.estimates import contributions, estimated, note_of
+from dualhook.influence import Influence, InfluenceMethod, check_method
+from dualhook.model import Measure, Positions, Target, find_layers, model_inputs
+from dualhook.query import HERE, Workers
+from dualhook.questions import Asked, ask
+from dualhook.reading import OnDamage, Reading
+from dualhook.store import AnswerFiles, inspected
+from dualhook.verification import VerifyReport, actual_weights, verified
 
 __all__ = ["DualMemory", "VerifyReport", "load"]
 
 Method = Literal["exact", "preview"]
-OnDamage = Literal["raise", "skip"]
 METHODS = ("exact", "preview")
 
 
@@ -54,117 +48,11 @@ def load(path: str | os.PathLike[str], *, on_damage: OnDamage = "raise") -> Dual
     return DualMemory(path, on_damage=on_damage)
 
 
-class DualMemory:
+class DualMemory(Reading):
     """A recorded training run as a key-value memory.
 
     Steps count optimiser steps from 1; step 0 is where recording began. ``keep`` is held as long as the memory is.
     """
-
-    def __init__(self, path: str | os.PathLike[str], *, keep: object = None, on_damage: OnDamage = "raise") -> None:
-        self._store = Store(located(path), on_damage=on_damage)
-        self._specs = {spec.name: spec for spec in self._store.trained_uses}
-        self._primary = {spec.name: spec for spec in self._store.layers}
-        self._columns = Columns(self._store)
-        self._average: tuple[str, dict[str, Any]] | None = None
-        self._composed: dict[tuple[str, int, bool], Composition] = {}
-        self._keep = keep
-        self._progress = ReplayProgress()
-        self.replay_bytes = REPLAY_BYTES
-        """Bytes that a replay may keep at a time (elementwise and matrix rules), all its threads together.
-
-        Half for the steps under way, a quarter for checkpoints, a quarter for contributions; an answer object keeps
-        up to another quarter. One step per thread (``torch.get_num_threads()``; results do not depend on them) and two
-        checkpoints are always kept. Set it before asking.
-        """
-
-    @property
-    def path(self) -> Path:
-        """The memory's directory."""
-        return self._store.layout.root
-
-    @property
-    def layers(self) -> list[str]:
-        """The layers that were trained, in the model's order; a weight that several share counts once.
-
-        Questions can name its other uses too, see :meth:`uses`.
-        """
-        return list(self._primary)
-
-    def uses(self, layer: str) -> list[str]:
-        """The layer and those that share its weight: each has the patterns of all.
-
-        The column ``use`` numbers them in this order.
-        """
-        weight = self._spec(layer).weight
-        return [spec.name for spec in self._specs.values() if spec.weight == weight]
-
-    @property
-    def steps(self) -> int:
-        """The last recorded step."""
-        return self._store.last_step
-
-    @property
-    def samples(self) -> np.ndarray:
-        """The dataset rows that patterns come from, ascending; empty if the run named none."""
-        return self._columns.samples(self.layers)
-
-    @property
-    def columns(self) -> list[str]:
-        """What :meth:`Attention.sum_by` takes: step, sample, position, recorded and added columns."""
-        return self._columns.names
-
-    def patterns(self, layer: str) -> int:
-        """How many patterns a layer has."""
-        return self._store.count(self._spec(layer).name)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the recorded rows and the ledger on disk."""
-        return self._store.nbytes
-
-    def on_progress(self, callback: Callable[[int], None] | None) -> None:
-        """Call ``callback(patterns)`` whenever a question, one pass a layer, has gone through some more; None stops."""
-        self._store.on_rows = callback
-
-    @property
-    def verbose(self) -> bool:
-        """Whether long replays are announced on standard error, with a bar on a terminal."""
-        return self._progress.verbose
-
-    @verbose.setter
-    def verbose(self, value: bool) -> None:
-        self._progress.verbose = value
-
-    def info(self) -> Table:
-        """Per layer: shape, patterns, and how the optimiser's steps on it are explained.
-
-        ``kind`` is the rule's family (scalar, elementwise, matrix; fitted where none is known), ``cost`` what a
-        question takes: one pass over the patterns, or a replay of the optimiser over them. ``exact`` says whether the
-        rule is, if only up to the optimiser's own rounding, ``inexact_steps`` how many steps are marked otherwise.
-        """
-        begin = f"steps {self._store.first_step + 1} to {self.steps}, earlier ones folded into the origin"
-        return Table(
-            explained_layers(self._store, self._primary.values(), self.steps),
-            title=str(self.path),
-            footer=f"{begin if self._store.first_step else f'{self.steps} steps'}, "
-            f"{len(self.samples):,} samples, {self.nbytes / 1e9:.3g} GB in {len(self._store.segments)} segments; "
-            f"columns {', '.join(self.columns)}" + f"\n{self._store.note_of_loss}".rstrip(),
-        )
-
-    def __repr__(self) -> str:
-        return str(self.info())
-
-    def add_column(self, name: str, values: Sequence[Any] | np.ndarray | Tensor | Mapping[int, Any]) -> None:
-        """Give every dataset row a value to group by: labels, classes, documents, …; kept beside the memory.
-
-        ``values`` lists them by dataset row, or maps dataset rows to them: numbers or texts.
-
-        Raises:
-            DualHookError: a name that is taken or no identifier, or fewer values than there are samples.
-        """
-        self._columns.add(name, values, self.samples)
-
-    # ---- questions -------------------------------------------------------------------------------------------
 
     def attend(
         self,
@@ -218,27 +106,59 @@ class DualMemory:
         if method not in METHODS:
             raise DualHookError(f"method={method!r}: expected one of {', '.join(METHODS)}")
         horizon, workers = self._horizon(step), Workers.checked(executor, device)
-        if not self._specs:
-            raise LayerError(f"{self.path} holds no patterns: no optimiser step on a recorded layer was seen")
-        specs = [self._specs[name] for name in self._named(layers)]
-        asked = ask(model, specs, model_inputs(inputs, named), target, positions)
-        memory = f"{self._store.fingerprint} {self._average}"
-        questions = [
-            layer.question(self._asked_about(layer.spec, horizon, preview=method == "preview"), memory)
-            for layer in asked.layers
-        ]
-        files = AnswerFiles(self._store.layout.answers) if cache else None
-        return Attention(
-            self._store,
-            questions,
-            self._columns.grouping,
-            queries=asked.queries,
-            progress=self._progress,
-            keep=self._keep,
-            files=files,
-            missing=self._store.note_of_loss,
-            workers=workers,
-        )
+        asked = self._ask(model, model_inputs(inputs, named), target, positions, layers)
+        return self._attention(asked, horizon, preview=method == "preview", cache=cache, workers=workers)
+
+    def influence(
+        self,
+        model: nn.Module,
+        inputs: Any = None,
+        *,
+        target: Target = None,
+        of: Measure = "margin",
+        method: InfluenceMethod = "decayed",
+        positions: Positions = None,
+        layers: str | Iterable[str] | None = None,
+        cache: bool = True,
+        **named: Any,
+    ) -> Influence:
+        """Which training samples would have changed this prediction? An estimate, unlike :meth:`attend`.
+
+        Args:
+            model: the trained model, as it is after the last step.
+            inputs: as :meth:`attend` takes them.
+            target: the class or token asked about, likewise; default the predicted one.
+            of: what would have changed: the ``"margin"`` of the target (its logit above the log-sum-exp of the
+                others), its ``"logit"``, or its cross-entropy ``"loss"``.
+            method: ``"decayed"``: every training gradient meets the prediction's as far as later training has left it,
+                by the curvature that the recorded rows show; ``"cosine"``: the cosine between the two, at once;
+                ``"contribution"``: the exact contributions, for comparison.
+            positions: the places of sequences that count, as :meth:`attend` takes them.
+            layers: whose weights to look at, default all.
+            cache: keep what ``"decayed"`` has fitted under ``answers/`` in the memory's directory.
+            **named: keyword arguments of the model, in place of ``inputs``.
+
+        Raises:
+            DualHookError: the run named no samples, or a method or measure that there is not.
+            LayerError: the model, the inputs, the target or the positions do not fit the memory.
+            RuleError: ``"decayed"`` under an optimiser whose steps are made of more than its state, or of an average.
+        """
+        check_method(method, of)
+        if self._average is not None:
+            raise RuleError("influence on an average of the weights is not known: ask the memory itself, or attend()")
+        if not len(samples := self.samples):
+            raise DualHookError(
+                f"{self.path} knows no samples, so that there is nobody to have an influence: record with "
+                "recorder.track(loader) or recorder.batch(samples=...)"
+            )
+        asked = self._ask(model, model_inputs(inputs, named), target, positions, layers, of)
+        if method == "contribution":
+            scores = contributions(self._attention(asked, self.steps, cache=cache), samples)
+        else:
+            files = AnswerFiles(self._store.layout.answers) if cache else None
+            scores = estimated(self._store, asked.layers, self.steps, samples, method=method, files=files)
+        note = note_of(self._store, self.steps)
+        return Influence(scores, samples, asked.queries, self._columns.of_samples, method=method, of=of, note=note)
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None, deep: bool = False) -> VerifyReport:
         """Rebuild every weight from the memory and compare: ``error = |Ŵ - W| / |W|`` over weight and bias.
@@ -329,70 +249,33 @@ class DualMemory:
         twin._average, twin._composed = (name, settings), {}
         return twin
 
-    # ---- inside ----------------------------------------------------------------------------------------------
+    def _ask(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        target: Target,
+        positions: Positions,
+        layers: str | Iterable[str] | None,
+        of: Measure = "logit",
+    ) -> Asked:
+        """What a forward pass asks of the layers."""
+        if not self._specs:
+            raise LayerError(f"{self.path} holds no patterns: no optimiser step on a recorded layer was seen")
+        return ask(model, [self._specs[name] for name in self._named(layers)], inputs, target, positions, of)
 
-    def _composition(self, spec: LayerSpec, horizon: int, *, preview: bool = False) -> Composition:
-        place = (spec.name, horizon, preview)
-        if place not in self._composed:
-            options: dict[str, Any] = {"horizon": horizon, "replay_bytes": self.replay_bytes, "preview": preview}
-            options["tick"] = self._progress.tick
-            if self._average is None:
-                made_of = compose(self._store, spec, **options)
-            elif self._average[0] == "asgd":
-                made_of = compose(self._store, spec, component=AVERAGE, **options)
-            else:
-                weights = average_weights(self._average[0], horizon=horizon, **self._average[1])
-                made_of = compose(self._store, spec, weights=weights, **options)
-            self._composed = {place: made_of} | {k: v for k, v in self._composed.items() if k[1] == horizon}
-        return self._composed[place]
-
-    def _rebuilt(
-        self, specs: Sequence[LayerSpec], horizon: int, leave_out: Callable[[Rows], Tensor] | None = None
-    ) -> Iterator[tuple[LayerSpec, dict[str, Tensor]]]:
-        """Layer by layer the parameters rebuilt, float64."""
-        made_of = [self._composition(spec, horizon) for spec in specs]
-        with self._progress.over(self._store, made_of):
-            for one in made_of:
-                natural, rebuilt = map_of(one.spec).natural, rebuild(self._store, one, leave_out)
-                shapes = {name: self._store.origin(name).tensors[VALUE].shape for name in rebuilt}
-                yield one.spec, {name: natural(name, values, shapes[name]) for name, values in rebuilt.items()}
-
-    def _parameters(
-        self, specs: Iterable[LayerSpec], horizon: int, leave_out: Callable[[Rows], Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Parameters rebuilt, in the dtype the model has them in."""
-        return {
-            name: value.to(self._store.dtype(name))
-            for _, values in self._rebuilt(list(specs), horizon, leave_out)
-            for name, value in values.items()
-        }
-
-    def _asked_about(self, spec: LayerSpec, horizon: int, *, preview: bool) -> Composition:
-        """What a layer is made of, as far as it is known: attention weights need no rule."""
-        try:
-            return self._composition(spec, horizon, preview=preview)
-        except RuleError as error:
-            if preview:
-                raise
-            return unknown_composition(spec, horizon, str(error))
-
-    def _named(self, layers: str | Iterable[str] | None) -> list[str]:
-        if layers is None:
-            return list(self._specs)
-        return [self._spec(name).name for name in ([layers] if isinstance(layers, str) else layers)]
-
-    def _spec(self, layer: str) -> LayerSpec:
-        if layer not in self._specs:
-            near = difflib.get_close_matches(layer, self._specs, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected {', '.join(self._specs)}"
-            raise LayerError(f"{self.path} records no layer {layer!r}: {hint}")
-        return self._specs[layer]
-
-    def _horizon(self, step: int | None) -> int:
-        last, first = self.steps, self._store.first_step
-        if step is None:
-            return last
-        if not isinstance(step, int) or not first <= step <= last:
-            folded = f", steps before {first} were folded into the origin" if first else ""
-            raise DualHookError(f"step {step}: expected {first} to {last}{folded}")
-        return step
+    def _attention(
+        self, asked: Asked, horizon: int, *, preview: bool = False, cache: bool = False, workers: Workers = HERE
+    ) -> Attention:
+        """What the layers attend to."""
+        memory = f"{self._store.fingerprint} {self._average}"
+        return Attention(
+            self._store,
+            [layer.question(self._asked_about(layer.spec, horizon, preview=preview), memory) for layer in asked.layers],
+            self._columns.grouping,
+            queries=asked.queries,
+            progress=self._progress,
+            keep=self._keep,
+            files=AnswerFiles(self._store.layout.answers) if cache else None,
+            missing=self._store.note_of_loss,
+            workers=workers,
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,11 @@ from dualhook.capture import Tapped, linear_maps, unwrapped
 from dualhook.errors import LayerError
 from dualhook.records import LayerSpec
 
-__all__ = ["Positions", "Predicted", "Target", "find_layers", "model_inputs", "predicted", "run_model"]
+__all__ = ["Measure", "Positions", "Predicted", "Target", "find_layers", "model_inputs", "predicted", "run_model"]
 
 Target = int | Sequence[int] | Tensor | Callable[[Any], Tensor] | None
 Positions = int | Sequence[int] | Tensor | None
+Measure = Literal["logit", "margin", "loss"]
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,10 @@ def _check_tokens(name: str, ids: Tensor, config: Any) -> None:
         )
 
 
-def predicted(output: Any, target: Target, positions: Positions, model: nn.Module, inputs: Any) -> Predicted:
-    """The logits of ``target``, or of the predicted classes where ``target`` is None.
+def predicted(
+    output: Any, target: Target, positions: Positions, model: nn.Module, inputs: Any, of: Measure = "logit"
+) -> Predicted:
+    """The logits of ``target``, or of the predicted classes where ``target`` is None; or what ``of`` names instead.
 
     The logits are the output itself, its ``logits``, or the first tensor of a tuple; of a sequence's logits
     [sequence, position, class] those of ``positions``. A function is given the whole output and returns the numbers.
@@ -151,11 +155,24 @@ def predicted(output: Any, target: Target, positions: Positions, model: nn.Modul
             logits = logits[:, -1]
         logits = logits[:, None]
     chosen = _chosen(logits, target)
-    scores = logits.gather(2, chosen[..., None]).squeeze(2)
+    scores = _measured(logits, chosen, of)
     columns |= {"target": chosen, "score": scores}
     if "position" in columns:
-        columns["probability"] = (scores - logits.logsumexp(2)).exp()
+        columns["probability"] = _measured(logits, chosen, "loss").neg().exp()
     return Predicted(scores, columns)
+
+
+def _measured(logits: Tensor, chosen: Tensor, of: Measure) -> Tensor:
+    """What is asked about the chosen classes [sequence, position].
+
+    Their logits; by how much these are above those of all others together (log-sum-exp); or the cross-entropy.
+    """
+    own = logits.gather(2, chosen[..., None]).squeeze(2)
+    if of == "loss":
+        return logits.logsumexp(2) - own
+    if of == "logit" or logits.shape[2] == 1:
+        return own
+    return own - logits.scatter(2, chosen[..., None], -math.inf).logsumexp(2)
 
 
 def _chosen(logits: Tensor, target: Any) -> Tensor:

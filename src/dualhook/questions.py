@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dualhook.capture import Observed, Tapped, as_rows, directions, observe
 from dualhook.errors import LayerError
 from dualhook.maps import map_of
-from dualhook.model import Positions, Target, find_layers, predicted, run_model
+from dualhook.model import Measure, Positions, Target, find_layers, predicted, run_model
 from dualhook.query import Composition, LayerQuery, answered
 from dualhook.records import Batch, LayerSpec, Rows
 from dualhook.table import Table
@@ -93,7 +93,14 @@ class Asked:
     queries: Table
 
 
-def ask(model: nn.Module, specs: Sequence[LayerSpec], inputs: Any, target: Target, positions: Positions) -> Asked:
+def ask(
+    model: nn.Module,
+    specs: Sequence[LayerSpec],
+    inputs: Any,
+    target: Target,
+    positions: Positions,
+    of: Measure = "logit",
+) -> Asked:
     """Run a model once and see what its layers are asked; one backward pass for each position.
 
     Raises:
@@ -105,7 +112,7 @@ def ask(model: nn.Module, specs: Sequence[LayerSpec], inputs: Any, target: Targe
         there.setdefault(tapped.spec.name, tapped)
     parts: dict[str, list[Places]] = {}
     with torch.inference_mode(False), torch.enable_grad(), observe(inner, layers) as calls:
-        about = predicted(run_model(inner, inputs), target, positions, inner, inputs)
+        about = predicted(run_model(inner, inputs), target, positions, inner, inputs, of)
         seen = [(name, call) for name, own in calls.items() for call in own]
         for left, scores in zip(reversed(range(about.scores.shape[1])), about.scores.unbind(1), strict=True):
             along = directions(scores, [call for _, call in seen], last=not left)

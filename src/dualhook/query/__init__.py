@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from dualhook.query.answers import Answer, Answers
 from dualhook.query.collectors import GroupSums, Receipt, TopPatterns
+from dualhook.query.cosine import Gradient, cosine_scores
+from dualhook.query.fit import fit_decay
+from dualhook.query.influence import Decay, decayed_scores
 from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken, Synchronization
 from dualhook.query.replay import Replay
 from dualhook.query.scores import LayerQuery
 from dualhook.query.sealed import seal
 from dualhook.query.slots import answered
 from dualhook.query.streaming import KEPT, dual_output, scan
-from dualhook.query.tasks import Collector, Workers
+from dualhook.query.tasks import HERE, Collector, Workers
 from dualhook.query.weights import rebuild
 
 __all__ = [
+    "HERE",
     "KEPT",
     "REPLAY_BYTES",
     "Answer",
     "Answers",
     "Collector",
     "Composition",
+    "Decay",
+    "Gradient",
     "GroupSums",
     "LayerQuery",
     "Receipt",
@@ -30,7 +36,10 @@ __all__ = [
     "TopPatterns",
     "Workers",
     "answered",
+    "cosine_scores",
+    "decayed_scores",
     "dual_output",
+    "fit_decay",
     "rebuild",
     "scan",
     "seal",

@@ -21,7 +21,7 @@ from dualhook.query.parts import ReplayShare, StepTaken, Synchronization, Totals
 from dualhook.query.scoring import ReplayScores
 from dualhook.records import Rows, RowSource
 
-__all__ = ["Preview"]
+__all__ = ["Preview", "close_to", "middle_factor"]
 
 PARTS = 2  # stretches between two snapshots
 BLOCK_ROWS = 4096
@@ -105,7 +105,7 @@ class _Part:
             self._matrices[1] = of_factor * self._matrices[0] + of_carried * self._matrices[1]
             self._adjoint.buffer = torch.tensor([0.0, 1.0], dtype=torch.float64)
         self._begin = begin
-        self._matrices[0] = self._middle_factor(begin, end)
+        self._matrices[0] = middle_factor(self._share, begin, end, self._dtype)
         self._close = [None, None]
         self._coefficients = torch.zeros(end - begin, 2, dtype=torch.float64)
         for step in range(end, begin, -1):
@@ -144,7 +144,9 @@ class _Part:
         else:
             close = self._close[which]
             if close is None:  # the first rows of a stretch show where its gradients are
-                close = self._close[which] = _close_to(self._matrices[which], d, x)
+                some = slice(None, None, -(-len(d) // SHOWN))
+                energy = d[some].square().T @ x[some].square()
+                close = self._close[which] = close_to(self._matrices[which], energy)
             row, column = close
             attended, d = (self._query * column) @ x.T * -weights, d * row
         if self._outputs:
@@ -176,33 +178,34 @@ class _Part:
                 held = float(held[0]) * self._matrices[0] + float(held[1]) * self._matrices[1]
             self.totals.origin -= held * buffer.double()
 
-    def _middle_factor(self, begin: int, end: int) -> Tensor:
-        """The factor in the middle of a stretch, over its scalar."""
-        middle = (begin + end + 1) / 2
-        steps = [(abs(step - middle), step) for step in range(begin + 1, end + 1)]
-        for _, step in sorted(steps):
-            for taken in self._share.taken.get(step, ()):
-                if isinstance(taken, StepTaken) and (size := _size(taken)):
-                    linear = taken.rule.step_from(self._state(step), taken.entry)
-                    if isinstance(linear.factor, Tensor):
-                        return linear.factor.div_(size)
-                    return torch.full_like(self._matrices[0], linear.factor / size)
-        return torch.zeros_like(self._matrices[0])
 
-    def _state(self, step: int) -> Mapping[str, Tensor]:
-        """The optimiser's state after a step, interpolated."""
-        known = dict(self._share.snapshots)
-        if set(self._share.tensors) >= set(known[min(known)]()):  # where recording began in the middle of a run
-            known[self._share.begins] = lambda: self._share.tensors
-        low = max((at for at in known if at <= step), default=min(known))
-        high = min((at for at in known if at >= step), default=max(known))
-        before, after = known[low](), known[high]()
-        share = (step - low) / (high - low) if high > low else 0.0
-        return {
-            name: torch.lerp(v.to(self._dtype), after[name].to(self._dtype), share)
-            for name, v in before.items()
-            if name in after
-        }
+def middle_factor(share: ReplayShare, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+    """What a step in the middle of a stretch multiplies the gradient's entries with, over its scalar.
+
+    Laid out like the parameter's snapshots; zeros where the stretch has no step.
+    """
+    middle = (begin + end + 1) / 2
+    steps = [(abs(step - middle), step) for step in range(begin + 1, end + 1)]
+    for _, step in sorted(steps):
+        for taken in share.taken.get(step, ()):
+            if isinstance(taken, StepTaken) and (size := _size(taken)):
+                linear = taken.rule.step_from(_state(share, step, dtype), taken.entry)
+                if isinstance(linear.factor, Tensor):
+                    return linear.factor.div_(size)
+                return torch.full_like(share.weight, linear.factor / size, dtype=dtype)
+    return torch.zeros_like(share.weight, dtype=dtype)
+
+
+def _state(share: ReplayShare, step: int, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """The optimiser's state after a step, interpolated."""
+    known = dict(share.snapshots)
+    if set(share.tensors) >= set(known[min(known)]()):  # where recording began in the middle of a run
+        known[share.begins] = lambda: share.tensors
+    low = max((at for at in known if at <= step), default=min(known))
+    high = min((at for at in known if at >= step), default=max(known))
+    before, after = known[low](), known[high]()
+    part = (step - low) / (high - low) if high > low else 0.0
+    return {name: torch.lerp(v.to(dtype), after[name].to(dtype), part) for name, v in before.items() if name in after}
 
 
 def _symbolic(taken: StepTaken) -> LinearStep:
@@ -227,14 +230,11 @@ def _size(taken: StepTaken) -> float:
     return float(_scalar_step(taken).factor)
 
 
-def _close_to(matrix: Tensor, d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def close_to(matrix: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
     """``row`` [o] and ``column`` [i] whose product is closest to a matrix of factors where gradients have energy.
 
-    ``d`` [n, o] and ``x`` [n, i] are rows of the stretch. A factor is largest where there have never been gradients,
-    and counts nothing there.
+    A factor is largest where there have never been gradients, and counts nothing there.
     """
-    some = slice(None, None, -(-len(d) // SHOWN))
-    energy = d[some].square().T @ x[some].square()
     wanted = torch.where(energy > 0, energy * matrix, 0.0)
     column = torch.ones_like(energy[0])
     row = torch.zeros_like(energy[:, 0])

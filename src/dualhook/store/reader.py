@@ -187,6 +187,16 @@ class Store:
         """How many patterns the layer has, those of all its uses."""
         return sum(self._segment_counts(layer))
 
+    def count_by_step(self, layer: str, *, own: bool = False) -> Tensor:
+        """How many patterns the layer has of every step [t + 1]; of its ``own`` use of the weight, or of all."""
+        found = torch.zeros(self.last_step + 1, dtype=torch.int64)
+        for segment in self.segments:
+            for stored in stored_in(segment, [self._by_name[layer]] if own else self.uses(layer)):
+                _, stop = stored.between(0, self.last_step)
+                steps = stored.tensors["step"][:stop]
+                found.index_add_(0, steps, torch.ones_like(steps) if stored.counts is None else stored.counts[:stop])
+        return found
+
     def uses(self, layer: str) -> list[LayerSpec]:
         """The layer and the others that use the same weight, in the model's order."""
         own = self._by_name[layer]

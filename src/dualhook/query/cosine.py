@@ -1,0 +1,79 @@
+"""Influence by cosines: between a query's gradient and that of every sample in every step, all layers together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualhook.query.curvature import extended, norms_of
+from dualhook.query.slots import products
+from dualhook.records import LayerSpec, Rows, RowSource
+
+__all__ = ["Gradient", "cosine_scores"]
+
+ROWS = 2**15  # of a layer, read at a time; but one step at least
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A query's gradient on one layer: inputs ``query`` [q, p, c] with the bias's 1, directions [q, p, o]."""
+
+    spec: LayerSpec
+    query: Tensor
+    direction: Tensor
+    slot: Tensor | None
+
+
+def cosine_scores(
+    source: RowSource,
+    gradients: Sequence[Gradient],
+    steps: tuple[int, int],
+    numbered: Callable[[Rows], Tensor],
+    groups: int,
+) -> list[Tensor]:
+    """Layer by layer the sums of cosines over repeats [q, groups], float64; together they are the cosines.
+
+    ``steps`` are the first and the last; ``numbered`` gives the group of every pattern [n], ``groups`` for none.
+    """
+    queries = len(gradients[0].query)
+    found = [torch.zeros(groups + 1, queries, dtype=torch.float64) for _ in gradients]
+    for first, last in _chunks(source, gradients, *steps):
+        parts = [_met(source, own, first, last, numbered, groups) for own in gradients]
+        keys, place = torch.unique(torch.cat([part[0] for part in parts]), return_inverse=True)
+        norms = torch.zeros(len(keys), dtype=torch.float64)
+        norms.index_add_(0, place, torch.cat([part[2] for part in parts]))
+        begin = 0
+        for total, (own, dots, _) in zip(found, parts, strict=True):
+            at = place[begin : begin + len(own)]
+            begin += len(own)
+            total.index_add_(0, own % (groups + 1), dots / norms[at].sqrt().clamp(min=1e-300)[:, None])
+    return [total[:-1].T for total in found]
+
+
+def _met(
+    source: RowSource, asked: Gradient, first: int, last: int, numbered: Callable[[Rows], Tensor], groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per sample and step: a number that tells it, minus its product with every query [m, q], its squared norm [m]."""
+    blocks = list(source.blocks(asked.spec.name, first_step=first, last_step=last, block_rows=2**30))
+    if not blocks:
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return nothing.long(), nothing.reshape(0, len(asked.query)), nothing
+    rows = extended(asked.spec, blocks[0].joined(*blocks[1:]))
+    met = products(asked.query, asked.slot, rows, asked.query.dtype)
+    along = asked.direction.flatten(0, 1) @ rows.output_grad.to(asked.direction.dtype).T
+    dots = -(met * along.reshape(met.shape)).sum(1).T.double()
+    squares, group = norms_of(rows)
+    key = torch.empty(len(squares), dtype=torch.int64)
+    key[group] = rows.step * (groups + 1) + numbered(rows)
+    return key, torch.zeros(len(squares), dots.shape[1], dtype=torch.float64).index_add_(0, group, dots), squares
+
+
+def _chunks(source: RowSource, gradients: Sequence[Gradient], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Steps, so many that no layer has very many rows in them."""
+    most = max(source.count(own.spec.name) for own in gradients)
+    each = max(1, ROWS * (last - first + 1) // max(1, most))
+    for begin in range(first, last + 1, each):
+        yield begin, min(last, begin + each - 1)

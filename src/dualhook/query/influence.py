@@ -1,0 +1,132 @@
+"""Influence by decay: the query's gradient goes back through training, and meets every pattern where it happened.
+
+Along the curvature's eigenvectors an entry of the gradient decays on its own; over a stretch of steps the factors of
+all entries are a matrix of low rank, so that a stretch is asked with a few pairs of inputs and directions in place of
+one: the same dot products as plain attention, a few times over.
+
+Letters: ``n`` pattern, ``q`` query, ``p`` position of a query, ``r`` pair, ``o`` output, ``s`` slot, ``c`` column of a
+slot (the bias's 1 included).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualhook.query.cosine import Gradient
+from dualhook.query.curvature import Basis, Metric, extended
+from dualhook.query.slots import products
+from dualhook.records import Rows, RowSource
+
+__all__ = ["Decay", "Stretch", "decayed_scores"]
+
+SCORES = 2**22  # numbers of one block's products
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some steps, and what is left of their gradients: ``sum_r row_r column_r'`` along the eigenvectors.
+
+    ``row`` [r, o] and ``column`` [r, s, c]; ``metric`` is that of these steps.
+    """
+
+    first_step: int
+    last_step: int
+    row: Tensor
+    column: Tensor
+    metric: Metric
+
+
+@dataclass(frozen=True)
+class Decay:
+    """What later steps have left of the gradients of one layer, stretch by stretch, oldest first."""
+
+    metric: Metric
+    basis: Basis
+    stretches: Sequence[Stretch]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        found = prefixed("mean/", vars(self.metric))
+        found |= {f"basis/{name}": values for name, values in vars(self.basis).items() if values is not None}
+        for number, own in enumerate(self.stretches):
+            steps = torch.tensor([own.first_step, own.last_step])
+            named = {"steps": steps, "row": own.row, "column": own.column, **prefixed("metric/", vars(own.metric))}
+            found |= prefixed(f"{number}/", named)
+        return {name: values.contiguous() for name, values in found.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Decay:
+        """From named tensors."""
+        stretches = list[Stretch]()
+        while (number := f"{len(stretches)}/") + "steps" in tensors:
+            first, last = tensors[number + "steps"].tolist()
+            metric = Metric(tensors[number + "metric/row"], tensors[number + "metric/column"])
+            stretches.append(Stretch(first, last, tensors[number + "row"], tensors[number + "column"], metric))
+        basis = Basis(tensors.get("basis/outputs"), tensors.get("basis/inputs"))
+        return cls(Metric(tensors["mean/row"], tensors["mean/column"]), basis, stretches)
+
+    def pairs(self, stretch: Stretch, query: Tensor, direction: Tensor, slot: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Inputs [q, p · r, c] and directions [q, p · r, o] that ask a stretch, of those that ask the layer."""
+        mean, own, ranks = self.metric, stretch.metric, len(stretch.row)
+        along = direction * mean.row.sqrt()
+        if self.basis.outputs is not None:
+            along = along @ self.basis.outputs
+        along = along[:, :, None] * stretch.row  # [q, p, r, o]
+        if self.basis.outputs is not None:
+            along = along @ self.basis.outputs.T
+        along = along * (own.row / mean.row.sqrt())
+        at = torch.zeros(query.shape[:2], dtype=torch.int64) if slot is None else slot.long().clamp(min=0)
+        key = self._turned(query * mean.column[at].sqrt(), at, back=False)
+        key = key[:, :, None] * stretch.column.permute(1, 0, 2)[at]  # [q, p, r, c]
+        key = self._turned(key, at[..., None].expand(-1, -1, ranks), back=True)
+        key = key * (own.column / mean.column.sqrt())[at][:, :, None]
+        return key.flatten(1, 2), along.flatten(1, 2)
+
+    def _turned(self, key: Tensor, at: Tensor, *, back: bool) -> Tensor:
+        """Inputs [..., c] in their slots to components, or back."""
+        vectors = self.basis.inputs
+        if vectors is None:
+            return key
+        if len(vectors) == 1:
+            return key @ (vectors[0].T if back else vectors[0])
+        found = torch.empty_like(key)
+        for one in torch.unique(at).tolist():
+            found[at == one] = key[at == one] @ (vectors[one].T if back else vectors[one])
+        return found
+
+
+def decayed_scores(
+    source: RowSource,
+    asked: Gradient,
+    decay: Decay,
+    numbered: Callable[[Rows], Tensor],
+    groups: int,
+) -> Tensor:
+    """Per query and group of patterns the influence through one layer, float64 [q, groups].
+
+    ``numbered`` gives the group of every
+    pattern [n], ``groups`` for those that are in none.
+    """
+    query, direction, slot, spec = asked.query, asked.direction, asked.slot, asked.spec
+    found = torch.zeros(groups + 1, len(query), dtype=torch.float64)
+    for stretch in decay.stretches:
+        inputs, along = decay.pairs(stretch, query, direction, slot)
+        ranks = len(stretch.row)
+        at = None if slot is None else slot.repeat_interleave(ranks, 1)
+        most = max(256, SCORES // max(1, inputs.shape[0] * inputs.shape[1]))
+        blocks = source.blocks(spec.name, first_step=stretch.first_step, last_step=stretch.last_step, block_rows=most)
+        for rows in blocks:
+            rows = extended(spec, rows)
+            met = products(inputs, at, rows, inputs.dtype)
+            met *= (along.flatten(0, 1) @ rows.output_grad.to(along.dtype).T).reshape(met.shape)
+            found.index_add_(0, numbered(rows), -met.sum(1).T.double())
+    return found[:-1].T
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same under longer names."""
+    return {prefix + name: values for name, values in tensors.items()}
