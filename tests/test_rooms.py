@@ -34,6 +34,10 @@ ALLOWED = {
     "progress": {"query", "records"},
     "verification": SHARED | {"composition", "model", "store"},
     "columns": SHARED | {"store", "attention"},
+    "influence": SHARED,
+    "loss": SHARED | {"maps", "store"},
+    "estimates": SHARED | {"attention", "composition", "loss", "query", "questions", "store"},
+    "reading": SHARED | {"columns", "composition", "maps", "optimizers", "progress", "query", "store", "verification"},
 }
 
 

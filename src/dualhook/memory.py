@@ -18,6 +18,8 @@ from dualhook.dual import DualLinear, dual_model
 from dualhook.errors import DualHookError, LayerError, RuleError
 from dualhook.estimates import contributions, estimated, note_of
 from dualhook.influence import Influence, InfluenceMethod, check_method
+from dualhook.loss import Loss
+from dualhook.maps import map_of
 from dualhook.model import Measure, Positions, Target, find_layers, model_inputs
 from dualhook.query import HERE, Workers
 from dualhook.questions import Asked, ask
@@ -154,10 +156,11 @@ class DualMemory(Reading):
         asked = self._ask(model, model_inputs(inputs, named), target, positions, layers, of)
         if method == "contribution":
             scores = contributions(self._attention(asked, self.steps, cache=cache), samples)
+            note = self._store.note_of_loss
         else:
-            files = AnswerFiles(self._store.layout.answers) if cache else None
-            scores = estimated(self._store, asked.layers, self.steps, samples, method=method, files=files)
-        note = note_of(self._store, self.steps)
+            files, loss = AnswerFiles(self._store.layout.answers) if cache else None, Loss(self._store, self._head_at)
+            scores = estimated(self._store, asked.layers, self.steps, samples, method=method, loss=loss, files=files)
+            note = note_of(self._store, loss, self.steps)
         return Influence(scores, samples, asked.queries, self._columns.of_samples, method=method, of=of, note=note)
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None, deep: bool = False) -> VerifyReport:
@@ -262,6 +265,13 @@ class DualMemory(Reading):
         if not self._specs:
             raise LayerError(f"{self.path} holds no patterns: no optimiser step on a recorded layer was seen")
         return ask(model, [self._specs[name] for name in self._named(layers)], inputs, target, positions, of)
+
+    def _head_at(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """The last layer's weight [o, i] and bias after a step."""
+        spec = self._store.trained_uses[-1]
+        ((_, found),) = self._rebuilt([spec], max(step, self._store.first_step))
+        weight, *bias = (map_of(spec).matrix(name, found[name]) for name in spec.parameters)
+        return weight, bias[0] if bias else None
 
     def _attention(
         self, asked: Asked, horizon: int, *, preview: bool = False, cache: bool = False, workers: Workers = HERE

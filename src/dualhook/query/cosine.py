@@ -40,11 +40,13 @@ def cosine_scores(
     """
     queries = len(gradients[0].query)
     found = [torch.zeros(groups + 1, queries, dtype=torch.float64) for _ in gradients]
+    primary = {own.spec.weight: own for own in reversed(gradients)}  # a weight of several uses counts once
     for first, last in _chunks(source, gradients, *steps):
         parts = [_met(source, own, first, last, numbered, groups) for own in gradients]
         keys, place = torch.unique(torch.cat([part[0] for part in parts]), return_inverse=True)
         norms = torch.zeros(len(keys), dtype=torch.float64)
-        norms.index_add_(0, place, torch.cat([part[2] for part in parts]))
+        counted = [float(primary[own.spec.weight] is own) for own in gradients]
+        norms.index_add_(0, place, torch.cat([part[2] * one for part, one in zip(parts, counted, strict=True)]))
         begin = 0
         for total, (own, dots, _) in zip(found, parts, strict=True):
             at = place[begin : begin + len(own)]

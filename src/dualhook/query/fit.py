@@ -22,9 +22,10 @@ __all__ = ["fit_decay"]
 STRETCHES = 12
 ROWS = 2**18  # looked at for the curvature, in all …
 BYTES = 2**28  # … or fewer, where they are wide
-GRID = 256  # curvatures whose decay is worked out, evenly on a logarithmic scale; between them it is interpolated
+GRID = 2048  # curvatures whose decay is worked out, evenly on a logarithmic scale; between them it is interpolated
 FLATTEST = 1e-9  # of the largest curvature: what is less does not decay
 RANKS = 12  # pairs that stand for what a stretch has left, at most
+LEAST = 1e-30  # what stands for no curvature at all
 NEGLIGIBLE = 1e-3  # of the first pair: what is less is left out
 
 
@@ -71,7 +72,7 @@ def fit_decay(
     scale = torch.ones(share.horizon + 1, dtype=torch.float64)
     for (begin, end), values in zip(stretches, curvatures, strict=True):
         if values is not None:
-            scale[begin + 1 : end + 1] = float(values.sum() / curvature.sum())
+            scale[begin + 1 : end + 1] = float(values.sum() / curvature.sum().clamp(min=LEAST))
     return Decay(mean, basis, list(_stretches(share, stretches, metrics, curvature, scale, spec.slots)))
 
 
@@ -125,7 +126,7 @@ def _metric(
     energy = gradient(d, key, some.rows.slot, matrix[0].numel())
     matrix = matrix.flatten(1)
     known = torch.where(matrix > 0, matrix.square().reciprocal(), 0.0)  # what the optimiser has seen of it
-    energy = torch.minimum(energy / energy.sum(), known / known.sum())
+    energy = torch.minimum(energy / energy.sum().clamp(min=LEAST), known / known.sum().clamp(min=LEAST))
     row, column = close_to(matrix, energy)
     size = column[column > 0].mean() if bool((column > 0).any()) else 1.0
     return Metric(row * size, (column / size).reshape(whole.column.shape))
@@ -140,14 +141,14 @@ def _stretches(
     slots: int,
 ) -> Iterator[Stretch]:
     """What each stretch has left, oldest first."""
-    largest = float(curvature.max())
+    largest = max(float(curvature.max()), LEAST)
     grid = torch.cat([torch.zeros(1), torch.logspace(0, 1, GRID - 1, base=FLATTEST).flip(0) * largest]).double()
     left = list(decayed(share, grid, scale, stretches))[::-1]
     place = torch.searchsorted(grid, curvature.double(), right=True).clamp(1, GRID - 1)
     part = ((curvature.double() - grid[place - 1]) / (grid[place] - grid[place - 1])).clamp(0, 1)
     # of entries with much energy more is at stake
     outputs, inputs = (curvature.mean(side).sqrt() for side in (1, 0))
-    outputs, inputs = (side.clamp(min=1e-4 * float(side.max())).double() for side in (outputs, inputs))
+    outputs, inputs = (side.clamp(min=max(1e-4 * float(side.max()), LEAST)).double() for side in (outputs, inputs))
     for (begin, end), values, metric in zip(stretches, left, metrics, strict=True):
         factors = torch.lerp(values[place - 1], values[place], part) * outputs[:, None] * inputs
         row, size, column = torch.svd_lowrank(factors, q=min(RANKS, *factors.shape), niter=4)
