@@ -14,9 +14,8 @@ def main(rank: int, port: int, folder: Path) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    from trainers import WAYS, trainer_of
-
     from dualhook.integrations.transformers import DualMemoryCallback
+    from trainers import WAYS, trainer_of
 
     settings = {"ddp_backend": "gloo", "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
     for name in ("gpt2", "llama-sgd"):

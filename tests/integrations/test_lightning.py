@@ -5,13 +5,13 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
+from dualhook.integrations.lightning import DualMemoryCallback
 from numbered import I, N, Plain, Stream, features
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import dualhook
-from dualhook.integrations.lightning import DualMemoryCallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),  # few workers, no validation, few logged batches

@@ -6,10 +6,9 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from dualhook.integrations.transformers import DualMemoryCallback, Passages
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trainers import raw_rows
-
-from dualhook.integrations.transformers import DualMemoryCallback, Passages
 
 trl = pytest.importorskip("trl")
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from dualhook.integrations.transformers import Passages, explain
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import TensorDataset
 
 import dualhook
-from dualhook.integrations.transformers import Passages, explain
 
 VERSES = [
     "In the beginning God created the heaven and the earth.",

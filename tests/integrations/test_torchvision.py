@@ -3,14 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from PIL import Image
-from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset
-from torchvision.datasets import FakeData, FashionMNIST, ImageFolder, VisionDataset
-from torchvision.models import ResNet50_Weights
-from torchvision.models.regnet import BlockParams
-
-import dualhook
 from dualhook.integrations.torchvision import (
     add_columns,
     class_names,
@@ -20,6 +12,14 @@ from dualhook.integrations.torchvision import (
     preprocessing,
     to_image,
 )
+from PIL import Image
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torchvision.datasets import FakeData, FashionMNIST, ImageFolder, VisionDataset
+from torchvision.models import ResNet50_Weights
+from torchvision.models.regnet import BlockParams
+
+import dualhook
 
 NAMES = torchvision.models.list_models(module=torchvision.models)
 CLASSES = 709  # a prime that is the width of no layer

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from dualhook.integrations.transformers import DualMemoryCallback
 from torch.utils.data import IterableDataset
 from trainers import ROWS, WAYS, Sentences, arguments, embeddings, gpt2, raw_rows, trainer_of
 from transformers import Trainer
 
 import dualhook
-from dualhook.integrations.transformers import DualMemoryCallback
 
 
 @pytest.fixture(scope="module")
