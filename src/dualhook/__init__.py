@@ -30,6 +30,7 @@ from importlib import metadata
 from dualhook.attention import Attention
 from dualhook.compaction import compact
 from dualhook.errors import DualHookError, InexactWarning
+from dualhook.influence import Influence
 from dualhook.memory import DualMemory, load
 from dualhook.recorder import Recorder, instrument
 from dualhook.table import Table
@@ -39,6 +40,7 @@ __all__ = [
     "DualHookError",
     "DualMemory",
     "InexactWarning",
+    "Influence",
     "Recorder",
     "Table",
     "compact",

@@ -18,6 +18,7 @@ LOOKED_AT = 4096  # rows that show how the loss was reduced
 NUMBERS = 2**24  # of the last layer's output gradients at a time
 LATER = 3  # steps that are compared with the first one
 STRAIGHT = 0.99  # of the changes of output gradients that a slope explains, for a squared error
+TINY = 1e-12  # the least probability of a target that a row can tell
 USE = "use"  # the column that tells the uses of a weight apart
 
 Weights = Callable[[int], tuple[Tensor, Tensor | None]]
@@ -76,6 +77,31 @@ class Loss:
             squares.index_add_(0, at[own], d.square().sum(1)[own])
             traces.index_add_(0, at[own], self._traces(d, head.step)[own])
         return torch.where(squares > 0, traces / squares, 0.0).clamp(min=0)[place]
+
+    def of_samples(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every sample [s] (dataset rows, ascending) how much was wrong with it: run mean, last value, rows seen.
+
+        Its cross-entropy where the loss is one; of others the norm of its output gradient, times the number of rows
+        that the loss is a mean of. NaN for samples without rows of the last layer.
+        """
+        total, last, seen = torch.zeros(3, len(samples), dtype=torch.float64)
+        newest = torch.zeros(len(samples), dtype=torch.int64)
+        for rows in self._rows(1, self._store.last_step):
+            place = torch.searchsorted(samples, rows.sample).clamp(max=len(samples) - 1)
+            own = (samples[place] == rows.sample).nonzero().squeeze(1)
+            place, step = place[own], rows.step[own]
+            d = rows.output_grad[own].double() * self._counts[step][:, None]
+            wrong = -(1 + d.min(1).values).clamp(min=TINY).log() if self.kind == "cross-entropy" else d.norm(dim=1)
+            total.index_add_(0, place, wrong)
+            seen.index_add_(0, place, torch.ones_like(wrong))
+            newest.scatter_reduce_(0, place, step, "amax")
+            final = step == newest[place]  # rows come in the order of their steps
+            sums, count = torch.zeros(2, len(samples), dtype=torch.float64)
+            sums.index_add_(0, place[final], wrong[final])
+            count.index_add_(0, place[final], torch.ones_like(wrong[final]))
+            last = torch.where(count > 0, sums / count.clamp(min=1), last)
+        there = seen > 0
+        return torch.where(there, total / seen, torch.nan), torch.where(there, last, torch.nan), seen.long()
 
     def _traces(self, d: Tensor, step: Tensor) -> Tensor:
         """The trace of the loss's curvature along the outputs of rows [n, o]: [n]."""

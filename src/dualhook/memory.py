@@ -25,6 +25,7 @@ from dualhook.query import HERE, Workers
 from dualhook.questions import Asked, ask
 from dualhook.reading import OnDamage, Reading
 from dualhook.store import AnswerFiles, inspected
+from dualhook.table import Table
 from dualhook.verification import VerifyReport, actual_weights, verified
 
 __all__ = ["DualMemory", "VerifyReport", "load"]
@@ -148,11 +149,7 @@ class DualMemory(Reading):
         check_method(method, of)
         if self._average is not None:
             raise RuleError("influence on an average of the weights is not known: ask the memory itself, or attend()")
-        if not len(samples := self.samples):
-            raise DualHookError(
-                f"{self.path} knows no samples, so that there is nobody to have an influence: record with "
-                "recorder.track(loader) or recorder.batch(samples=...)"
-            )
+        samples = self._known_samples("have an influence")
         asked = self._ask(model, model_inputs(inputs, named), target, positions, layers, of)
         if method == "contribution":
             scores = contributions(self._attention(asked, self.steps, cache=cache), samples)
@@ -162,6 +159,36 @@ class DualMemory(Reading):
             scores = estimated(self._store, asked.layers, self.steps, samples, method=method, loss=loss, files=files)
             note = note_of(self._store, loss, self.steps)
         return Influence(scores, samples, asked.queries, self._columns.of_samples, method=method, of=of, note=note)
+
+    def suspects(self, k: int = 100) -> Table:
+        """The ``k`` samples that training has found hardest to fit: where labels are wrong, they are among the first.
+
+        Columns rank, sample, the run-averaged ``loss``, its last value ``last_loss``, and rows, how many of the last
+        layer's it is a mean of. It is in the recorded rows themselves: under softmax cross-entropy the sample's loss;
+        under other losses the columns are ``gradient`` and ``last_gradient``, norms of its output gradient.
+
+        Raises:
+            DualHookError: the run named no samples, or ``k`` below 1.
+        """
+        if not isinstance(k, int) or k < 1:
+            raise DualHookError(f"k={k!r}: expected at least 1")
+        samples = self._known_samples("suspect")
+        loss = Loss(self._store, self._head_at)
+        mean, last, rows = loss.of_samples(torch.from_numpy(samples))
+        order = torch.sort(mean.nan_to_num(nan=-torch.inf), descending=True, stable=True).indices[:k].numpy()
+        name = "loss" if loss.kind == "cross-entropy" else "gradient"
+        return Table(
+            {
+                "rank": np.arange(1, len(order) + 1),
+                "sample": samples[order],
+                name: mean.numpy()[order],
+                f"last_{name}": last.numpy()[order],
+                "rows": rows.numpy()[order],
+            },
+            title=f"the {len(order)} samples of the largest run-averaged {name}",
+            footer=loss.note,
+            bars=(("sample",), name),
+        )
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None, deep: bool = False) -> VerifyReport:
         """Rebuild every weight from the memory and compare: ``error = |Ŵ - W| / |W|`` over weight and bias.
@@ -265,6 +292,15 @@ class DualMemory(Reading):
         if not self._specs:
             raise LayerError(f"{self.path} holds no patterns: no optimiser step on a recorded layer was seen")
         return ask(model, [self._specs[name] for name in self._named(layers)], inputs, target, positions, of)
+
+    def _known_samples(self, what: str) -> np.ndarray:
+        """The samples of the run, of which there have to be some."""
+        if not len(samples := self.samples):
+            raise DualHookError(
+                f"{self.path} knows no samples, so that there is nobody to {what}: record with "
+                "recorder.track(loader) or recorder.batch(samples=...)"
+            )
+        return samples
 
     def _head_at(self, step: int) -> tuple[Tensor, Tensor | None]:
         """The last layer's weight [o, i] and bias after a step."""
