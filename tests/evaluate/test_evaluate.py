@@ -143,10 +143,12 @@ def test_area_under_roc_counts_pairs():
     assert area_under_roc(scores, positive) == pytest.approx(np.mean(pairs))
 
 
-def test_bootstrap_of_a_mean_is_about_two_standard_errors_wide():
+def test_bootstrap_of_a_mean_is_two_standard_errors_on_either_side():
     values = generator.normal(size=400)
-    low, high = bootstrap(lambda chosen: values[chosen].mean(), 400)
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.2)
+    ends = [bootstrap(lambda chosen: values[chosen].mean(), 400, seed=seed) for seed in range(20)]
+    width = np.mean([high - low for low, high in ends])
+    assert width == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
+    assert all(low < values.mean() < high for low, high in ends)
 
 
 def test_random_subsets_have_one_size_and_differ():
