@@ -22,6 +22,7 @@ ALLOWED = {
     "store": SHARED | {"maps", "packing"},
     "query": SHARED | {"maps", "optimizers"},
     "report": SHARED,
+    "evaluate": SHARED,
     "packing": {"gathering"},
     "records": {"gathering", "packing"},
     "errors": set(),
