@@ -30,10 +30,13 @@ ALLOWED = {
     "composition": SHARED | {"maps", "optimizers", "query", "store"},
     "dual": SHARED | {"query"},
     "questions": SHARED | {"capture", "maps", "model", "query"},
-    "attention": SHARED | {"query", "progress"},
+    "summaries": SHARED | {"query"},
+    "statistics": SHARED | {"summaries"},
+    "attention": SHARED | {"query", "progress", "statistics", "summaries"},
     "progress": {"query", "records"},
     "verification": SHARED | {"composition", "model", "store"},
-    "columns": SHARED | {"store", "attention"},
+    "columns": SHARED | {"store", "summaries"},
+    "reporting": SHARED | {"attention", "memory", "model", "report", "summaries"},
 }
 
 

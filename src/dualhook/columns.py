@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualhook.attention import Grouping
 from dualhook.errors import DualHookError
 from dualhook.records import COORDINATES, NO_SAMPLE, Rows
 from dualhook.store import Store
+from dualhook.summaries import UNKNOWN, Grouping
 
 __all__ = ["Columns"]
-
-UNKNOWN = "unknown"  # the group of patterns that have no value
 
 
 class Columns:
@@ -75,6 +73,11 @@ class Columns:
             categories, codes = np.unique(array.astype(str), return_inverse=True)
             self._store.write_column(name, torch.from_numpy(codes.astype(np.int64)), categories.tolist())
             self._added[name] = categories.astype(object)[codes]
+
+    def of_samples(self, column: str) -> Sequence[Any] | None:
+        """An added column's values by sample; None of one that was recorded with the patterns."""
+        values = None if column in self._recorded else self._added.get(column)
+        return None if values is None else np.asarray(values).tolist()  # type: ignore[no-any-return]
 
     def grouping(self, layer: str, column: str) -> Grouping:
         """A column as groups of one layer's patterns, in ascending order; samples that are not known come first.

@@ -26,6 +26,7 @@ from dualhook.progress import ReplayProgress
 from dualhook.query import REPLAY_BYTES, Composition, Workers, rebuild
 from dualhook.questions import ask
 from dualhook.records import AVERAGE, VALUE, LayerSpec, Rows
+from dualhook.reporting import write_report
 from dualhook.store import AnswerFiles, Store, inspected, located
 from dualhook.table import Table
 from dualhook.verification import VerifyReport, actual_weights, explained_layers, verified
@@ -240,6 +241,8 @@ class DualMemory:
             workers=workers,
         )
 
+    report = write_report
+
     def verify(self, model: nn.Module | None = None, *, step: int | None = None, deep: bool = False) -> VerifyReport:
         """Rebuild every weight from the memory and compare: ``error = |Ŵ - W| / |W|`` over weight and bias.
 
@@ -328,8 +331,6 @@ class DualMemory:
         twin = copy.copy(self)
         twin._average, twin._composed = (name, settings), {}
         return twin
-
-    # ---- inside ----------------------------------------------------------------------------------------------
 
     def _composition(self, spec: LayerSpec, horizon: int, *, preview: bool = False) -> Composition:
         place = (spec.name, horizon, preview)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dualhook.query.answers import Answer, Answers
-from dualhook.query.collectors import GroupSums, Receipt, TopPatterns
+from dualhook.query.collectors import GroupSums, Receipt, TopPatterns, TopPatternsBy
 from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken, Synchronization
 from dualhook.query.replay import Replay
 from dualhook.query.scores import LayerQuery
@@ -28,6 +28,7 @@ __all__ = [
     "StepTaken",
     "Synchronization",
     "TopPatterns",
+    "TopPatternsBy",
     "Workers",
     "answered",
     "dual_output",
