@@ -36,7 +36,7 @@ ALLOWED = {
     "progress": {"query", "records"},
     "verification": SHARED | {"composition", "model", "store"},
     "columns": SHARED | {"store", "summaries"},
-    "reporting": SHARED | {"attention", "memory", "model", "report", "summaries"},
+    "reporting": SHARED | {"attention", "memory", "model", "query", "report", "summaries"},
 }
 
 

@@ -77,7 +77,8 @@ class Columns:
     def of_samples(self, column: str) -> Sequence[Any] | None:
         """An added column's values by sample; None of one that was recorded with the patterns."""
         values = None if column in self._recorded else self._added.get(column)
-        return None if values is None else np.asarray(values).tolist()  # type: ignore[no-any-return]
+        listed: Sequence[Any] | None = None if values is None else np.asarray(values).tolist()
+        return listed
 
     def grouping(self, layer: str, column: str) -> Grouping:
         """A column as groups of one layer's patterns, in ascending order; samples that are not known come first.

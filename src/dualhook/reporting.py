@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dualhook.attention import Attention
 from dualhook.errors import DualHookError
 from dualhook.model import Positions, Target, model_inputs
+from dualhook.query.collectors import Criterion
 from dualhook.report.page import Answers, Query, TrainingText, page_data, to_html
 from dualhook.summaries import Ranking, Totals
 from dualhook.table import Table
@@ -27,6 +28,7 @@ __all__ = ["write_report"]
 MOST_SUMMED = 200_000  # samples, or patterns of a text, that are summed over their repeats
 MOST_BARS = 200  # groups of a column that are drawn
 AHEAD = 16  # patterns ranked for each one that is listed: an image comes again every epoch
+RANKED: tuple[Criterion, ...] = ("contribution", "weight")  # from both ends, which hold the absolute rankings too
 GROUPS = ("label", "class", "document", "task")  # columns that are shown where they are
 
 
@@ -139,7 +141,7 @@ class _Ends(Totals):
     """Of each query and layer the groups at the end of any ranking, some of them several times."""
 
     def chosen(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        ways = [(name, largest) for name in ("weight", "contribution") for largest in (True, False)]
+        ways = [(name, largest) for name in RANKED for largest in (True, False)]
         ways += [("abs_weight", True), ("abs_contribution", True)]
         found = [Totals(self.columns, self.top, name, largest).chosen(values) for name, largest in ways]
         return np.concatenate([part for part in found if part is not None], axis=1)
@@ -147,10 +149,10 @@ class _Ends(Totals):
 
 def _ask(memory: DualMemory, attention: Attention, k: int, shown: Sequence[str], *, by_place: bool) -> _Found:
     """Everything that the page shows, in one pass per layer; more where few samples fill many places of a ranking."""
-    kept, rankings = AHEAD * k, ("contribution", "weight")
+    kept = AHEAD * k
 
     def ranked() -> list[Ranking]:
-        return [Ranking(kept, by, largest) for by in rankings for largest in (True, False)]
+        return [Ranking(kept, by, largest) for by in RANKED for largest in (True, False)]
 
     things = max(map(memory.patterns, attention.layers)) if by_place else len(memory.samples)
     repeats = [_Ends(("sample", "position") if by_place else ("sample",), k)] if 0 < things <= MOST_SUMMED else []

@@ -92,9 +92,6 @@ def page_data(answers: Answers) -> dict[str, Any]:
     pictures = Pictures()
     lists = _Lists(answers)
     single, summed = lists.of(answers.single, "single"), lists.of(answers.summed, "summed")
-    grid = [
-        [{"single": single.get(at), "summed": summed.get(at)} for at in _names(answers, q)] for q in _count(answers)
-    ]
     receipts = {
         (r["query"], r["layer"]): [_digits(r["explained"]), _digits(r["cancellation"])] for r in answers.receipt
     }
@@ -149,8 +146,8 @@ class _Lists:
         found: dict[tuple[int, str], dict[str, Any]] = {}
         rows: dict[tuple[int, str], dict[tuple[int, ...], dict[str, Any]]] = {}
         for row in table or ():
-            at = row["sample"], row.get("position", 0), row.get("step", 0)
-            rows.setdefault((row["query"], row["layer"]), {}).setdefault(at, row)
+            thing = row["sample"], row.get("position", 0), row.get("step", 0)
+            rows.setdefault((row["query"], row["layer"]), {}).setdefault(thing, row)
         for at, own in rows.items():
             found[at] = self._listed(list(own.values()), single=kind == "single")
         return found
@@ -163,7 +160,8 @@ class _Lists:
 
     def _listed(self, rows: Sequence[dict[str, Any]], *, single: bool) -> dict[str, Any]:
         numbers: dict[int, int] = {}
-        entries, lists = [], {}
+        entries: list[list[Any]] = []
+        lists: dict[str, list[int]] = {}
         for name, (by, way) in LISTS.items():
             plain = by.removeprefix("abs_")
             rank = [way * (row.get(by, abs(row[plain]))) for row in rows]
@@ -222,7 +220,9 @@ def _totals(answers: Answers, column: str, table: Table) -> dict[str, Any]:
     labels = list(dict.fromkeys(table[column].tolist()))
     labels.sort(key=lambda label: (isinstance(label, str), label))
     number = {label: n for n, label in enumerate(labels)}
-    at = {(q, layer): [[0.0] * len(DEFINITIONS) for _ in labels] for q in _count(answers) for layer in answers.layers}
+    at: dict[tuple[int, str], list[list[float | None]]] = {
+        (q, layer): [[0.0] * len(DEFINITIONS) for _ in labels] for q in _count(answers) for layer in answers.layers
+    }
     for row in table:
         at[row["query"], row["layer"]][number[row[column]]] = [_digits(row[name]) for name in DEFINITIONS]
     first = column == next(iter(answers.totals))
