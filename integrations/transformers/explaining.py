@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from dualhook.integrations.transformers.text import Passages
+from dualhook.integrations.transformers.text import Passages, texts_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -94,7 +94,7 @@ def explain(
     attention = memory.attend(model, inputs, positions=places, target=new, layers=layers)
     table = attention.top(k) if passages is None else passages.top(attention, k)
     queries, receipt = attention.queries, attention.receipt
-    texts = _texts(tokenizer, ids[0, :0] if decodes else ids[0], new)
+    texts = texts_of(tokenizer, ids[0, :0] if decodes else ids[0], new)
     columns: dict[str, Any] = {
         "query": queries["query"],
         "position": queries["position"],
@@ -128,25 +128,3 @@ def _check(ids: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def _padding(tokenizer: PreTrainedTokenizerBase) -> Any:
     """What generate asks for, though one sequence needs no padding."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _texts(tokenizer: PreTrainedTokenizerBase, before: Tensor, new: Tensor) -> list[str]:
-    """What each new token adds to the text; of a character's tokens, the last one adds it."""
-    if int(new.max()) >= len(tokenizer):
-        raise DualHookError(
-            f"the model has written token {int(new.max())}, the tokenizer has {len(tokenizer)}: expected the tokenizer "
-            "that the model was trained with"
-        )
-
-    def decoded(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    ids = before.tolist()
-    done, texts = decoded(ids), list[str]()
-    for token in new.tolist():
-        ids.append(token)
-        text = decoded(ids)
-        waits = text.endswith("\N{REPLACEMENT CHARACTER}") and len(texts) + 1 < len(new)
-        texts.append("" if waits else text[len(done) :])
-        done = done if waits else text
-    return texts

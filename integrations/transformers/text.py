@@ -12,18 +12,19 @@ that of the tokens after it. Rows have to be as the model has read them, padding
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dualhook import Attention, DualHookError, DualMemory, Table
 
-__all__ = ["Passages"]
+__all__ = ["Passages", "texts_of"]
 
 Criterion = Literal["weight", "abs_weight", "contribution", "abs_contribution"]
 TOTALS = ("weight", "abs_weight", "contribution", "abs_contribution")
@@ -90,6 +91,15 @@ class Passages:
             DualHookError: as :meth:`around`.
         """
         return self._cut(self._ids(sample, position), sample, position)[1][1]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each of these tokens adds to the text; of a character's tokens, the last one adds it.
+
+        Raises:
+            DualHookError: a token that the tokenizer does not know.
+        """
+        tokens = torch.as_tensor(ids, dtype=torch.int64)
+        return texts_of(self._tokenizer, tokens[:0], tokens) if len(tokens) else []
 
     def top(
         self,
@@ -280,3 +290,25 @@ def _by_row(sample: Any, position: Any) -> Iterator[tuple[int, Any]]:
     """The positions [place] of every row; rows are ascending."""
     rows, firsts = np.unique(sample, return_index=True)
     return zip(rows.tolist(), np.split(position, firsts[1:]), strict=True)
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, before: Tensor, new: Tensor) -> list[str]:
+    """What each new token adds to the text; of a character's tokens, the last one adds it."""
+    if int(new.max()) >= len(tokenizer):
+        raise DualHookError(
+            f"the model has written token {int(new.max())}, the tokenizer has {len(tokenizer)}: expected the tokenizer "
+            "that the model was trained with"
+        )
+
+    def decoded(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    ids = before.tolist()
+    done, texts = decoded(ids), list[str]()
+    for token in new.tolist():
+        ids.append(token)
+        text = decoded(ids)
+        waits = text.endswith("\N{REPLACEMENT CHARACTER}") and len(texts) + 1 < len(new)
+        texts.append("" if waits else text[len(done) :])
+        done = done if waits else text
+    return texts

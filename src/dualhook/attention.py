@@ -4,44 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dualhook.errors import DualHookError, LayerError, RuleError
+from dualhook.errors import LayerError
 from dualhook.progress import ReplayProgress
 from dualhook.query import (
     KEPT,
     Answer,
     Answers,
     Collector,
-    GroupSums,
     LayerQuery,
     Receipt,
-    TopPatterns,
     Workers,
     scan,
     seal,
 )
 from dualhook.query.collectors import CRITERIA, Criterion
-from dualhook.records import Rows, RowSource
+from dualhook.records import RowSource
+from dualhook.statistics import agreement, spread, votes
+from dualhook.summaries import Grouping, Ranking, RankingBy, Summary, Totals, check_criterion
 from dualhook.table import Table
 
-__all__ = ["Attention", "Grouping"]
-
-
-class Grouping:
-    """A column as groups: ``code(rows)`` [n] numbers the group of every pattern, ``labels`` name them.
-
-    ``code`` can be pickled.
-    """
-
-    def __init__(self, labels: Sequence[Any], code: Callable[[Rows], Tensor]) -> None:
-        self.labels = labels
-        self.code = code
+__all__ = ["Attention"]
 
 
 class Attention:
@@ -116,27 +104,35 @@ class Attention:
             RuleError: contributions of a layer whose optimiser's rule is not registered any more; its attention weights
                 can be ranked.
         """
-        if by not in CRITERIA:
-            raise DualHookError(f"by={by!r}: expected one of {', '.join(CRITERIA)}")
-        if not isinstance(k, int) or k < 1:
-            raise DualHookError(f"k={k!r}: expected at least 1")
-        found = []
-        for asked in self._asked(layers):
-            if asked.made_of.unknown and by.endswith("contribution"):
-                raise RuleError(asked.made_of.unknown)
-            top = TopPatterns(k, by, largest)
-            self._pass(asked, top)
-            result = {name: values.numpy() for name, values in top.result(len(asked)).items()}
-            queries, ranks = np.indices(result["pattern"].shape)
-            head = {"query": queries, "layer": np.full(queries.shape, asked.name, dtype=object), "rank": ranks + 1}
-            found.append({name: values.reshape(-1) for name, values in (head | result).items()})
-        return self._by_query(
-            found,
-            title=f"the {k} {'largest' if largest else 'smallest'} by {by}, per query and layer",
-            bars=(("layer", "sample", "step"), by.removeprefix("abs_")),
-        )
+        return self.gather(Ranking(k, by, largest), layers=layers)[0]
 
-    def sum_by(self, column: str | Sequence[str], *, layers: str | Iterable[str] | None = None) -> Table:
+    def top_by(
+        self,
+        column: str,
+        k: int = 10,
+        *,
+        by: Criterion = "contribution",
+        largest: bool = True,
+        layers: str | Iterable[str] | None = None,
+    ) -> Table:
+        """The same within every group of a column of at most 1,000 groups: the strongest patterns of each class.
+
+        Columns as of :meth:`top`, the column behind layer; ``step`` shows when in training they came.
+
+        Raises:
+            DualHookError: as :meth:`top`, and an unknown column or one of too many groups.
+        """
+        return self.gather(RankingBy(k, by, largest, column), layers=layers)[0]
+
+    def sum_by(
+        self,
+        column: str | Sequence[str],
+        *,
+        top: int | None = None,
+        by: Criterion = "contribution",
+        largest: bool = True,
+        layers: str | Iterable[str] | None = None,
+    ) -> Table:
         """Totals of weight and contribution per group of patterns.
 
         ``column`` is ``"step"``, ``"sample"``, ``"position"``, a column given to ``recorder.batch`` or one added by
@@ -145,32 +141,69 @@ class Attention:
         whose optimiser's rule is not registered any more). Several columns, such as ``("sample", "position")``, make a
         group of every combination that occurs, with one more column that counts its patterns.
 
+        ``top`` keeps the groups of each query and layer whose total ``by`` comes first (``largest=False``: last):
+        ``sum_by("sample", top=10)`` names the training samples that count most over all their repeats.
+
         Raises:
-            DualHookError: an unknown column.
+            DualHookError: an unknown column or criterion, or a ``top`` below 1.
         """
-        names = [column] if isinstance(column, str) else list(dict.fromkeys(column))
-        if not names:
-            raise DualHookError("column=[]: expected at least one column to group by")
-        found = []
+        names = (column,) if isinstance(column, str) else tuple(dict.fromkeys(column))
+        return self.gather(Totals(names, top, by, largest), layers=layers)[0]
+
+    def vote(
+        self, column: str = "label", *, by: Criterion = "abs_weight", layers: str | Iterable[str] | None = None
+    ) -> Table:
+        """The group that each query's patterns speak for: the one with the largest total, see :func:`votes`.
+
+        The vote changes with the definition ``by``; ``"abs_weight"`` is the paper's. Columns query, layer, the column,
+        by, total, share.
+
+        Raises:
+            DualHookError: an unknown column or criterion.
+        """
+        check_criterion(by)
+        return votes(self.sum_by(column, layers=layers), column, by)
+
+    def predictive_power(
+        self,
+        column: str = "label",
+        *,
+        targets: Sequence[Any] | np.ndarray | Tensor,
+        outputs: Sequence[Any] | np.ndarray | Tensor | None = None,
+        layers: str | Iterable[str] | None = None,
+    ) -> Table:
+        """How often the vote, by each definition, is the target and how often the model's output.
+
+        ``targets`` are the true groups of the queries, ``outputs`` those that the model gives (default the classes
+        asked about, which are the predicted ones unless ``target`` was given). Columns as of :func:`agreement`:
+        layer, by, predictions (all, correct, wrong), queries, equals_target, equals_output.
+
+        Raises:
+            DualHookError: an unknown column, or not one target and output per query.
+        """
+        given = self._queries["target"] if outputs is None else outputs
+        totals = self.sum_by(column, layers=layers)
+        return agreement([votes(totals, column, by) for by in CRITERIA], column, targets, given)
+
+    def spread(self, column: str = "label", *, layers: str | Iterable[str] | None = None) -> Table:
+        """How unevenly the totals of a query lie over the groups: normalised variance, see :func:`spread`.
+
+        Columns query, layer, weight, abs_weight, contribution, abs_contribution.
+        """
+        return spread(self.sum_by(column, layers=layers), column)
+
+    def gather(self, *summaries: Summary, layers: str | Iterable[str] | None = None) -> list[Table]:
+        """Several questions (:mod:`dualhook.summaries`) in one pass per layer; a table each."""
+        found: list[list[Mapping[str, np.ndarray]]] = [[] for _ in summaries]
         for asked in self._asked(layers):
-            groups = [self._grouping(asked.name, name) for name in names]
-            sizes = [max(1, len(group.labels)) for group in groups]
-            sums = GroupSums(len(asked), partial(_combined, [group.code for group in groups], sizes))
-            self._pass(asked, sums)
-            codes, counts, totals = sums.result()
-            shape = (len(asked), len(codes))
-            head = {
-                "query": np.broadcast_to(np.arange(shape[0])[:, None], shape),
-                "layer": np.full(shape, asked.name, dtype=object),
-            }
-            for name, group, place in zip(names, groups, np.unravel_index(codes.numpy(), sizes), strict=True):
-                labels = np.empty(len(group.labels), dtype=object)
-                labels[:] = list(group.labels)
-                head[name] = np.broadcast_to(_typed(labels[place]), shape)
-            tail = {"patterns": np.broadcast_to(counts.numpy(), shape)} if len(names) > 1 else {}
-            values = head | {name: total.numpy() for name, total in totals.items()} | tail
-            found.append({name: value.reshape(-1) for name, value in values.items()})
-        return self._by_query(found, title=f"totals by {', '.join(names)}", bars=(("layer", *names), "contribution"))
+            started = [summary.start(asked, self._grouping) for summary in summaries]
+            self._pass(asked, *(collector for collector, _ in started))
+            for parts, (_, columns) in zip(found, started, strict=True):
+                parts.append(columns())
+        return [
+            self._by_query(parts, title=summary.title, bars=summary.bars)
+            for parts, summary in zip(found, summaries, strict=True)
+        ]
 
     @property
     def receipt(self) -> Table:
@@ -305,16 +338,3 @@ class Attention:
                 f"{'; ' if self._missing else ''}{self._missing}"
             )
         return Table({n: values[order] for n, values in columns.items()}, title=title, footer=note, bars=bars)
-
-
-def _combined(codes: Sequence[Callable[[Rows], Tensor]], sizes: Sequence[int], rows: Rows) -> Tensor:
-    """The combination of groups [n] that every pattern is in, numbered with the last changing fastest."""
-    found = torch.zeros(len(rows), dtype=torch.int64)
-    for code, size in zip(codes, sizes, strict=True):
-        found = found * size + code(rows)
-    return found
-
-
-def _typed(labels: np.ndarray) -> np.ndarray:
-    """Numbers as a numeric array, anything else as it is."""
-    return np.array(labels.tolist()) if all(isinstance(label, (int, float)) for label in labels) else labels

@@ -1,4 +1,4 @@
-"""The command line: ``dualhook demo``, ``info``, ``verify``, ``attend``, ``compact``."""
+"""The command line: ``dualhook demo``, ``info``, ``verify``, ``attend``, ``report``, ``compact``."""
 
 from __future__ import annotations
 
@@ -7,51 +7,30 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import dualhook
+from dualhook.arguments import parser
 from dualhook.errors import DualHookError
-from dualhook.given import build, fill, read_inputs, warn_of
+from dualhook.given import build, fill, read_inputs, read_names, read_numbers, warn_of
 from dualhook.memory import DualMemory
-from dualhook.query.collectors import CRITERIA
-from dualhook.store import SEGMENT_BYTES, Damage, Layout, Manifest, inspected, located
+from dualhook.store import Damage, Layout, Manifest, inspected, located
 from dualhook.table import Table
 
 __all__ = ["main"]
-
-EPILOGS = {
-    "demo": "example:\n  dualhook demo --out dualhook-demo",
-    "info": "example:\n  dualhook info runs/fmnist",
-    "verify": "examples:\n  dualhook verify runs/fmnist --tolerance 1e-6\n  dualhook verify runs/fmnist --deep",
-    "compact": """\
-Without --dtype and --min-share nothing is lost. Until it is done it takes the disk
-space of both; interrupted at any moment, the memory is as it was.
-
-examples:
-  dualhook compact runs/fmnist
-  dualhook compact runs/fmnist --dtype float16 --min-share 1e-5""",
-    "attend": """\
-The model's recorded layers get the weights that the memory holds after the last
-step, everything else those of --weights. Modules in the current directory are
-found.
-
-examples:
-  dualhook attend runs/fmnist --model train:build_model --inputs images.npy
-  dualhook attend runs/fmnist --model train:build_model --inputs images.npy \\
-      --by abs_weight --top 5 --layers fc1 fc2 --sum-by label --json""",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 (a check failed), 2 (it could not be done)."""
     try:
-        options = _parser().parse_args(argv)
+        options = parser(COMMANDS).parse_args(argv)
         status: int = options.run(options)
         sys.stdout.flush()
         return status
@@ -67,11 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # ---- commands ------------------------------------------------------------------------------------------------
-
-
-def _help(options: argparse.Namespace) -> int:
-    options.parser.print_help(sys.stderr)
-    return 2
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -137,15 +111,9 @@ def _damage(path: str) -> Sequence[Damage]:
 
 def _attend(options: argparse.Namespace) -> int:
     memory = dualhook.load(options.path)
-    model = build(options.model)
-    left = fill(model, memory, options.weights)
-    inputs = read_inputs(options.inputs, model)
-    try:
-        attention = memory.attend(
-            model, inputs, target=options.target, layers=options.layers, method=options.method, cache=options.cache
-        )
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        raise DualHookError(f"{options.model} cannot be run on {options.inputs}: {error}") from error
+    model, inputs, left = _asked(memory, options)
+    with _running(options):
+        attention = memory.attend(model, inputs, **_settings(options))
     warn_of(left)
     with _progress(memory, "top patterns", attention.layers):
         answers = {"top": attention.top(options.top, by=options.by, largest=not options.smallest)}
@@ -158,6 +126,56 @@ def _attend(options: argparse.Namespace) -> int:
     else:
         print("\n\n".join(table.to_text() for table in answers.values()))
     return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    memory = dualhook.load(options.path)
+    images = None if options.images is None else read_numbers(options.images, "--images")
+    labels = None if options.labels is None else read_numbers(options.labels, "--labels")
+    classes = None if options.classes is None else read_names(options.classes)
+    model, inputs, left = _asked(memory, options)
+    with _progress(memory, "reading", options.layers or memory.layers), _running(options):
+        written = memory.report(
+            model,
+            inputs,
+            options.out,
+            images=images,
+            labels=labels,
+            classes=classes,
+            column=options.column,
+            k=options.top,
+            **({} if options.title is None else {"title": options.title}),
+            **_settings(options),
+        )
+    warn_of(left)
+    size = written.stat().st_size
+    if options.json:
+        _print_json({"path": str(memory.path), "report": str(written), "bytes": size})
+    else:
+        print(f"{written}, {size / 1e6:.2f} MB: open it in a browser")
+    return 0
+
+
+def _asked(memory: DualMemory, options: argparse.Namespace) -> tuple[nn.Module, Any, Sequence[str]]:
+    """The model, what it is asked, and what of it no file has filled."""
+    model = build(options.model)
+    left = fill(model, memory, options.weights)
+    return model, read_inputs(options.inputs, model), left
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("target", "layers", "method", "cache")}
+
+
+@contextmanager
+def _running(options: argparse.Namespace) -> Iterator[None]:
+    """What the user's model raises is an error of the command."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        if isinstance(error, DualHookError):
+            raise
+        raise DualHookError(f"{options.model} cannot be run on {options.inputs}: {error}") from error
 
 
 def _compact(options: argparse.Namespace) -> int:
@@ -229,146 +247,11 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# ---- arguments -----------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument like every other error: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise DualHookError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="dualhook",
-        description="Which training patterns does a prediction attend to? Ask the memory of a recorded training run.",
-        epilog="Start with: dualhook demo",
-    )
-    parser.add_argument("--version", action="version", version=f"dualhook {dualhook.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    parser.set_defaults(run=_help, parser=parser)
-
-    _demo_arguments(_command(commands, _demo, "train a small network, record it, draw what two predictions attend to"))
-    _command(commands, _info, "what a memory holds: layers, patterns, steps, columns", memory=True)
-    verify = _command(commands, _verify, "rebuild the trained weights from the memory and compare", memory=True)
-    verify.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-5,
-        metavar="X",
-        help="exit with status 1 unless every layer's relative error is below it (default: %(default)g)",
-    )
-    verify.add_argument(
-        "--deep", action="store_true", help="first compare every file with its checksums, and name those that differ"
-    )
-    _compact_arguments(_command(commands, _compact, "write a memory in fewer and smaller files", memory=True))
-    _attend_arguments(_command(commands, _attend, "which training patterns a model's outputs attend to", memory=True))
-    return parser
-
-
-def _command(
-    commands: argparse._SubParsersAction[_Parser],
-    run: Callable[[argparse.Namespace], int],
-    summary: str,
-    *,
-    memory: bool = False,
-) -> _Parser:
-    name = run.__name__.removeprefix("_")
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=EPILOGS[name],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    if memory:
-        parser.add_argument("path", metavar="PATH", help="the path that was given to dualhook.instrument, or a URL")
-        parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    return parser
-
-
-def _demo_arguments(parser: _Parser) -> None:
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("dualhook-demo"),
-        metavar="DIR",
-        help="folder for memory and picture; an earlier demo in it is replaced (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--epochs",
-        type=int,
-        default=15,
-        metavar="N",
-        help="passes over 5,000 images, 80 MB of memory each (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and order (default: %(default)s)")
-
-
-def _compact_arguments(parser: _Parser) -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=("float64", "float32", "bfloat16", "float16"),
-        metavar="DTYPE",
-        help="dtype of the rows, float16 with a scale per row (default: as they are); receipts tell what it loses",
-    )
-    parser.add_argument(
-        "--min-share",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="drop rows whose norm is below this share of all in their step; receipts say what the rest explains, "
-        "tables how many are gone (default: none)",
-    )
-    parser.add_argument(
-        "--segment-bytes",
-        type=int,
-        default=SEGMENT_BYTES,
-        metavar="N",
-        help="what a segment may grow to (default: %(default)s)",
-    )
-
-
-def _attend_arguments(parser: _Parser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="MODULE:CALLABLE", help="builds the model when called without arguments"
-    )
-    parser.add_argument(
-        "--inputs",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="what the model is asked: .npy (one array, queries first) or .safetensors (tensors by argument name)",
-    )
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE.safetensors",
-        help="parameters that the memory does not hold: embeddings, norms, layers that were not recorded",
-    )
-    parser.add_argument(
-        "--target", type=int, metavar="N", help="the class whose logit counts (default: the predicted one)"
-    )
-    parser.add_argument("--top", type=int, default=10, metavar="K", help="patterns per query and layer (default: 10)")
-    parser.add_argument(
-        "--by",
-        choices=CRITERIA,
-        default="contribution",
-        metavar="CRITERION",
-        help=f"what ranks the patterns: {', '.join(CRITERIA)} (default: %(default)s)",
-    )
-    parser.add_argument("--smallest", action="store_true", help="the smallest by that instead of the largest")
-    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="ask these layers only (default: all)")
-    parser.add_argument(
-        "--method",
-        choices=("exact", "preview"),
-        default="exact",
-        help="preview: without the replay that Adam and its like need; most of the same patterns, rough sums "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--cache", action="store_true", help="keep what a replay finds beside the memory, for the same question again"
-    )
-    parser.add_argument("--sum-by", metavar="COLUMN", help="add totals per value of a column, such as step or sample")
+COMMANDS = {
+    "demo": _demo,
+    "info": _info,
+    "verify": _verify,
+    "compact": _compact,
+    "attend": _attend,
+    "report": _report,
+}

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualhook.attention import Grouping
 from dualhook.errors import DualHookError
 from dualhook.records import COORDINATES, NO_SAMPLE, Rows
 from dualhook.store import Store
+from dualhook.summaries import UNKNOWN, Grouping
 
 __all__ = ["Columns"]
-
-UNKNOWN = "unknown"  # the group of patterns that have no value
 
 
 class Columns:
@@ -76,6 +74,12 @@ class Columns:
             self._store.write_column(name, torch.from_numpy(codes.astype(np.int64)), categories.tolist())
             self._added[name] = categories.astype(object)[codes]
 
+    def of_samples(self, column: str) -> Sequence[Any] | None:
+        """An added column's values by sample; None of one that was recorded with the patterns."""
+        values = None if column in self._recorded else self._added.get(column)
+        listed: Sequence[Any] | None = None if values is None else np.asarray(values).tolist()
+        return listed
+
     def grouping(self, layer: str, column: str) -> Grouping:
         """A column as groups of one layer's patterns, in ascending order; samples that are not known come first.
 
@@ -92,7 +96,7 @@ class Columns:
         code = torch.cat([torch.zeros(1, dtype=torch.int64), known])
         return Grouping([UNKNOWN, *labels.tolist()], partial(_of_samples, code))
 
-    def of_samples(self, name: str, samples: np.ndarray) -> np.ndarray:
+    def added_to(self, samples: np.ndarray, name: str) -> np.ndarray:
         """The values of an added column for some samples; those that came after it was added are unknown.
 
         Raises:

@@ -1,4 +1,4 @@
-"""``dualhook demo``: train the paper's network on the shipped images, and draw what two predictions attend to."""
+"""``dualhook demo``: train the paper's network on the shipped images, and show what two predictions attend to."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ class DemoSummary:
             ),
             "",
             f"picture            {self.out / 'attention.png'}",
+            f"report             {self.out / 'report.html'}",
             f"memory             {memory}",
             "",
             "Try next:",
@@ -89,7 +90,7 @@ class DemoSummary:
 def run_demo(
     out: Path, *, epochs: int = 15, batch_size: int = 128, seed: int = 0, train_images: int | None = None
 ) -> DemoSummary:
-    """Train, record, verify, ask, draw; ``out`` then holds the memory, the picture and the two images asked about.
+    """Train, record, verify, ask, draw; ``out`` then holds memory, picture, report and the two images asked about.
 
     Args:
         out: a new or empty folder, or one of an earlier demo, which is replaced.
@@ -163,6 +164,7 @@ def _ask(out: Path, memory: DualMemory, model: nn.Module, data: FashionMnist) ->
         LabelledImages(data.train_images, data.train_labels, data.classes),
     )
     figure.savefig(out / "attention.png")
+    memory.report(model, images, out / "report.html", images=data.train_images, labels=labels, classes=data.classes)
     questions = tuple(
         f"{data.classes[truth]}, predicted {data.classes[given]}"
         for truth, given in zip(labels.tolist(), predicted[chosen].tolist(), strict=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dualhook.errors import DualHookError, LayerError
 from dualhook.memory import DualMemory
 
-__all__ = ["build", "fill", "read_inputs", "warn_of"]
+__all__ = ["build", "fill", "read_inputs", "read_names", "read_numbers", "warn_of"]
 
 
 def build(spec: str) -> nn.Module:
@@ -69,16 +69,27 @@ def warn_of(left: Sequence[str]) -> None:
 def read_inputs(path: Path, model: nn.Module) -> Tensor | dict[str, Tensor]:
     """Inputs from a file, floating-point ones in the model's dtype."""
     if path.suffix == ".npy":
-        try:
-            inputs = torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, TypeError, EOFError) as error:
-            raise DualHookError(f"--inputs {path} holds no array of numbers: write it with numpy.save") from error
-        return _fitting(inputs, model)
+        return _fitting(read_numbers(path, "--inputs"), model)
     if path.suffix == ".safetensors":
         return {name: _fitting(value, model) for name, value in _read_safetensors(path).items()}
     raise DualHookError(
         f"--inputs {path}: expected a .npy file (one array), or .safetensors (named tensors as keyword arguments)"
     )
+
+
+def read_numbers(path: Path, option: str) -> Tensor:
+    """An array out of a file that numpy.save has written."""
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (ValueError, TypeError, EOFError) as error:
+        raise DualHookError(f"{option} {path} holds no array of numbers: write it with numpy.save") from error
+
+
+def read_names(given: Sequence[str]) -> list[str]:
+    """Names as they are given, or the lines of the one file that is."""
+    if len(given) == 1 and Path(given[0]).is_file():
+        return Path(given[0]).read_text(encoding="utf-8").splitlines()
+    return list(given)
 
 
 def _fitting(value: Tensor, model: nn.Module) -> Tensor:

@@ -48,7 +48,7 @@ class Influence:
         by_layer: Mapping[str, Tensor],
         samples: np.ndarray,
         queries: Table,
-        column: Callable[[str, np.ndarray], np.ndarray],
+        column: Callable[[np.ndarray, str], np.ndarray],
         *,
         method: str,
         of: str,
@@ -103,7 +103,7 @@ class Influence:
         Raises:
             DualHookError: an unknown column.
         """
-        values = self._column(column, self.samples)
+        values = self._column(self.samples, column)
         labels, codes = np.unique(values.astype(object) if values.dtype.kind in "US" else values, return_inverse=True)
         totals = torch.zeros(len(self), len(labels), dtype=torch.float64)
         totals.index_add_(1, torch.from_numpy(codes.astype(np.int64)), self.scores)

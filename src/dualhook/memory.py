@@ -24,6 +24,7 @@ from dualhook.model import Measure, Positions, Target, find_layers, model_inputs
 from dualhook.query import HERE, Workers
 from dualhook.questions import Asked, ask
 from dualhook.reading import OnDamage, Reading
+from dualhook.reporting import write_report
 from dualhook.store import AnswerFiles, inspected
 from dualhook.table import Table
 from dualhook.verification import VerifyReport, actual_weights, verified
@@ -158,7 +159,7 @@ class DualMemory(Reading):
             files, loss = AnswerFiles(self._store.layout.answers) if cache else None, Loss(self._store, self._head_at)
             scores = estimated(self._store, asked.layers, self.steps, samples, method=method, loss=loss, files=files)
             note = note_of(self._store, loss, self.steps)
-        return Influence(scores, samples, asked.queries, self._columns.of_samples, method=method, of=of, note=note)
+        return Influence(scores, samples, asked.queries, self._columns.added_to, method=method, of=of, note=note)
 
     def suspects(self, k: int = 100) -> Table:
         """The ``k`` samples that training has found hardest to fit: where labels are wrong, they are among the first.
@@ -189,6 +190,8 @@ class DualMemory(Reading):
             footer=loss.note,
             bars=(("sample",), name),
         )
+
+    report = write_report
 
     def verify(self, model: nn.Module | None = None, *, step: int | None = None, deep: bool = False) -> VerifyReport:
         """Rebuild every weight from the memory and compare: ``error = |Ŵ - W| / |W|`` over weight and bias.

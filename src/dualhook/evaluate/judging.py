@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,7 @@ def datamodelling_table(scores: Any, runs: Retrainings) -> Table:
     rows = []
     for number, (name, truth) in enumerate(truths.items()):
         each = datamodelling_score(scores, runs.kept, truth)
-        over_subsets = bootstrap(
-            lambda chosen, truth=truth: float(spearman(runs.kept[chosen] @ scores.T, truth[chosen]).mean()), len(truth)
-        )
+        over_subsets = bootstrap(partial(_mean_score, runs.kept, scores, truth), len(truth))
         others = np.delete(runs.outcomes, number, axis=0) if number < len(runs.seeds) else runs.outcomes[:0]
         ceiling = float(spearman(others.mean(0), truth).mean()) if len(others) else float("nan")
         rows.append((name, float(each.mean()), *_over(each), *over_subsets, ceiling))
@@ -165,7 +164,7 @@ def mislabel_table(suspicions: dict[str, Any], flipped: np.ndarray) -> Table:
         )
     for name, suspicion in suspicions.items():
         scores = check_scores(np.asarray(suspicion)[None], len(flipped))[0]
-        ends = bootstrap(lambda chosen, s=scores: area_under_roc(s[chosen], flipped[chosen]), len(flipped))
+        ends = bootstrap(partial(_area, scores, flipped), len(flipped))
         rows.append((name, area_under_roc(scores, flipped), *ends))
     title = f"finding {int(flipped.sum())} flipped labels among {len(flipped)} samples: area under the ROC curve"
     return _table(["score", "auc", "low", "high"], rows, title, "interval: 95 %, by bootstrap over samples")
@@ -250,3 +249,13 @@ def _enough(count: int, what: str) -> None:
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]], title: str, footer: str) -> Table:
     return Table(dict(zip(names, zip(*rows, strict=True), strict=True)), title=title, footer=footer)
+
+
+def _mean_score(kept: np.ndarray, scores: np.ndarray, truth: np.ndarray, chosen: np.ndarray) -> float:
+    """The mean over queries of the rank correlation on some of the subsets."""
+    return float(spearman(kept[chosen] @ scores.T, truth[chosen]).mean())
+
+
+def _area(scores: np.ndarray, flipped: np.ndarray, chosen: np.ndarray) -> float:
+    """The area under the curve on some of the samples."""
+    return area_under_roc(scores[chosen], flipped[chosen])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dualhook.query.answers import Answer, Answers
-from dualhook.query.collectors import GroupSums, Receipt, TopPatterns
+from dualhook.query.collectors import GroupSums, Receipt, TopPatterns, TopPatternsBy
 from dualhook.query.cosine import Gradient, cosine_scores
 from dualhook.query.fit import fit_decay
 from dualhook.query.influence import Decay, decayed_scores
@@ -34,6 +34,7 @@ __all__ = [
     "StepTaken",
     "Synchronization",
     "TopPatterns",
+    "TopPatternsBy",
     "Workers",
     "answered",
     "cosine_scores",

@@ -12,7 +12,7 @@ from torch import Tensor
 from dualhook.query.scores import LayerQuery, Scores
 from dualhook.records import Rows
 
-__all__ = ["Criterion", "GroupSums", "Receipt", "TopPatterns"]
+__all__ = ["Criterion", "GroupSums", "Receipt", "TopPatterns", "TopPatternsBy"]
 
 Criterion = Literal["weight", "abs_weight", "contribution", "abs_contribution"]
 CRITERIA = ("weight", "abs_weight", "contribution", "abs_contribution")
@@ -40,8 +40,10 @@ class TopPatterns:
     def fresh(self) -> TopPatterns:
         return TopPatterns(self.k, self.by, self.largest)
 
-    def add(self, scores: Scores) -> None:
+    def add(self, scores: Scores, among: Tensor | None = None) -> None:
+        """Take in a block, or those of its patterns ``among`` [m] which to choose."""
         rank = criterion(scores, self.by)
+        rank = rank if among is None else rank[:, among.to(rank.device)]
         ahead = self._ahead(rank, scores.rows.first)
         query, index = ahead.nonzero().unbind(1)
         self._first = scores.rows.first
@@ -51,7 +53,8 @@ class TopPatterns:
         row = torch.repeat_interleave(counts)
         at = row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
         best = {}
-        for name, values in self._fields(scores, rank[query, index], query, index).items():
+        ranked, index = rank[query, index], index if among is None else among.to(index.device)[index]
+        for name, values in self._fields(scores, ranked, query, index).items():
             found = values.new_full((len(chosen), int(counts.max())), self._behind.get(name, 0))
             found[at] = values
             best[name] = torch.cat([self._best[name][chosen], found], 1) if self._best else found
@@ -99,6 +102,37 @@ class TopPatterns:
         contribution, index = scores.contribution_of(query, index).cpu(), index.cpu()
         found = {"rank": rank.cpu(), "pattern": index + rows.first, "weight": weight, "contribution": contribution}
         return found | {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
+
+
+class TopPatternsBy:
+    """The same within every group of patterns; meant for few groups."""
+
+    def __init__(self, k: int, by: Criterion, largest: bool, group_of: Callable[[Rows], Tensor]) -> None:
+        self._settings = k, by, largest
+        self._group_of = group_of
+        self._tops: dict[int, TopPatterns] = {}
+
+    def fresh(self) -> TopPatternsBy:
+        return TopPatternsBy(*self._settings, self._group_of)
+
+    def add(self, scores: Scores) -> None:
+        groups = self._group_of(scores.rows)
+        for group in torch.unique(groups).tolist():
+            self._top(group).add(scores, (groups == group).nonzero()[:, 0])
+
+    def found(self) -> dict[int, dict[str, Tensor]]:
+        return {group: top.found() for group, top in self._tops.items()}
+
+    def merge(self, found: dict[int, dict[str, Tensor]]) -> None:
+        for group, best in found.items():
+            self._top(group).merge(best)
+
+    def result(self, queries: int) -> dict[int, dict[str, Tensor]]:
+        """By group, ascending: the fields, each [q, at most k], best first."""
+        return {group: self._tops[group].result(queries) for group in sorted(self._tops)}
+
+    def _top(self, group: int) -> TopPatterns:
+        return self._tops.setdefault(group, TopPatterns(*self._settings))
 
 
 class GroupSums:
