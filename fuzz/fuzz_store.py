@@ -1,9 +1,9 @@
 """A coverage-guided fuzzer for what a memory is read from, and for the command line.
 
 Every input is bytes that take the place of one file of a small memory (or, for ``cli``, the arguments of a command).
-The memory is then opened, inspected to the last bit and asked; nothing but :class:`dualhook.DualHookError` may come out
-of it (of the command line also argparse's exits), no input may take longer than ``--timeout`` seconds, and none may
-make the process hold more than ``--rss`` MB. What is wrong is written to ``crash-*`` by libFuzzer.
+The memory is then inspected, and now and then asked if it looks sound; nothing but :class:`dualhook.DualHookError` may
+come out of it (of the command line also argparse's exits), no input may take longer than ``--timeout`` seconds, and
+none may make the process hold more than ``--rss`` MB. What is wrong is written to ``crash-*`` by libFuzzer.
 
     pip install atheris
     python fuzz/fuzz_store.py manifest [--runs 100000] [--corpus fuzz/corpus] [--new DIR]
@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -50,35 +51,60 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
 
 
-TURNS = itertools.count()
+def small_memory(path: Path) -> Path:
+    """A copy of the golden memory with no more in it than has to be there."""
+    for file in (Path("dualhook.json"), SEGMENT, ORIGIN):
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(GOLDEN / file, path / file)
+    return path
 
 
-def read(path: Path) -> None:
-    """Look at every bit of a memory and open it; without what is damaged, every eighth one; ask of every 64th."""
-    layout, turn = Layout(path), next(TURNS)
-    with contextlib.suppress(dualhook.DualHookError):
-        inspected(layout, Manifest.read(layout), deep=True)
-    for on_damage in ("raise", "skip") if turn % 8 == 0 else ("raise",):
-        with contextlib.suppress(dualhook.DualHookError):
-            memory = dualhook.load(path, on_damage=on_damage)
-            if turn % 64:
-                continue
-            for question in (
-                memory.info,
-                memory.verify,
-                lambda m=memory: m.weight(m.layers[0] if m.layers else ""),
-                lambda m=memory: m.attend(network(), torch.ones(1, 4)).top(2),
-            ):
-                with contextlib.suppress(dualhook.DualHookError):
-                    question()
+def words_of(corpus: Path) -> str:
+    """The names and texts in a target's corpus, as libFuzzer's dictionary."""
+    found = {word for file in corpus.iterdir() for word in re.findall(rb'"[\w./]+"|[\w-]+', file.read_bytes())}
+    return "".join('"{}"\n'.format(word.decode().replace('"', r"\"")) for word in sorted(found) if len(word) < 32)
+
+
+class Reading:
+    """Opens a memory of which one file has just been written anew, as far as it lets itself be read.
+
+    Headers of every input are looked at. Where they pass, so is every bit, and of what passes that as well every 16th
+    is asked; what does not is opened without the damaged file every 16th time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.layout = path, Layout(path)
+        self.passed, self.damaged = itertools.count(), itertools.count()
+
+    def __call__(self) -> None:
+        manifest = Manifest.read(self.layout)
+        if any(inspected(self.layout, manifest, deep=deep).damage for deep in (False, True)):
+            if next(self.damaged) % 16 == 0:
+                dualhook.load(self.path, on_damage="skip")
+        elif next(self.passed) % 16 == 0:
+            self.ask()
+
+    def ask(self) -> None:
+        memory, model = dualhook.load(self.path), network()
+        for question in (
+            memory.info,
+            lambda: memory.verify(model),
+            lambda: memory.weight(memory.layers[0] if memory.layers else ""),
+            lambda: memory.attend(model, torch.ones(1, 4)).top(2),
+        ):
+            with contextlib.suppress(dualhook.DualHookError):
+                question()
 
 
 def in_place_of(path: Path, file: Path, wrap: Callable[[bytes], bytes]) -> Callable[[bytes], None]:
     """What is done with the bytes of one file of the memory at ``path``."""
+    read, written = Reading(path), path / file
 
     def one(data: bytes) -> None:
-        (path / file).write_bytes(wrap(data))
-        read(path)
+        written.unlink()  # what is mapped of the last one stays as it was
+        written.write_bytes(wrap(data))
+        with contextlib.suppress(dualhook.DualHookError):
+            read()
 
     return one
 
@@ -128,6 +154,9 @@ def arguments(path: Path) -> Callable[[bytes], None]:
         with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink), contextlib.suppress(SystemExit):
             status = command(words)
             assert status in (0, 1, 2), status
+        if words[:1] == ["compact"]:
+            shutil.rmtree(path)
+            small_memory(path)
 
     return one
 
@@ -159,7 +188,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="dualhook-fuzz-", dir=MEMORY))
     new = options.new or folder / "new"
     new.mkdir(exist_ok=True, parents=True)
-    path = Path(shutil.copytree(GOLDEN, folder / "memory"))
+    path = small_memory(folder / "memory")
     one = target(options.target, path)
     if options.one:
         one(options.one.read_bytes())
@@ -168,9 +197,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))  # a petabyte is an error, not an excuse
     settings = [f"-runs={options.runs}", f"-timeout={options.timeout}", f"-rss_limit_mb={options.rss}", "-max_len=8192"]
     settings += [f"-artifact_prefix={folder.parent}/crash-{options.target}-", "-print_final_stats=1"]
-    dictionary = HERE / f"{options.target}.dict"
-    settings += [f"-dict={dictionary.resolve()}"] if dictionary.is_file() else []
-    corpus = (HERE / options.corpus / options.target).resolve()
+    corpus, dictionary = (HERE / options.corpus / options.target).resolve(), folder / "words"
+    if options.target != "ledger":  # that is numbers
+        dictionary.write_text(words_of(corpus))
+        settings += [f"-dict={dictionary}"]
     atheris.Setup([sys.argv[0], *settings, str(new), str(corpus)], one)
     atheris.Fuzz()
 

@@ -93,6 +93,15 @@ def test_every_flipped_bit_is_named(path):
     assert damage(path) == []
 
 
+def test_a_flipped_bit_in_the_word_checksum_is_named(path):
+    for file in sorted(one for one in path.rglob("*") if one.is_file()):
+        data = file.read_bytes()
+        at = data.index(b"checksum") + 4
+        file.write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
+        assert files_named(path) == {file.relative_to(path).as_posix()}
+        file.write_bytes(data)
+
+
 def test_a_flipped_bit_is_named_with_its_tensor_and_steps(path):
     flip(path, SEGMENT.format(2), "rows/head/output_grad")
     name = SEGMENT.format(2)

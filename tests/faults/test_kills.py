@@ -46,8 +46,8 @@ class Warm:
         return told
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(10)
+        with self._process as process:  # closes its pipes and waits
+            process.stdin.close()
 
 
 @pytest.fixture(scope="module")

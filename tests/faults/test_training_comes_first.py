@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
@@ -18,6 +18,7 @@ import pytest
 import torch
 from faults import loop
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import dualhook
 from dualhook.errors import StoreError
@@ -248,6 +249,82 @@ def test_an_error_of_our_own_ends_the_recording_and_not_the_training(tmp_path, m
     assert whole[0] >= max(flushed, default=0)
     monkeypatch.undo()
     check(memory, whole[0])
+
+
+def loaders() -> dict[str, Iterable]:
+    data = [float(number) for number in range(24)]
+    accelerate = pytest.importorskip("accelerate")
+    return {
+        "list": torch.tensor(data).split(4),
+        "map": DataLoader(data, batch_size=4, shuffle=True),
+        "stream": DataLoader(Stream(data), batch_size=None),
+        "accelerate": accelerate.Accelerator(cpu=True).prepare(DataLoader(data, batch_size=4, shuffle=True)),
+    }
+
+
+class Stream(IterableDataset):
+    """A data set that yields whole batches."""
+
+    def __init__(self, data: list[float]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.tensor(self.data).split(4))
+
+
+TRACKING = {
+    "announce": "dualhook.recorder.front.sequence_number",
+    "number": "dualhook.capture.loader._length",
+    "rows": "dualhook.capture.loader._next_rows",
+    "preparation": "dualhook.capture.loader._twin",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "at_call"),
+    [
+        *((kind, "announce", at_call) for kind in ("list", "map", "stream", "accelerate") for at_call in (0, 2)),
+        *((kind, "number", at_call) for kind in ("list", "stream") for at_call in (0, 2)),
+        *((kind, "rows", at_call) for kind in ("map", "accelerate") for at_call in (0, 2)),
+        *((kind, "preparation", 0) for kind in ("map", "stream", "accelerate")),
+    ],
+)
+def test_an_error_in_tracking_ends_the_recording_and_not_the_loop(tmp_path, monkeypatch, kind, place, at_call):
+    def batches(track=lambda loader: loader) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        return list(track(loaders()[kind]))
+
+    expected = batches()
+    recorder = dualhook.instrument(loop.network(), tmp_path / "run", verbose=False)
+    failing(monkeypatch, TRACKING[place], at_call=at_call)
+    with one_warning("recording stopped after step 0: .*FaultError"):
+        found = batches(recorder.track)
+    assert len(found) == len(expected) == 6
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert recorder.stopped
+    monkeypatch.undo()
+    recorder = dualhook.instrument(loop.network(), tmp_path / "other", on_error="raise", verbose=False)
+    failing(monkeypatch, TRACKING[place], at_call=at_call)
+    with pytest.raises(FaultError):
+        batches(recorder.track)
+
+
+def test_samples_that_accelerate_does_not_ask_for_end_the_recording_and_not_the_loop(tmp_path, monkeypatch):
+    recorder = dualhook.instrument(loop.network(), tmp_path / "run", verbose=False)
+    monkeypatch.setattr("dualhook.capture.loader._Noting.__iter__", lambda self: iter(self.loader))
+    with one_warning("recording stopped after step 0: .*IndexError"):
+        assert len(list(recorder.track(loaders()["accelerate"]))) == 6
+
+
+def test_what_the_loader_raises_is_not_ours(tmp_path):
+    def broken() -> Iterator[torch.Tensor]:
+        yield torch.zeros(1)
+        raise FaultError
+
+    with dualhook.instrument(loop.network(), tmp_path, verbose=False) as recorder:
+        with pytest.raises(FaultError):
+            list(recorder.track(broken()))
+        assert not recorder.stopped
 
 
 @pytest.mark.parametrize(("place", "at_call"), [("before a step", 9), ("before a step", 10), ("after a step", 9)])

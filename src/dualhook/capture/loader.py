@@ -11,20 +11,24 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
+from dualhook.capture.hooks import Guard
 from dualhook.errors import DualHookError
 from dualhook.records import COORDINATES, Batch
 from dualhook.sampling import SamplerTape
 
 __all__ = ["TrackedLoader", "as_batch"]
 
+T = TypeVar("T")
 Announce = Callable[["Batch | None"], None]
+Numbered = Iterator[tuple["Tensor | None", Any]]
 
 
 def as_batch(samples: Any, columns: Mapping[str, Any], positions: Any = None) -> Batch:
@@ -85,12 +89,14 @@ def _column(name: str, column: Any, count: int) -> Tensor:
 class TrackedLoader:
     """Yields what ``loader`` yields and announces the samples of every batch before it is used.
 
-    Reading anything else of it (length, ``dataset``, ``sampler.set_epoch``, …) reads the loader's own.
+    Reading anything else of it (length, ``dataset``, ``sampler.set_epoch``, …) reads the loader's own. What goes wrong
+    in finding the samples is the ``guard``'s; the loader goes on.
     """
 
-    def __init__(self, loader: Iterable[Any], announce: Announce) -> None:
+    def __init__(self, loader: Iterable[Any], announce: Announce, guard: Guard) -> None:
         self._loader = loader
         self._announce = announce
+        self._guard = guard
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]
@@ -102,33 +108,46 @@ class TrackedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            for samples, batch in _numbered(self._loader):
+            for samples, batch in _numbered(self._loader, self._guard):
                 self._announce(None if samples is None else Batch(samples))
                 yield batch
         finally:
             self._announce(None)
 
 
-def _numbered(loader: Iterable[Any]) -> Iterator[tuple[Tensor | None, Any]]:
+def _numbered(loader: Iterable[Any], guard: Guard) -> Numbered:
+    with guard:
+        return _followed(loader, guard)
+    return ((None, batch) for batch in loader)
+
+
+def _found(guard: Guard, find: Callable[[], T]) -> T | None:
+    """What is found, or None where that goes wrong and training goes on."""
+    with guard:
+        return find()
+    return None
+
+
+def _followed(loader: Iterable[Any], guard: Guard) -> Numbered:
     if not isinstance(loader, DataLoader):
-        return _counted(loader)
+        return _counted(loader, guard)
     why = ""
     if _is_of_accelerate(loader):
         if _processes(loader) == 1:
-            return _fetched_ahead(loader)
+            return _fetched_ahead(loader, guard)
         why = "process 0 alone draws what it dispatches to the others"
     elif isinstance(loader.dataset, IterableDataset):
-        return _counted_stream(loader)
+        return _counted_stream(loader, guard)
     elif type(loader).__iter__ is not DataLoader.__iter__:
         why = f"{type(loader).__name__} iterates in a way of its own"
     elif loader.num_workers and not getattr(loader, "in_order", True):
         why = "a DataLoader with in_order=False yields batches in an order that cannot be followed"
     if why:
         warnings.warn(
-            f"{why}: patterns get no sample; name the rows with recorder.batch(samples=...)", UserWarning, stacklevel=4
+            f"{why}: patterns get no sample; name the rows with recorder.batch(samples=...)", UserWarning, stacklevel=5
         )
         return ((None, batch) for batch in loader)
-    return _taped(loader)
+    return _taped(loader, guard)
 
 
 def _is_of_accelerate(loader: Any) -> bool:
@@ -141,9 +160,9 @@ def _processes(loader: Any) -> int:
     return loader.state.num_processes if "Dispatcher" in type(loader).__name__ else 1
 
 
-def _fetched_ahead(loader: Any) -> Iterator[tuple[Tensor | None, Any]]:
+def _fetched_ahead(loader: Any, guard: Guard) -> Numbered:
     """The batches of accelerate's loader: those of the one within, in its order, of which one is fetched ahead."""
-    inner = _Noting(loader.base_dataloader)
+    inner = _Noting(loader.base_dataloader, guard)
     batches = iter(loader)
     loader.base_dataloader = inner  # until it has been asked for its iterator
     try:
@@ -151,21 +170,22 @@ def _fetched_ahead(loader: Any) -> Iterator[tuple[Tensor | None, Any]]:
     finally:
         loader.base_dataloader = inner.loader
     for _ in range(loader.skip_batches if batch is not inner else 0):
-        inner.samples.popleft()
+        _found(guard, inner.samples.popleft)
     while batch is not inner:
-        yield inner.samples.popleft(), batch
+        yield _found(guard, inner.samples.popleft), batch
         batch = next(batches, inner)
 
 
 class _Noting:
     """A loader that notes the samples of the batches it yields."""
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Iterable[Any], guard: Guard) -> None:
         self.loader = loader
+        self._guard = guard
         self.samples: deque[Tensor | None] = deque()
 
     def __iter__(self) -> Iterator[Any]:
-        for samples, batch in _numbered(self.loader):
+        for samples, batch in _numbered(self.loader, self._guard):
             self.samples.append(samples)
             yield batch
 
@@ -189,20 +209,25 @@ def _twin(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
     return twin
 
 
-def _taped(loader: DataLoader[Any]) -> Iterator[tuple[Tensor | None, Any]]:
+def _taped(loader: DataLoader[Any], guard: Guard) -> Numbered:
     which = "sampler" if loader.batch_sampler is None else "batch_sampler"
     known = _TWINS.get(loader)
     tape = None if known is None else getattr(known, which)  # persistent workers go on with the one they know
     if not isinstance(tape, SamplerTape) or tape.sampler is not getattr(loader, which):
         tape = SamplerTape(getattr(loader, which))
+    return _drawn(_twin(loader, **{which: tape}), tape, guard)
+
+
+def _drawn(loader: DataLoader[Any], tape: SamplerTape, guard: Guard) -> Numbered:
     drawn: deque[Any] | None = None
-    for batch in _twin(loader, **{which: tape}):
+    for batch in loader:
         drawn = tape.drawn if drawn is None else drawn  # of this pass over the loader
-        yield (_row_numbers(drawn.popleft()) if drawn else None), batch
+        yield (_found(guard, partial(_next_rows, drawn)) if drawn else None), batch
 
 
-def _row_numbers(indices: Any) -> Tensor | None:
-    """The indices [b] as a tensor, or None for a dataset whose indices are no whole numbers."""
+def _next_rows(drawn: deque[Any]) -> Tensor | None:
+    """The indices [b] that were drawn next, or None for a dataset whose indices are no whole numbers."""
+    indices = drawn.popleft()
     try:
         return torch.as_tensor([int(index) for index in (indices if hasattr(indices, "__len__") else [indices])]).long()
     except (TypeError, ValueError):
@@ -220,20 +245,23 @@ class _Counting:
         return (len(items) if self.batched else 1), self.collate(items)
 
 
-def _counted_stream(loader: DataLoader[Any]) -> Iterator[tuple[Tensor | None, Any]]:
+def _counted_stream(loader: DataLoader[Any], guard: Guard) -> Numbered:
     batched = loader.batch_size is not None or loader.batch_sampler is not None
-    twin = _twin(loader, collate_fn=_Counting(loader.collate_fn, batched))
+    return _arrived(_twin(loader, collate_fn=_Counting(loader.collate_fn, batched)), batched, guard)
+
+
+def _arrived(loader: DataLoader[Any], batched: bool, guard: Guard) -> Numbered:
     arrived = 0
-    for count, batch in twin:
-        count = count if batched else _length(batch) or 1
+    for count, batch in loader:
+        count = count if batched else _found(guard, partial(_length, batch)) or 1
         yield torch.arange(arrived, arrived + count), batch
         arrived += count
 
 
-def _counted(batches: Iterable[Any]) -> Iterator[tuple[Tensor | None, Any]]:
+def _counted(batches: Iterable[Any], guard: Guard) -> Numbered:
     arrived = 0
     for batch in batches:
-        count = _length(batch)
+        count = _found(guard, partial(_length, batch))
         yield (None if count is None else torch.arange(arrived, arrived + count)), batch
         arrived += count or 0
 

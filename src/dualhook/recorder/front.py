@@ -182,7 +182,7 @@ class Recorder:
         works on two loaders at once, names its rows with :meth:`batch`. A row's sample is the place in the first
         dimension of the layer's input, if that is as long as the batch; otherwise the row has no sample (-1).
         """
-        return TrackedLoader(loader, self._announce)
+        return TrackedLoader(loader, self._announce, self._guard)
 
     def batch(self, samples: Any, *, positions: Any = None, **columns: Any) -> BatchScope:
         """Name the dataset rows [b] of the batch that comes next, with further columns [b] or single numbers.
@@ -318,7 +318,8 @@ class Recorder:
     # ---- inside ----------------------------------------------------------------------------------------------
 
     def _announce(self, batch: Batch | None) -> None:
-        self._book.batch, self._book.batch_since = batch, sequence_number()
+        with self._guard:
+            self._book.batch, self._book.batch_since = batch, sequence_number()
 
     def _before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
         if self.stopped:

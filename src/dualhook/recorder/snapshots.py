@@ -56,5 +56,5 @@ class Snapshots:
             try:
                 self._writer.write_snapshot(step, parts)
             except OSError as error:  # the rows are what counts: training and recording go on
-                self._next = sys.maxsize
+                self._last = sys.maxsize
                 warnings.warn(f"step {step}: no more snapshots for previews: {error}", UserWarning, stacklevel=2)
