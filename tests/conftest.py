@@ -19,6 +19,20 @@ settings.register_profile("search", max_examples=1500, deadline=None, suppress_h
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 
+LONG = ("test_trainer", "test_torchvision", "test_compiled", "test_compile", "test_examples", "test_executors",
+        "test_kills", "test_every_kind_together", "test_distributed", "test_together", "test_packaging")  # fmt: skip
+"""The files that take longest begin: the last one of a run has no other beside it."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with those of most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

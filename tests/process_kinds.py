@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dualhook
 
-STEPS, OWN = 4, 2  # samples of each process in a batch
+STEPS, OWN = 2, 2  # samples of each process in a batch
 OPTIMIZERS = {
     "ddp": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
     "fsdp": partial(torch.optim.Adam, lr=0.01),

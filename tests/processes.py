@@ -47,12 +47,12 @@ class Scenario:
     wasted: str = ""  # "none", "zero": before every step a backward pass whose gradient is zeroed that way
     silent: bool = False  # the second process has nothing to learn in every other step
     buckets: bool = False  # gradients are views of DDP's buckets
-    amount: int = 2  # epochs
+    amount: int = 1  # epochs
 
 
 ADAM = {"lr": 1e-2, "weight_decay": 0.1}
 SCENARIOS = {
-    "ddp": Scenario(),
+    "ddp": Scenario(amount=2),
     "ddp-float32": Scenario(dtype=torch.float32),
     "ddp-buckets": Scenario(buckets=True, clip=0.05),
     "ddp-no-sync": Scenario(micro=2, sync=False),
@@ -63,7 +63,7 @@ SCENARIOS = {
     "ddp-zeroed": Scenario(wasted="zero", micro=2, sync=False),
     "ddp-silent": Scenario(silent=True),
     "ddp-later": Scenario(wrap="later", clip=0.05),
-    "fsdp": Scenario(wrap="fsdp"),
+    "fsdp": Scenario(wrap="fsdp", amount=2),
     "fsdp-float32": Scenario(wrap="fsdp", dtype=torch.float32, clip=0.05),
     "fsdp-no-sync": Scenario(wrap="fsdp", micro=2, sync=False),
     "fsdp-accumulated": Scenario(wrap="fsdp", micro=2, clip=0.05),

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 import transformers
+from sweep.torchvision_families import small_alexnet
 from torch import Tensor, nn
 
 import dualhook
@@ -43,7 +44,7 @@ Case = tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], dict[str, A
 CASES: dict[str, Case] = {
     # heads with an in-place activation right behind a Linear
     "alexnet": (
-        lambda: torchvision.models.AlexNet(num_classes=5),
+        small_alexnet,
         images,
         {"layers": ["classifier.4", "classifier.6"]},
     ),
