@@ -205,7 +205,7 @@ def test_without_images_samples_are_named_by_their_rows(run, tmp_path):
 
 
 def test_the_command_writes_the_same(run, tmp_path, monkeypatch, capsys):
-    memory, model, images, queries = run
+    memory, _, images, queries = run
     memory_path = shutil.copytree(memory.path, tmp_path / "run")
     (tmp_path / "report_models.py").write_text(
         "from torch import nn\ndef build(): return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))\n"
@@ -281,15 +281,8 @@ def test_every_token_of_a_prompt_is_asked_about(text_page):
 # ---- in a browser --------------------------------------------------------------------------------------------------
 
 FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1200,900",
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1200,900"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 
 
