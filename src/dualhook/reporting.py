@@ -27,7 +27,7 @@ __all__ = ["write_report"]
 
 MOST_SUMMED = 200_000  # samples, or patterns of a text, that are summed over their repeats
 MOST_BARS = 200  # groups of a column that are drawn
-AHEAD = 16  # patterns ranked for each one that is listed: an image comes again every epoch
+MOST_RANKED = 4096  # patterns of a ranking, in which an image comes again every epoch
 RANKED: tuple[Criterion, ...] = ("contribution", "weight")  # from both ends, which hold the absolute rankings too
 GROUPS = ("label", "class", "document", "task")  # columns that are shown where they are
 
@@ -101,10 +101,11 @@ def write_report(
     pictures = query_images if query_images is not None else _pictures(inputs) if images is not None else None
     if pictures is not None and len(pictures) != len(attention):
         raise DualHookError(f"{len(pictures)} query images: expected one for each of the {len(attention)} queries")
-    found = _ask(memory, attention, k, shown, by_place=passages is not None)
+    samples = len(memory.samples)
+    found = _ask(memory, attention, k, shown, samples=samples, by_place=passages is not None)
     answers = Answers(
         title=title,
-        facts=_facts(memory, attention, method),
+        facts=_facts(memory, attention, samples, method),
         layers=attention.layers,
         queries=[
             _query(row, names, passages, truths[n], None if pictures is None else pictures[n])
@@ -147,25 +148,30 @@ class _Ends(Totals):
         return np.concatenate([part for part in found if part is not None], axis=1)
 
 
-def _ask(memory: DualMemory, attention: Attention, k: int, shown: Sequence[str], *, by_place: bool) -> _Found:
+def _ask(
+    memory: DualMemory, attention: Attention, k: int, shown: Sequence[str], *, samples: int, by_place: bool
+) -> _Found:
     """Everything that the page shows, in one pass per layer; more where few samples fill many places of a ranking."""
-    kept = AHEAD * k
+    patterns = max(map(memory.patterns, attention.layers))
+    kept = min(
+        k * (1 + patterns // max(1, samples)), MOST_RANKED
+    )  # a first layer weighs an image the same in every epoch
 
     def ranked() -> list[Ranking]:
         return [Ranking(kept, by, largest) for by in RANKED for largest in (True, False)]
 
-    things = max(map(memory.patterns, attention.layers)) if by_place else len(memory.samples)
-    repeats = [_Ends(("sample", "position") if by_place else ("sample",), k)] if 0 < things <= MOST_SUMMED else []
-    totals = [Totals((name,)) for name in ("step", *shown)]
-    answers = attention.gather(*ranked(), *totals, *repeats)
-    first, steps, rest = answers[:4], answers[4], answers[5:]
     thing = ("sample", "position") if by_place else ("sample",)
+    things = patterns if by_place and samples else samples
+    summed = [_Ends(thing, k)] if 0 < things <= MOST_SUMMED else []
+    totals = [Totals((name,)) for name in ("step", *shown)]
+    answers = attention.gather(*ranked(), *totals, *summed)
+    first, steps, rest = answers[:4], answers[4], answers[5:]
     while any(_is_short(table, thing, k, kept) for table in first):
         kept *= 4
         first = attention.gather(*ranked())
     by_column = {name: table for name, table in zip(shown, rest, strict=False) if _groups(table, name) <= MOST_BARS}
     columns = {name: np.concatenate([table[name] for table in first]) for name in first[0].columns}
-    return _Found(Table(columns), rest[len(shown)] if repeats else None, steps, by_column)
+    return _Found(Table(columns), rest[len(shown)] if summed else None, steps, by_column)
 
 
 def _groups(table: Table, column: str) -> int:
@@ -261,11 +267,11 @@ def _prompts(inputs: Any) -> list[list[int]]:
     return [own[seen].tolist() for own, seen in zip(ids, real, strict=True)]
 
 
-def _facts(memory: DualMemory, attention: Attention, method: str) -> dict[str, Any]:
+def _facts(memory: DualMemory, attention: Attention, samples: int, method: str) -> dict[str, Any]:
     return {
         "memory": memory.path.name,
         "steps": memory.steps,
-        "samples": len(memory.samples),
+        "samples": samples,
         "patterns": [memory.patterns(layer) for layer in attention.layers],
         "optimizer": ", ".join(dict.fromkeys(str(name) for name in memory.info()["optimizer"].tolist())),
         "preview": method == "preview",

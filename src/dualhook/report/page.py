@@ -166,7 +166,8 @@ class _Lists:
             plain = by.removeprefix("abs_")
             rank = [way * (row.get(by, abs(row[plain]))) for row in rows]
             chosen, seen = [], set()
-            for n in sorted(range(len(rows)), key=lambda n, rank=rank: -rank[n]):  # type: ignore[misc]
+            order = [(-ahead, row.get("step", 0), n) for n, (ahead, row) in enumerate(zip(rank, rows, strict=True))]
+            for *_, n in sorted(order):
                 thing = self._thing(rows[n])
                 if thing not in seen:
                     seen.add(thing)
