@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,7 @@ def datamodelling_table(scores: Any, runs: Retrainings) -> Table:
     rows = []
     for number, (name, truth) in enumerate(truths.items()):
         each = datamodelling_score(scores, runs.kept, truth)
-        over_subsets = bootstrap(
-            lambda chosen, truth=truth: float(spearman(runs.kept[chosen] @ scores.T, truth[chosen]).mean()), len(truth)
-        )
+        over_subsets = bootstrap(partial(_agreement, runs.kept @ scores.T, truth), len(truth))
         others = np.delete(runs.outcomes, number, axis=0) if number < len(runs.seeds) else runs.outcomes[:0]
         ceiling = float(spearman(others.mean(0), truth).mean()) if len(others) else float("nan")
         rows.append((name, float(each.mean()), *_over(each), *over_subsets, ceiling))
@@ -165,7 +164,7 @@ def mislabel_table(suspicions: dict[str, Any], flipped: np.ndarray) -> Table:
         )
     for name, suspicion in suspicions.items():
         scores = check_scores(np.asarray(suspicion)[None], len(flipped))[0]
-        ends = bootstrap(lambda chosen, s=scores: area_under_roc(s[chosen], flipped[chosen]), len(flipped))
+        ends = bootstrap(partial(_area, scores, flipped), len(flipped))
         rows.append((name, area_under_roc(scores, flipped), *ends))
     title = f"finding {int(flipped.sum())} flipped labels among {len(flipped)} samples: area under the ROC curve"
     return _table(["score", "auc", "low", "high"], rows, title, "interval: 95 %, by bootstrap over samples")
@@ -214,6 +213,15 @@ def noise_table(
     if perturbable(train) and rows[-1][1] >= CHAOTIC * one:
         footer += f"; {CHAOS}"
     return _table(["change", "moved", "low", "high", "of_one_sample"], rows, "what moves the measured quantity", footer)
+
+
+def _agreement(predicted: np.ndarray, outcomes: np.ndarray, chosen: np.ndarray) -> float:
+    """The mean rank correlation over the chosen subsets of [subset, query]."""
+    return float(spearman(predicted[chosen], outcomes[chosen]).mean())
+
+
+def _area(scores: np.ndarray, flipped: np.ndarray, chosen: np.ndarray) -> float:
+    return area_under_roc(scores[chosen], flipped[chosen])
 
 
 def _over(values: np.ndarray) -> tuple[float, float]:
