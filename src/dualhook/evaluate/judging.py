@@ -61,7 +61,7 @@ def datamodelling_table(scores: Any, runs: Retrainings) -> Table:
     rows = []
     for number, (name, truth) in enumerate(truths.items()):
         each = datamodelling_score(scores, runs.kept, truth)
-        over_subsets = bootstrap(partial(_mean_score, runs.kept, scores, truth), len(truth))
+        over_subsets = bootstrap(partial(_agreement, runs.kept @ scores.T, truth), len(truth))
         others = np.delete(runs.outcomes, number, axis=0) if number < len(runs.seeds) else runs.outcomes[:0]
         ceiling = float(spearman(others.mean(0), truth).mean()) if len(others) else float("nan")
         rows.append((name, float(each.mean()), *_over(each), *over_subsets, ceiling))
@@ -215,6 +215,15 @@ def noise_table(
     return _table(["change", "moved", "low", "high", "of_one_sample"], rows, "what moves the measured quantity", footer)
 
 
+def _agreement(predicted: np.ndarray, outcomes: np.ndarray, chosen: np.ndarray) -> float:
+    """The mean rank correlation over the chosen subsets of [subset, query]."""
+    return float(spearman(predicted[chosen], outcomes[chosen]).mean())
+
+
+def _area(scores: np.ndarray, flipped: np.ndarray, chosen: np.ndarray) -> float:
+    return area_under_roc(scores[chosen], flipped[chosen])
+
+
 def _over(values: np.ndarray) -> tuple[float, float]:
     """The interval of a mean over queries."""
     return bootstrap(lambda chosen: float(values[chosen].mean()), len(values))
@@ -249,13 +258,3 @@ def _enough(count: int, what: str) -> None:
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]], title: str, footer: str) -> Table:
     return Table(dict(zip(names, zip(*rows, strict=True), strict=True)), title=title, footer=footer)
-
-
-def _mean_score(kept: np.ndarray, scores: np.ndarray, truth: np.ndarray, chosen: np.ndarray) -> float:
-    """The mean over queries of the rank correlation on some of the subsets."""
-    return float(spearman(kept[chosen] @ scores.T, truth[chosen]).mean())
-
-
-def _area(scores: np.ndarray, flipped: np.ndarray, chosen: np.ndarray) -> float:
-    """The area under the curve on some of the samples."""
-    return area_under_roc(scores[chosen], flipped[chosen])
