@@ -67,6 +67,13 @@ def test_the_questions_are_one_right_and_one_wrong_prediction(summary, out):
     assert summary.accuracy > 0.5  # after a second of training
 
 
+def test_the_report_is_there_and_named(summary, out):
+    page = (out / "report.html").read_text("utf-8")
+    assert page.count("data:image/png;base64") > 20
+    assert CLASSES[0] in page
+    assert str(out / "report.html") in str(summary)
+
+
 def test_the_picture_is_readable_and_of_a_sensible_size(summary, out):
     picture = imread(out / "attention.png")
     height, width = picture.shape[:2]

@@ -176,3 +176,25 @@ def test_what_does_not_fit_is_said(case):
         attention.predictive_power("label", targets=[0])
     with pytest.raises(DualHookError, match="no column"):
         attention.top_by("colour")
+
+
+def test_plots_name_what_they_show(case):
+    attention, *_ = case
+    for axes, label, unit in (
+        (attention.plot(1, 3), "layer · sample · step", "contribution / logit"),
+        (attention.vote("label").plot(), "query · layer · label", "share of all groups' absolute totals"),
+        (
+            attention.predictive_power("label", targets=[0] * 5).plot(),
+            "layer · by · predictions",
+            "share of predictions",
+        ),
+    ):
+        assert axes.get_ylabel() == label
+        assert axes.get_xlabel().startswith(unit)
+        assert len(axes.patches) > 0
+
+
+def test_notebooks_show_what_was_asked(case):
+    attention, *_ = case
+    assert "Attention of 5 queries" in attention._repr_html_()
+    assert attention._repr_html_().count("<tr>") == 6

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from dualhook.records import RowSource
 from dualhook.statistics import agreement, spread, votes
 from dualhook.summaries import Grouping, Ranking, RankingBy, Summary, Totals, check_criterion
 from dualhook.table import Table
+
+if TYPE_CHECKING:
+    import matplotlib.axes
 
 __all__ = ["Attention"]
 
@@ -255,6 +259,13 @@ class Attention:
     def cancellation(self) -> Table:
         """The receipt's cancellation: columns query, layer, cancellation."""
         return self._of_receipt("cancellation")
+
+    def plot(self, query: int = 0, k: int = 5, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+        """Draw one query's ``k`` largest contributions per layer (needs ``dualhook[plot]``); returns the Axes."""
+        return self.top(k).where(query=query).plot(ax)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self._queries._repr_html_()}"
 
     def __repr__(self) -> str:
         return f"Attention of {len(self)} queries in {', '.join(self._layers)}: ask .top(10), .sum_by(...), .receipt"

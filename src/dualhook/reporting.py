@@ -27,6 +27,7 @@ __all__ = ["write_report"]
 
 MOST_SUMMED = 200_000  # samples, or patterns of a text, that are summed over their repeats
 MOST_BARS = 200  # groups of a column that are drawn
+AHEAD = 16  # patterns of a ranking for each place of a text that is listed
 MOST_RANKED = 4096  # patterns of a ranking, in which an image comes again every epoch
 RANKED: tuple[Criterion, ...] = ("contribution", "weight")  # from both ends, which hold the absolute rankings too
 GROUPS = ("label", "class", "document", "task")  # columns that are shown where they are
@@ -153,9 +154,8 @@ def _ask(
 ) -> _Found:
     """Everything that the page shows, in one pass per layer; more where few samples fill many places of a ranking."""
     patterns = max(map(memory.patterns, attention.layers))
-    kept = min(
-        k * (1 + patterns // max(1, samples)), MOST_RANKED
-    )  # a first layer weighs an image the same in every epoch
+    # a first layer weighs an image the same in every epoch, so that it fills as many places
+    kept = AHEAD * k if by_place else min(k * (1 + patterns // max(1, samples)), MOST_RANKED)
 
     def ranked() -> list[Ranking]:
         return [Ranking(kept, by, largest) for by in RANKED for largest in (True, False)]

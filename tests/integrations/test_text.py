@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 
 import datasets
@@ -339,3 +340,33 @@ def test_a_run_without_samples_says_so(trained):
     attention = recorder.close().attend(model, ids)
     with pytest.raises(dualhook.DualHookError, match="no pattern knows its sample"):
         trained.passages.top(attention)
+
+
+# ---- reports -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["And God said, Let", "Élie → 日本", ""])
+def test_pieces_make_the_text(trained, text):
+    ids = trained.tokenizer(text)["input_ids"]
+    pieces = trained.passages.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+
+
+def test_a_report_asks_every_token_of_a_prompt(trained, tmp_path):
+    inputs = dict(trained.tokenizer("And God said", return_tensors="pt", return_token_type_ids=False))
+    trained.memory.add_column("document", BOOKS)
+    path = trained.memory.report(
+        trained.model, inputs, tmp_path / "report.html", passages=trained.passages, layers=trained.layers, k=3
+    )
+    page = path.read_text("utf-8")
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert "".join(data["sequences"][0]) == "And God said"
+    assert [query["position"] for query in data["queries"]] == list(range(len(data["sequences"][0])))
+    alone = trained.memory.attend(trained.model, inputs, layers=trained.layers)  # the last token
+    best = alone.top(1).where(layer=trained.layers[0])
+    listed = data["top"][-1][data["layers"].index(trained.layers[0])]["single"]
+    sample, position = listed["entries"][listed["lists"]["contribution"][0]][:2]
+    assert [sample, position] == [best["sample"][0], best["position"][0]]
+    assert data["passages"][f"{sample}:{position}"] == trained.passages.around(sample, position)
+    assert data["totals"][0]["groups"] == sorted(set(BOOKS))

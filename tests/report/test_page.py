@@ -346,6 +346,16 @@ def test_the_page_opens_and_queries_and_filters_work(browser, page, data):
     choose(browser, "sign", "negative")
     assert ask("document.querySelectorAll('figure.lowered').length") > 0
     assert ask("document.querySelectorAll('figure.raised').length") == 0
+    shown = 0
+    choose(browser, "by", "abs_contribution")  # which lists any sign
+    for q in range(3):
+        browser.find_elements("css selector", "#queries button")[q].click()
+        own = data["top"][q][1]["single"]
+        negative = [own["entries"][at][4] < 0 for at in own["lists"]["abs_contribution"]]
+        assert ask("document.querySelectorAll('figure').length") == sum(negative)
+        shown += sum(negative)
+    assert shown < 3 * 4
+    choose(browser, "by", "contribution")
     choose(browser, "count", "summed")
     assert "all steps" in ask("document.querySelector('figure').textContent")
     assert ask("dispatchEvent(new Event('beforeprint'))")

@@ -126,7 +126,7 @@ function choose(change) {
 function predictionOf(q) {
   const query = data.queries[q];
   const judged = outcome(query);
-  const lines = [el("h2", {}, data.sequences.length ? `Predicts “${query.output}”` : `${q + 1}. Predicted: ${query.output}`)];
+  const lines = [el("h2", {}, data.sequences.length ? `Predicts “${query.output.trim() || query.output}”` : `${q + 1}. Predicted: ${query.output}`)];
   if (query.truth !== null) {
     lines.push(el("p", { class: judged === "wrong" ? "lowered" : null }, `True class: ${query.truth} (${judged})`));
   }
