@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dualhook.maps import map_of
-from dualhook.records import NO_SAMPLE, Rows
+from dualhook.records import NO_SAMPLE, LayerSpec, Rows
 from dualhook.store import Store
 
 __all__ = ["Loss"]
@@ -21,7 +21,7 @@ STRAIGHT = 0.99  # of the changes of output gradients that a slope explains, for
 TINY = 1e-12  # the least probability of a target that a row can tell
 USE = "use"  # the column that tells the uses of a weight apart
 
-Weights = Callable[[int], tuple[Tensor, Tensor | None]]
+Weights = Callable[[LayerSpec, int], tuple[Tensor, Tensor | None]]
 
 
 class Loss:
@@ -36,12 +36,12 @@ class Loss:
     - a squared error by output gradients that change in proportion to the outputs, with ``w`` as the slope
     - another loss is taken for a mean, and the outer product as it is for the curvature (the empirical Fisher)
 
-    ``weights(step)`` gives the last layer's weight and bias after a step.
+    ``weights(layer, step)`` gives a layer's weight and bias after a step.
     """
 
     def __init__(self, store: Store, weights: Weights) -> None:
         self._store = store
-        self._spec = store.trained_uses[-1]
+        self._spec = next(spec for spec in reversed(store.trained_uses) if store.count(spec.name))
         self._counts = store.count_by_step(self._spec.name, own=True).clamp(min=1).double()
         self.kind = "other"
         self.note = ""
@@ -123,13 +123,19 @@ class Loss:
             one, other = (torch.tensor(list(side)) for side in zip(*both, strict=True))
             gradients = (later.output_grad.double() * self._counts[later.step][:, None])[other]
             changes.append(gradients - (first.output_grad.double() * self._counts[step])[one])
-            moves.append(_outputs(later, weights)[other] - _outputs(first, weights)[one])
+            moves.append(self._outputs(later, weights)[other] - self._outputs(first, weights)[one])
         if not changes:
             return 0.0
         change, move = torch.cat(changes), torch.cat(moves)
         slope = float((change * move).sum() / move.square().sum().clamp(min=1e-300))
         left = float((change - slope * move).square().sum() / change.square().sum().clamp(min=1e-300))
         return slope if slope > 0 and left <= 1 - STRAIGHT else 0.0
+
+    def _outputs(self, rows: Rows, weights: Weights) -> Tensor:
+        """The last layer's outputs [n, o] at rows of one step, float64."""
+        weight, bias = weights(self._spec, int(rows.step[0]) - 1)
+        found = rows.key.double() @ weight.double().T
+        return found if bias is None else found + bias.double()
 
     def _meeting_again(self, first: Rows) -> Iterator[Rows]:
         """Rows of single later steps that hold samples of the first one."""
@@ -166,10 +172,3 @@ def _is_softmax(d: Tensor) -> bool:
     return (
         bool(there.any()) and bool((d.sum(1).abs() <= AGREE * size).all()) and bool(((d < 0).sum(1)[there] == 1).all())
     )
-
-
-def _outputs(rows: Rows, weights: Weights) -> Tensor:
-    """The layer's outputs [n, o] at rows of one step, float64."""
-    weight, bias = weights(int(rows.step[0]) - 1)
-    found = rows.key.double() @ weight.double().T
-    return found if bias is None else found + bias.double()

@@ -24,6 +24,7 @@ from dualhook.model import Measure, Positions, Target, find_layers, model_inputs
 from dualhook.query import HERE, Workers
 from dualhook.questions import Asked, ask
 from dualhook.reading import OnDamage, Reading
+from dualhook.records import LayerSpec
 from dualhook.reporting import write_report
 from dualhook.store import AnswerFiles, inspected
 from dualhook.table import Table
@@ -156,7 +157,10 @@ class DualMemory(Reading):
             scores = contributions(self._attention(asked, self.steps, cache=cache), samples)
             note = self._store.note_of_loss
         else:
-            files, loss = AnswerFiles(self._store.layout.answers) if cache else None, Loss(self._store, self._head_at)
+            files, loss = (
+                AnswerFiles(self._store.layout.answers) if cache else None,
+                Loss(self._store, self._weights_at),
+            )
             scores = estimated(self._store, asked.layers, self.steps, samples, method=method, loss=loss, files=files)
             note = note_of(self._store, loss, self.steps)
         return Influence(scores, samples, asked.queries, self._columns.added_to, method=method, of=of, note=note)
@@ -174,7 +178,7 @@ class DualMemory(Reading):
         if not isinstance(k, int) or k < 1:
             raise DualHookError(f"k={k!r}: expected at least 1")
         samples = self._known_samples("suspect")
-        loss = Loss(self._store, self._head_at)
+        loss = Loss(self._store, self._weights_at)
         mean, last, rows = loss.of_samples(torch.from_numpy(samples))
         order = torch.sort(mean.nan_to_num(nan=-torch.inf), descending=True, stable=True).indices[:k].numpy()
         name = "loss" if loss.kind == "cross-entropy" else "gradient"
@@ -305,9 +309,8 @@ class DualMemory(Reading):
             )
         return samples
 
-    def _head_at(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """The last layer's weight [o, i] and bias after a step."""
-        spec = self._store.trained_uses[-1]
+    def _weights_at(self, spec: LayerSpec, step: int) -> tuple[Tensor, Tensor | None]:
+        """A layer's weight [o, i] and bias after a step."""
         ((_, found),) = self._rebuilt([spec], max(step, self._store.first_step))
         weight, *bias = (map_of(spec).matrix(name, found[name]) for name in spec.parameters)
         return weight, bias[0] if bias else None

@@ -171,6 +171,14 @@ def test_adam_weighs_entries_as_its_preconditioner_does(tmp_path, monkeypatch):
     assert alike(found) > alike(raw) + 0.2  # not the same: momentum takes a gradient to later preconditioners
 
 
+def test_random_numbers_stay_as_they_were(tmp_path):
+    model, memory, x, _ = trained("mlp", tmp_path / "memory")
+    before = torch.get_rng_state()
+    scores = [memory.influence(model, x[:3], cache=False).scores for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*scores)
+
+
 def test_what_was_fitted_is_kept(tmp_path, monkeypatch):
     model, memory, x, _ = trained("mlp", tmp_path / "memory")
     first = memory.influence(model, x[:3])

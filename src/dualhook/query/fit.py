@@ -68,7 +68,8 @@ def fit_decay(
         None if own is None else moments_of(basis.along(metric.measured(own.rows)), spec.slots, columns) / own.steps
         for own, metric in zip(some, metrics, strict=True)
     ]
-    curvature = torch.stack([own for own in curvatures if own is not None]).mean(0)
+    seen = [own for own in curvatures if own is not None] or [torch.zeros(spec.out_features, spec.slots * columns)]
+    curvature = torch.stack(seen).mean(0)
     scale = torch.ones(share.horizon + 1, dtype=torch.float64)
     for (begin, end), values in zip(stretches, curvatures, strict=True):
         if values is not None:
@@ -151,7 +152,9 @@ def _stretches(
     outputs, inputs = (side.clamp(min=max(1e-4 * float(side.max()), LEAST)).double() for side in (outputs, inputs))
     for (begin, end), values, metric in zip(stretches, left, metrics, strict=True):
         factors = torch.lerp(values[place - 1], values[place], part) * outputs[:, None] * inputs
-        row, size, column = torch.svd_lowrank(factors, q=min(RANKS, *factors.shape), niter=4)
+        with torch.random.fork_rng(devices=[]):  # the same every time, and the user's random numbers as they were
+            torch.manual_seed(0)
+            row, size, column = torch.svd_lowrank(factors, q=min(RANKS, *factors.shape), niter=4)
         kept = size > NEGLIGIBLE * size[0]
         root = size[kept].sqrt()
         yield Stretch(
