@@ -428,7 +428,7 @@ def test_results_look_like_tables(trained):
     page = table._repr_html_()
     assert page.count("<tr>") == len(table) + 1
     axes = table.plot()
-    assert axes.get_xlabel() == "contribution"
+    assert axes.get_xlabel() == "contribution / logit"
     assert len(axes.patches) == len(table)
 
 
