@@ -61,23 +61,20 @@ class Basis:
 
     def along(self, rows: Rows) -> Rows:
         """Rows by their components."""
-        key, output_grad = rows.key, rows.output_grad
-        if self.inputs is not None:
-            key = self.keys(key, rows.slot)
-        if self.outputs is not None:
-            output_grad = output_grad @ self.outputs
-        return replace(rows, key=key, output_grad=output_grad)
+        output_grad = rows.output_grad if self.outputs is None else rows.output_grad @ self.outputs
+        return replace(rows, key=self.turned(rows.key, rows.slot), output_grad=output_grad)
 
-    def keys(self, key: Tensor, slot: Tensor | None) -> Tensor:
-        """Keys [n, c] by their components."""
+    def turned(self, key: Tensor, slot: Tensor | None, *, back: bool = False) -> Tensor:
+        """Keys [..., c] in their slots [...] by their components, or ``back`` from these."""
         if self.inputs is None:
             return key
-        if slot is None:
-            return key @ self.inputs[0]
+        vectors = self.inputs.mT if back else self.inputs
+        if slot is None or len(vectors) == 1:
+            return key @ vectors[0]
         found = torch.empty_like(key)
         for one in torch.unique(slot).tolist():
             own = slot == one
-            found[own] = key[own] @ self.inputs[one]
+            found[own] = key[own] @ vectors[one]
         return found
 
 

@@ -80,23 +80,11 @@ class Decay:
             along = along @ self.basis.outputs.T
         along = along * (own.row / mean.row.sqrt())
         at = torch.zeros(query.shape[:2], dtype=torch.int64) if slot is None else slot.long().clamp(min=0)
-        key = self._turned(query * mean.column[at].sqrt(), at, back=False)
+        key = self.basis.turned(query * mean.column[at].sqrt(), at)
         key = key[:, :, None] * stretch.column.permute(1, 0, 2)[at]  # [q, p, r, c]
-        key = self._turned(key, at[..., None].expand(-1, -1, ranks), back=True)
+        key = self.basis.turned(key, at[..., None].expand(-1, -1, ranks), back=True)
         key = key * (own.column / mean.column.sqrt())[at][:, :, None]
         return key.flatten(1, 2), along.flatten(1, 2)
-
-    def _turned(self, key: Tensor, at: Tensor, *, back: bool) -> Tensor:
-        """Inputs [..., c] in their slots to components, or back."""
-        vectors = self.basis.inputs
-        if vectors is None:
-            return key
-        if len(vectors) == 1:
-            return key @ (vectors[0].T if back else vectors[0])
-        found = torch.empty_like(key)
-        for one in torch.unique(at).tolist():
-            found[at == one] = key[at == one] @ (vectors[one].T if back else vectors[one])
-        return found
 
 
 def decayed_scores(
