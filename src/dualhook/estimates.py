@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,41 +20,36 @@ from dualhook.questions import AskedLayer
 from dualhook.records import LayerSpec, Rows
 from dualhook.store import AnswerFiles, Store
 
-__all__ = ["contributions", "estimated", "note_of"]
+__all__ = ["by_contribution", "by_cosine", "by_decay", "note_of"]
 
 
-def estimated(
-    store: Store,
-    layers: Sequence[AskedLayer],
-    horizon: int,
-    samples: np.ndarray,
-    *,
-    method: Literal["decayed", "cosine"],
-    loss: Loss,
-    files: AnswerFiles | None,
+def by_decay(
+    store: Store, layers: Sequence[AskedLayer], samples: np.ndarray, loss: Loss, files: AnswerFiles | None
 ) -> dict[str, Tensor]:
-    """Per layer the estimated influence [q, sample] of ``samples`` (dataset rows, ascending), repeats summed.
+    """Per layer the decayed influence [q, sample] of ``samples`` (dataset rows, ascending), repeats summed.
 
     What training has left of every layer's gradients is kept in ``files``, once fitted.
 
     Raises:
-        RuleError: ``"decayed"`` under an optimiser whose steps are made of more than its state.
+        RuleError: an optimiser whose steps are made of more than its state.
     """
-    asked = [gradient_on(spec, layer) for layer in layers if (spec := stepped(store, layer.spec)) is not None]
-    if not asked:
-        raise LayerError("no optimiser step was taken on the layers asked: training has not changed them")
-    numbered = partial(_placed, torch.from_numpy(samples))
-    if method == "cosine":
-        parts = cosine_scores(store, asked, (store.first_step + 1, horizon), numbered, len(samples))
-        return {own.spec.name: part for own, part in zip(asked, parts, strict=True)}
+    numbered = _numbering(samples)
     return {
-        own.spec.name: decayed_scores(store, own, _decay(store, own.spec, horizon, loss, files), numbered, len(samples))
-        for own in asked
+        own.spec.name: decayed_scores(store, own, _decay(store, own.spec, loss, files), numbered, len(samples))
+        for own in _gradients(store, layers)
     }
 
 
-def _decay(store: Store, spec: LayerSpec, horizon: int, loss: Loss, files: AnswerFiles | None) -> Decay:
+def by_cosine(store: Store, layers: Sequence[AskedLayer], samples: np.ndarray) -> dict[str, Tensor]:
+    """Per layer its part of the cosines [q, sample], summed over repeats."""
+    asked, steps = _gradients(store, layers), (store.first_step + 1, store.last_step)
+    parts = cosine_scores(store, asked, steps, _numbering(samples), len(samples))
+    return {own.spec.name: part for own, part in zip(asked, parts, strict=True)}
+
+
+def _decay(store: Store, spec: LayerSpec, loss: Loss, files: AnswerFiles | None) -> Decay:
     """What training has left of a layer's gradients, kept or fitted."""
+    horizon = store.last_step
     key = hashlib.sha256(f"decay {store.fingerprint} {spec.name} {spec.bias} {horizon}".encode()).hexdigest()[:32]
     if files is not None and (tensors := files.get(key)) is not None:
         return Decay.of(tensors)
@@ -67,7 +61,7 @@ def _decay(store: Store, spec: LayerSpec, horizon: int, loss: Loss, files: Answe
     return decay
 
 
-def contributions(attention: Attention, samples: np.ndarray) -> dict[str, Tensor]:
+def by_contribution(attention: Attention, samples: np.ndarray) -> dict[str, Tensor]:
     """Per layer the exact contributions [q, sample], repeats summed."""
     totals = attention.sum_by("sample")
     found = {}
@@ -79,6 +73,19 @@ def contributions(attention: Attention, samples: np.ndarray) -> dict[str, Tensor
         part[own["query"][known], place] = torch.from_numpy(own["contribution"][known]).double()
         found[layer] = part
     return found
+
+
+def _gradients(store: Store, layers: Sequence[AskedLayer]) -> list[Gradient]:
+    """What is asked of the layers that training has changed."""
+    asked = [gradient_on(spec, layer) for layer in layers if (spec := stepped(store, layer.spec)) is not None]
+    if not asked:
+        raise LayerError("no optimiser step was taken on the layers asked: training has not changed them")
+    return asked
+
+
+def _numbering(samples: np.ndarray) -> Callable[[Rows], Tensor]:
+    """What gives every pattern the place of its sample, or the number of samples where it has none."""
+    return partial(_placed, torch.from_numpy(samples))
 
 
 def _placed(samples: Tensor, rows: Rows) -> Tensor:
@@ -105,11 +112,8 @@ def gradient_on(spec: LayerSpec, layer: AskedLayer) -> Gradient:
     return Gradient(spec, query, direction, places.slot)
 
 
-def note_of(store: Store, loss: Loss, horizon: int) -> str:
-    """What of training an estimate judges, and what it assumes; empty where there is nothing to say."""
-    notes = [loss.note] if loss.note else []
-    if store.first_step:
-        notes.append(f"steps {store.first_step + 1} to {horizon} are judged, earlier ones are folded into the origin")
-    if store.note_of_loss:
-        notes.append(store.note_of_loss)
-    return "; ".join(notes)
+def note_of(store: Store, assumed: str = "") -> str:
+    """What of training an estimate judges, and what is ``assumed``; empty where there is nothing to say."""
+    first, last = store.first_step, store.last_step
+    folded = f"steps {first + 1} to {last} are judged, earlier ones are folded into the origin" if first else ""
+    return "; ".join(note for note in (assumed, folded, store.note_of_loss) if note)

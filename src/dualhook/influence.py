@@ -20,7 +20,7 @@ MEASURES = ("margin", "logit", "loss")
 METHODS = {
     "decayed": "each training gradient met by the prediction's own, as far as later training has left it (an estimate)",
     "cosine": "cosines between the prediction's gradient and each training gradient (an instant list, no amounts)",
-    "contribution": "exact contributions: what the weights are made of, 50 to 90 times too large for a removal",
+    "contribution": "exact contributions: what the weights are made of, far too large for a removal",
 }
 
 

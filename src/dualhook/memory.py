@@ -16,7 +16,7 @@ from dualhook.attention import Attention
 from dualhook.composition import check_average
 from dualhook.dual import DualLinear, dual_model
 from dualhook.errors import DualHookError, LayerError, RuleError
-from dualhook.estimates import contributions, estimated, note_of
+from dualhook.estimates import by_contribution, by_cosine, by_decay, note_of
 from dualhook.influence import Influence, InfluenceMethod, check_method
 from dualhook.loss import Loss
 from dualhook.maps import map_of
@@ -153,16 +153,15 @@ class DualMemory(Reading):
             raise RuleError("influence on an average of the weights is not known: ask the memory itself, or attend()")
         samples = self._known_samples("have an influence")
         asked = self._ask(model, model_inputs(inputs, named), target, positions, layers, of)
+        note = note_of(self._store)
         if method == "contribution":
-            scores = contributions(self._attention(asked, self.steps, cache=cache), samples)
-            note = self._store.note_of_loss
+            scores = by_contribution(self._attention(asked, self.steps, cache=cache), samples)
+        elif method == "cosine":
+            scores = by_cosine(self._store, asked.layers, samples)
         else:
-            files, loss = (
-                AnswerFiles(self._store.layout.answers) if cache else None,
-                Loss(self._store, self._weights_at),
-            )
-            scores = estimated(self._store, asked.layers, self.steps, samples, method=method, loss=loss, files=files)
-            note = note_of(self._store, loss, self.steps)
+            loss = Loss(self._store, self._weights_at)
+            files = AnswerFiles(self._store.layout.answers) if cache else None
+            scores, note = by_decay(self._store, asked.layers, samples, loss, files), note_of(self._store, loss.note)
         return Influence(scores, samples, asked.queries, self._columns.added_to, method=method, of=of, note=note)
 
     def suspects(self, k: int = 100) -> Table:
