@@ -5,7 +5,7 @@ the head recorded, and with all layers. The first steps do not count: buffers gr
 the last rows are on disk does. A layer's rows grow with its width and its arithmetic with the square of it: 256 is
 narrow, 768 is GPT-2 small's.
 
-    python benchmarks/trainer.py [--rounds 3] [--steps 40] [--width 256] [--threads N] [--only head]
+    python benchmarks/trainer.py [--rounds 3] [--steps 40] [--width 256] [--threads N] [--only "head" "all layers"]
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--width", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="", help="ways whose name begins so")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", FutureWarning)
@@ -105,9 +105,8 @@ def main() -> None:
         ways: dict[str, Callable[[], float]] = {
             "bare": partial(block, Path(folder) / "run", options.steps, options.width, None, sizes, "")
         }
-        for name, settings in WAYS.items():
-            if name.startswith(options.only):
-                ways[name] = partial(block, Path(folder) / "run", options.steps, options.width, settings, sizes, name)
+        for name in options.only:
+            ways[name] = partial(block, Path(folder) / "run", options.steps, options.width, WAYS[name], sizes, name)
         seconds = in_turns(ways, options.rounds)
     base = seconds["bare"]
     each = 1000 / (options.steps - WARM)
