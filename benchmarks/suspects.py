@@ -7,7 +7,7 @@ often their signs agree.
 
     python benchmarks/suspects.py [mlp-sgd mlp-adamw] [--seeds 3] [--groups 20]
 
-Retrainings are kept in --folder. Some ten minutes on one core.
+Retrainings are kept in --folder. A setting took 24 minutes on one core of a busy machine.
 """
 
 from __future__ import annotations
