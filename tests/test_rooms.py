@@ -41,6 +41,7 @@ ALLOWED = {
     "influence": SHARED,
     "loss": SHARED | {"maps", "store"},
     "estimates": SHARED | {"attention", "composition", "loss", "query", "questions", "store"},
+    "suspects": SHARED | {"composition", "estimates", "loss", "query", "store"},
     "reading": SHARED | {"columns", "composition", "maps", "optimizers", "progress", "query", "store", "verification"},
 }
 
@@ -92,7 +93,18 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-HEAVY = {"transformers", "torchvision", "lightning", "pytorch_lightning", "pandas", "matplotlib", "datasets", "dask"}
+HEAVY = {
+    "transformers",
+    "torchvision",
+    "lightning",
+    "pytorch_lightning",
+    "pandas",
+    "matplotlib",
+    "datasets",
+    "dask",
+    "quanda",
+    "dattri",
+}
 
 
 def test_import_is_light():

@@ -20,7 +20,7 @@ from dualhook.questions import AskedLayer
 from dualhook.records import LayerSpec, Rows
 from dualhook.store import AnswerFiles, Store
 
-__all__ = ["by_contribution", "by_cosine", "by_decay", "note_of"]
+__all__ = ["by_contribution", "by_cosine", "by_decay", "note_of", "numbering", "stepped"]
 
 
 def by_decay(
@@ -33,7 +33,7 @@ def by_decay(
     Raises:
         RuleError: an optimiser whose steps are made of more than its state.
     """
-    numbered = _numbering(samples)
+    numbered = numbering(samples)
     return {
         own.spec.name: decayed_scores(store, own, _decay(store, own.spec, loss, files), numbered, len(samples))
         for own in _gradients(store, layers)
@@ -43,7 +43,7 @@ def by_decay(
 def by_cosine(store: Store, layers: Sequence[AskedLayer], samples: np.ndarray) -> dict[str, Tensor]:
     """Per layer its part of the cosines [q, sample], summed over repeats."""
     asked, steps = _gradients(store, layers), (store.first_step + 1, store.last_step)
-    parts = cosine_scores(store, asked, steps, _numbering(samples), len(samples))
+    parts = cosine_scores(store, asked, steps, numbering(samples), len(samples))
     return {own.spec.name: part for own, part in zip(asked, parts, strict=True)}
 
 
@@ -83,7 +83,7 @@ def _gradients(store: Store, layers: Sequence[AskedLayer]) -> list[Gradient]:
     return asked
 
 
-def _numbering(samples: np.ndarray) -> Callable[[Rows], Tensor]:
+def numbering(samples: np.ndarray) -> Callable[[Rows], Tensor]:
     """What gives every pattern the place of its sample, or the number of samples where it has none."""
     return partial(_placed, torch.from_numpy(samples))
 

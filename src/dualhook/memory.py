@@ -27,6 +27,7 @@ from dualhook.reading import OnDamage, Reading
 from dualhook.records import LayerSpec
 from dualhook.reporting import write_report
 from dualhook.store import AnswerFiles, inspected
+from dualhook.suspects import suspected
 from dualhook.table import Table
 from dualhook.verification import VerifyReport, actual_weights, verified
 
@@ -164,35 +165,28 @@ class DualMemory(Reading):
             scores, note = by_decay(self._store, asked.layers, samples, loss, files), note_of(self._store, loss.note)
         return Influence(scores, samples, asked.queries, self._columns.added_to, method=method, of=of, note=note)
 
-    def suspects(self, k: int = 100) -> Table:
+    def suspects(self, k: int = 100, *, neighbours: int = 10) -> Table:
         """The ``k`` samples that training has found hardest to fit: where labels are wrong, they are among the first.
 
         Columns rank, sample, the run-averaged ``loss``, its last value ``last_loss``, and rows, how many of the last
         layer's it is a mean of. It is in the recorded rows themselves: under softmax cross-entropy the sample's loss;
         under other losses the columns are ``gradient`` and ``last_gradient``, norms of its output gradient.
 
+        Beside them, not ranked by: ``self_influence``, how far the sample's own steps have lowered its own loss (summed
+        over its rows of a step), to first order: its squared gradients times what the optimiser made of them, in the
+        loss's unit. And ``disagreement``, the share of other labels among its ``neighbours`` nearest samples, by the
+        cosine of what the last layer read when each was trained on last. A column that the rows do not tell is absent,
+        and the footer says why: of the first under optimisers whose steps are made of more than their state (Lion,
+        Muon, …), of the second without a softmax head, or where samples have several labels (tokens).
+
         Raises:
-            DualHookError: the run named no samples, or ``k`` below 1.
+            DualHookError: the run named no samples, or ``k`` or ``neighbours`` below 1.
         """
-        if not isinstance(k, int) or k < 1:
-            raise DualHookError(f"k={k!r}: expected at least 1")
+        for name, count in (("k", k), ("neighbours", neighbours)):
+            if not isinstance(count, int) or count < 1:
+                raise DualHookError(f"{name}={count!r}: expected at least 1")
         samples = self._known_samples("suspect")
-        loss = Loss(self._store, self._weights_at)
-        mean, last, rows = loss.of_samples(torch.from_numpy(samples))
-        order = torch.sort(mean.nan_to_num(nan=-torch.inf), descending=True, stable=True).indices[:k].numpy()
-        name = "loss" if loss.kind == "cross-entropy" else "gradient"
-        return Table(
-            {
-                "rank": np.arange(1, len(order) + 1),
-                "sample": samples[order],
-                name: mean.numpy()[order],
-                f"last_{name}": last.numpy()[order],
-                "rows": rows.numpy()[order],
-            },
-            title=f"the {len(order)} samples of the largest run-averaged {name}",
-            footer=loss.note,
-            bars=(("sample",), name),
-        )
+        return suspected(self._store, Loss(self._store, self._weights_at), samples, k, neighbours)
 
     report = write_report
 

@@ -11,6 +11,7 @@ from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTak
 from dualhook.query.replay import Replay
 from dualhook.query.scores import LayerQuery
 from dualhook.query.sealed import seal
+from dualhook.query.self_influence import self_influence
 from dualhook.query.slots import answered
 from dualhook.query.streaming import KEPT, dual_output, scan
 from dualhook.query.tasks import HERE, Collector, Workers
@@ -44,4 +45,5 @@ __all__ = [
     "rebuild",
     "scan",
     "seal",
+    "self_influence",
 ]

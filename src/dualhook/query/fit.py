@@ -17,7 +17,7 @@ from dualhook.query.parts import ReplayShare
 from dualhook.query.preview import close_to, middle_factor
 from dualhook.records import NO_SAMPLE, LayerSpec, Rows, RowSource
 
-__all__ = ["fit_decay"]
+__all__ = ["edges", "fit_decay", "metric_of", "some_rows"]
 
 STRETCHES = 12
 ROWS = 2**18  # looked at for the curvature, in all …
@@ -52,10 +52,10 @@ def fit_decay(
     Raises:
         RuleError: what the optimiser does is made of more than its state.
     """
-    share, stretches = shares[0], list(pairwise(_edges(shares[0])))
+    share, stretches = shares[0], list(pairwise(edges(shares[0])))
     columns = spec.in_features // spec.slots + (spec.bias is not None)
-    some = [_some(source, spec, begin, end, counts, weighted) for begin, end in stretches]
-    metrics = [_metric(spec, shares, stretch, own, columns) for stretch, own in zip(stretches, some, strict=True)]
+    some = [some_rows(source, spec, begin, end, counts, weighted) for begin, end in stretches]
+    metrics = [metric_of(spec, shares, stretch, own, columns) for stretch, own in zip(stretches, some, strict=True)]
     mean = Metric(
         torch.stack([metric.row for metric in metrics]).mean(0), torch.stack([m.column for m in metrics]).mean(0)
     ).positive()
@@ -77,14 +77,14 @@ def fit_decay(
     return Decay(mean, basis, list(_stretches(share, stretches, metrics, curvature, scale, spec.slots)))
 
 
-def _edges(share: ReplayShare) -> list[int]:
+def edges(share: ReplayShare) -> list[int]:
     """The steps between which the stretches lie."""
     steps = share.horizon - share.begins
     count = min(STRETCHES, max(1, steps))
     return [share.begins + steps * k // count for k in range(count + 1)]
 
 
-def _some(
+def some_rows(
     source: RowSource, spec: LayerSpec, begin: int, end: int, counts: Tensor, weighted: Callable[[Rows], Tensor]
 ) -> Some | None:
     """Rows from the middle of a stretch, as many as may be looked at; None where there are none."""
@@ -112,7 +112,7 @@ def _some(
     return Some(extended(spec, rows), float((1 / counts[rows.step].double()).sum()))
 
 
-def _metric(
+def metric_of(
     spec: LayerSpec, shares: Sequence[ReplayShare], stretch: tuple[int, int], some: Some | None, columns: int
 ) -> Metric:
     """How far the stretch's steps move each entry."""
