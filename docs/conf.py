@@ -29,8 +29,8 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 
-# Every name that a page refers to has to be on one, but for other packages' (to look them up would need a network) and for
-# types that signatures name and nobody has to make.
+# Every name that a page refers to has to be on one, but for those of other packages (to look them up would need a
+# network) and for types that signatures name and nobody has to make.
 PACKAGES = "torch|numpy|np|nn|pd|pandas|matplotlib|transformers|concurrent|collections|os|pathlib"
 TYPES = "BatchScope|Damage|History|Path|Positions|Summary|T|Target|Tensor|TrainingText|Transitions|WeightsEnum"
 nitpicky = True
