@@ -157,10 +157,10 @@ class Attention:
     def vote(
         self, column: str = "label", *, by: Criterion = "abs_weight", layers: str | Iterable[str] | None = None
     ) -> Table:
-        """The group that each query's patterns speak for: the one with the largest total, see :func:`votes`.
+        """The group that each query's patterns speak for, the one with the largest total.
 
-        The vote changes with the definition ``by``; ``"abs_weight"`` is the paper's. Columns query, layer, the column,
-        by, total, share.
+        It changes with the definition ``by``; ``"abs_weight"`` is the paper's. Columns query, layer, the column, by,
+        total, share, as of :func:`~dualhook.statistics.votes`.
 
         Raises:
             DualHookError: an unknown column or criterion.
@@ -179,8 +179,8 @@ class Attention:
         """How often the vote, by each definition, is the target and how often the model's output.
 
         ``targets`` are the true groups of the queries, ``outputs`` those that the model gives (default the classes
-        asked about, which are the predicted ones unless ``target`` was given). Columns as of :func:`agreement`:
-        layer, by, predictions (all, correct, wrong), queries, equals_target, equals_output.
+        asked about, which are the predicted ones unless ``target`` was given). Columns layer, by, predictions (all,
+        correct, wrong), queries, equals_target, equals_output, as of :func:`~dualhook.statistics.agreement`.
 
         Raises:
             DualHookError: an unknown column, or not one target and output per query.
@@ -190,9 +190,10 @@ class Attention:
         return agreement([votes(totals, column, by) for by in CRITERIA], column, targets, given)
 
     def spread(self, column: str = "label", *, layers: str | Iterable[str] | None = None) -> Table:
-        """How unevenly the totals of a query lie over the groups: normalised variance, see :func:`spread`.
+        """How unevenly the totals of a query lie over the groups: normalised variance.
 
-        Columns query, layer, weight, abs_weight, contribution, abs_contribution.
+        Columns query, layer, weight, abs_weight, contribution, abs_contribution, as of
+        :func:`~dualhook.statistics.spread`.
         """
         return spread(self.sum_by(column, layers=layers), column)
 

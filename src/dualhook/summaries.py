@@ -58,7 +58,7 @@ class Summary(Protocol):
 
 @dataclass(frozen=True)
 class Ranking:
-    """The ``k`` patterns per query that a criterion puts first, see :meth:`Attention.top`."""
+    """The ``k`` patterns per query that a criterion puts first, see :meth:`~dualhook.Attention.top`."""
 
     k: int
     by: Criterion = "contribution"
@@ -90,7 +90,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class RankingBy(Ranking):
-    """The same within each group of a column, see :meth:`Attention.top_by`."""
+    """The same within each group of a column, see :meth:`~dualhook.Attention.top_by`."""
 
     column: str = "label"
 
@@ -125,7 +125,7 @@ class RankingBy(Ranking):
 
 @dataclass(frozen=True)
 class Totals:
-    """Totals per group of one or several columns, see :meth:`Attention.sum_by`.
+    """Totals per group of one or several columns, see :meth:`~dualhook.Attention.sum_by`.
 
     ``top``: of each query and layer only the groups that come first by the total ``by`` (None: all).
     """

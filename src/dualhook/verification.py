@@ -24,7 +24,7 @@ NARROW = 1e-2  # the error that the steps' rounding can explain in narrower dtyp
 
 
 class VerifyReport(Table):
-    """The result of :meth:`DualMemory.verify`: columns layer, error, rule, exact, inexact_steps."""
+    """The result of :meth:`~dualhook.DualMemory.verify`: columns layer, error, rule, exact, inexact_steps."""
 
     damage: tuple[Damage, ...] = ()
     """Files that are not what they were, and what is wrong with them; printed below the table."""
