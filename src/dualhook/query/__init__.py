@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dualhook.query.answers import Answer, Answers
 from dualhook.query.collectors import GroupSums, Receipt, TopPatterns, TopPatternsBy
-from dualhook.query.cosine import Gradient, cosine_scores
+from dualhook.query.cosine import cosine_scores
 from dualhook.query.fit import fit_decay
+from dualhook.query.gradients import Gradient
 from dualhook.query.influence import Decay, decayed_scores
 from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken, Synchronization
 from dualhook.query.replay import Replay

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dualhook.query.curvature import extended, norms_of
-from dualhook.query.slots import products
-from dualhook.records import LayerSpec, Rows, RowSource
+from dualhook.query.gradients import Gradient
+from dualhook.records import Rows, RowSource
 
-__all__ = ["Gradient", "cosine_scores"]
+__all__ = ["cosine_scores"]
 
 ROWS = 2**15  # of a layer, read at a time; but one step at least
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """A query's gradient on one layer: inputs ``query`` [q, p, c] with the bias's 1, directions [q, p, o]."""
-
-    spec: LayerSpec
-    query: Tensor
-    direction: Tensor
-    slot: Tensor | None
 
 
 def cosine_scores(
@@ -64,13 +53,10 @@ def _met(
         nothing = torch.zeros(0, dtype=torch.float64)
         return nothing.long(), nothing.reshape(0, len(asked.query)), nothing
     rows = extended(asked.spec, blocks[0].joined(*blocks[1:]))
-    met = products(asked.query, asked.slot, rows, asked.query.dtype)
-    along = asked.direction.flatten(0, 1) @ rows.output_grad.to(asked.direction.dtype).T
-    dots = -(met * along.reshape(met.shape)).sum(1).T.double()
     squares, group = norms_of(rows)
     key = torch.empty(len(squares), dtype=torch.int64)
     key[group] = rows.step * (groups + 1) + numbered(rows)
-    return key, torch.zeros(len(squares), dots.shape[1], dtype=torch.float64).index_add_(0, group, dots), squares
+    return key, -asked.in_few_pairs().met(rows, group, len(squares)), squares
 
 
 def _chunks(source: RowSource, gradients: Sequence[Gradient], first: int, last: int) -> Iterator[tuple[int, int]]:

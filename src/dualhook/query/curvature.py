@@ -20,7 +20,7 @@ from torch import Tensor
 from dualhook.maps import gradient
 from dualhook.records import LayerSpec, Rows
 
-__all__ = ["Basis", "Metric", "Moments", "extended", "moments_of", "norms_of"]
+__all__ = ["Basis", "Metric", "Moments", "extended", "laid_out", "moments_of", "norms_of"]
 
 WIDEST = 4096  # a side of more dimensions keeps its own coordinates
 STILL = 1e-6  # of the largest: what moves less is as good as still
@@ -136,7 +136,7 @@ def norms_of(rows: Rows) -> tuple[Tensor, Tensor]:
     if int(counts.max()) == 1:
         own = rows.output_grad.square().sum(1) * rows.key.square().sum(1)
         return squares.index_add_(0, group, own.double()), group
-    for samples, k, d, slot in _laid_out(rows, group, counts, lambda most: most * most):
+    for samples, k, d, slot in laid_out(rows, group, counts, lambda most: most * most):
         met = (k @ k.mT) * (d @ d.mT)
         if slot is not None:
             met = met * (slot[:, :, None] == slot[:, None, :])
@@ -159,7 +159,7 @@ def _squared(rows: Rows) -> Tensor:
         return rows.output_grad.square().T @ rows.key.square()
     outputs, columns = rows.output_grad.shape[1], rows.key.shape[1]
     found = rows.output_grad.new_zeros(outputs, columns)
-    for _, k, d, _ in _laid_out(rows, group, counts, lambda most: outputs * columns):
+    for _, k, d, _ in laid_out(rows, group, counts, lambda most: outputs * columns):
         found += (d.mT @ k).square().sum(0)
     return found
 
@@ -172,7 +172,7 @@ def _groups(rows: Rows) -> tuple[Tensor, Tensor]:
     return group, counts
 
 
-def _laid_out(
+def laid_out(
     rows: Rows, group: Tensor, counts: Tensor, size: Callable[[int], int]
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
     """Samples side by side, some at a time, filled up with zeros: keys [m, most, c], gradients [m, most, o], slots.

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dualhook.query.cosine import Gradient
 from dualhook.query.curvature import Basis, Metric, extended
-from dualhook.query.slots import products
+from dualhook.query.gradients import Gradient
 from dualhook.records import Rows, RowSource
 
 __all__ = ["Decay", "Stretch", "decayed_scores"]
 
-SCORES = 2**22  # numbers of one block's products
+ROWS = 2**14  # of a layer, read at a time
 
 
 @dataclass(frozen=True)
@@ -69,22 +68,24 @@ class Decay:
         basis = Basis(tensors.get("basis/outputs"), tensors.get("basis/inputs"))
         return cls(Metric(tensors["mean/row"], tensors["mean/column"]), basis, stretches)
 
-    def pairs(self, stretch: Stretch, query: Tensor, direction: Tensor, slot: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Inputs [q, p · r, c] and directions [q, p · r, o] that ask a stretch, of those that ask the layer."""
+    def left(self, stretch: Stretch, asked: Gradient) -> Gradient:
+        """What a stretch is asked with: every position [q, p] of the query becomes several pairs [q, p · r]."""
         mean, own, ranks = self.metric, stretch.metric, len(stretch.row)
-        along = direction * mean.row.sqrt()
+        along = asked.direction * mean.row.sqrt()
         if self.basis.outputs is not None:
             along = along @ self.basis.outputs
         along = along[:, :, None] * stretch.row  # [q, p, r, o]
         if self.basis.outputs is not None:
             along = along @ self.basis.outputs.T
         along = along * (own.row / mean.row.sqrt())
-        at = torch.zeros(query.shape[:2], dtype=torch.int64) if slot is None else slot.long().clamp(min=0)
-        key = self.basis.turned(query * mean.column[at].sqrt(), at)
+        slot = asked.slot
+        at = torch.zeros(asked.query.shape[:2], dtype=torch.int64) if slot is None else slot.long().clamp(min=0)
+        key = self.basis.turned(asked.query * mean.column[at].sqrt(), at)
         key = key[:, :, None] * stretch.column.permute(1, 0, 2)[at]  # [q, p, r, c]
         key = self.basis.turned(key, at[..., None].expand(-1, -1, ranks), back=True)
         key = key * (own.column / mean.column.sqrt())[at][:, :, None]
-        return key.flatten(1, 2), along.flatten(1, 2)
+        slot = None if slot is None else slot.repeat_interleave(ranks, 1)
+        return Gradient(asked.spec, key.flatten(1, 2), along.flatten(1, 2), slot)
 
 
 def decayed_scores(
@@ -96,22 +97,18 @@ def decayed_scores(
 ) -> Tensor:
     """Per query and group of patterns the influence through one layer, float64 [q, groups].
 
-    ``numbered`` gives the group of every
-    pattern [n], ``groups`` for those that are in none.
+    ``numbered`` gives the group of every pattern [n], ``groups`` for those that are in none.
     """
-    query, direction, slot, spec = asked.query, asked.direction, asked.slot, asked.spec
-    found = torch.zeros(groups + 1, len(query), dtype=torch.float64)
+    found = torch.zeros(groups + 1, len(asked.query), dtype=torch.float64)
+    asked = asked.in_few_pairs()
     for stretch in decay.stretches:
-        inputs, along = decay.pairs(stretch, query, direction, slot)
-        ranks = len(stretch.row)
-        at = None if slot is None else slot.repeat_interleave(ranks, 1)
-        most = max(256, SCORES // max(1, inputs.shape[0] * inputs.shape[1]))
-        blocks = source.blocks(spec.name, first_step=stretch.first_step, last_step=stretch.last_step, block_rows=most)
+        left = decay.left(stretch, asked)
+        blocks = source.blocks(
+            asked.spec.name, first_step=stretch.first_step, last_step=stretch.last_step, block_rows=ROWS
+        )
         for rows in blocks:
-            rows = extended(spec, rows)
-            met = products(inputs, at, rows, inputs.dtype)
-            met *= (along.flatten(0, 1) @ rows.output_grad.to(along.dtype).T).reshape(met.shape)
-            found.index_add_(0, numbered(rows), -met.sum(1).T.double())
+            known, group = torch.unique(numbered(rows), return_inverse=True)
+            found.index_add_(0, known, -left.met(extended(asked.spec, rows), group, len(known)))
     return found[:-1].T
 
 
