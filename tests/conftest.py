@@ -20,8 +20,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 
 LONG = ("test_trainer", "test_torchvision", "test_compiled", "test_compile", "test_examples", "test_executors",
-        "test_kills", "test_every_kind_together", "test_distributed", "test_together", "test_packaging",
-        "test_docs")  # fmt: skip
+        "test_kills", "test_every_kind_together", "test_distributed", "test_together", "test_packaging")  # fmt: skip
 """The files that take longest begin: the last one of a run has no other beside it."""
 
 

@@ -15,6 +15,7 @@ from test_readme import shape
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs/tutorial.md", *sorted(ROOT.glob("docs/how-to/[!i]*.md"))]
 NOTEBOOKS = sorted(ROOT.glob("examples/*.ipynb"))
+RUN = pytest.mark.skipif(not os.environ.get("DUALHOOK_DOCS"), reason="takes minutes: DUALHOOK_DOCS=1 runs the pages")
 FENCE = re.compile(r"^```(?P<language>\S*)[^\n]*\n(?::caption: (?P<file>\S+)\n+)?(?P<text>.*?)^```$", re.DOTALL | re.M)
 
 
@@ -43,6 +44,7 @@ def printed(code: str, folder: Path) -> str:
     return "\n".join(shape(done.stdout))
 
 
+@RUN
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page(page, tmp_path):
     for found in blocks(page, "{code-block}"):
@@ -56,6 +58,7 @@ def test_every_page_with_code_is_run():
     assert {page for page in ROOT.glob("docs/**/*.md") if blocks(page, "python", "{code-block}")} == set(PAGES)
 
 
+@RUN
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_notebook(notebook, tmp_path):
     cells = [cell for cell in json.loads(notebook.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
