@@ -40,7 +40,8 @@ ALLOWED = {
     "reporting": SHARED | {"attention", "memory", "model", "query", "report", "summaries"},
     "influence": SHARED,
     "loss": SHARED | {"maps", "store"},
-    "estimates": SHARED | {"attention", "composition", "loss", "query", "questions", "store"},
+    "units": SHARED | {"store"},
+    "estimates": SHARED | {"attention", "composition", "loss", "query", "questions", "store", "units"},
     "reading": SHARED | {"columns", "composition", "maps", "optimizers", "progress", "query", "store", "verification"},
 }
 
