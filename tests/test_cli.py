@@ -202,6 +202,42 @@ def test_attend_previews_and_keeps_what_a_replay_finds(run, folder):
     assert run(*ask, "--cache")[1] == out
 
 
+def influence(*more, model="cli_models:Net", inputs="queries.npy"):
+    return ("influence", "run", "--model", model, "--inputs", inputs, *more)
+
+
+@pytest.mark.parametrize("method", ["decayed", "cosine", "contribution"])
+def test_influence_agrees_with_the_memory(run, folder, method):
+    memory, model = dualhook.load(folder / "run"), Net()
+    model.load_state_dict(memory.state_dict())
+    inputs = torch.from_numpy(np.load(folder / "queries.npy"))
+    asked = {"method": method, "of": "loss", "target": 1, "layers": "fc2"}
+    expected = memory.influence(model, inputs, cache=False, **asked)
+    words = ("--method", method, "--of", "loss", "--target", 1, "--layers", "fc2", "--top", 3, "--sum-by", "label")
+    status, out, err = run(*influence(*words, "--no-cache", "--json"))
+    found = json.loads(out)
+    assert (status, err) == (0, "")
+    assert not (folder / "run" / "answers").exists()
+    same_rows(found["top"], expected.top(3))
+    same_rows(found["bottom"], expected.bottom(3))
+    same_rows(found["totals"], expected.sum_by("label"))
+    assert (found["method"], found["of"], found["per"], found["queries"]) == (method, "loss", "sample", 2)
+    assert found["meaning"] == expected.meaning
+    _, out, _ = run(*influence(*words, "--no-cache"))
+    assert out.count(expected.meaning) == 1
+    assert out.endswith(f"{expected.meaning}\n")
+    assert "most estimated influence on the loss" in out
+    assert "least estimated influence on the loss" in out
+
+
+def test_suspects_agree_with_the_memory(run, folder):
+    expected = dualhook.load(folder / "run").suspects(5)
+    status, out, err = run("suspects", "run", "-k", 5, "--json")
+    assert (status, err) == (0, "")
+    same_rows(json.loads(out)["suspects"], expected)
+    assert run("suspects", "run", "-k", 5)[1] == f"{expected.to_text()}\n"
+
+
 def test_attend_takes_named_tensors(run):
     _, plain, _ = run(*attend("--json"))
     _, named, _ = run(*attend("--json", inputs="queries.safetensors"))
@@ -273,6 +309,10 @@ BAD = {
     attend("--layers", "fc7"): "did you mean",
     attend("--sum-by", "colour"): "add_column",
     attend("--target", "7"): "from 0 to 2",
+    influence("--per", "token", "--method", "cosine"): "per='sample'",
+    influence("--method", "exact"): "invalid choice",
+    influence("--sum-by", "colour", "--method", "cosine"): "add_column",
+    ("suspects", "run", "-k", "0"): "at least 1",
     ("demo", "--out", "."): "--out",
     ("demo", "--epochs", "0"): "at least 1",
 }
@@ -297,6 +337,9 @@ OPTIONS = {
     "verify": ["PATH", "--json", "--tolerance", "1e-05"],
     "attend": ["PATH", "--model", "--inputs", "--weights", "--target", "--top", "--by", "--smallest", "--layers",
                "--sum-by", "--json", "abs_weight"],
+    "influence": ["PATH", "--model", "--inputs", "--weights", "--target", "--of", "--method", "--per", "--top",
+                  "--layers", "--sum-by", "--no-cache", "--json", "decayed"],
+    "suspects": ["PATH", "-k", "--json"],
 }  # fmt: skip
 
 

@@ -40,8 +40,9 @@ ALLOWED = {
     "reporting": SHARED | {"attention", "memory", "model", "query", "report", "summaries"},
     "influence": SHARED,
     "loss": SHARED | {"maps", "store"},
-    "estimates": SHARED | {"attention", "composition", "loss", "query", "questions", "store"},
-    "suspects": SHARED | {"composition", "estimates", "loss", "query", "store"},
+    "units": SHARED | {"store"},
+    "estimates": SHARED | {"attention", "composition", "loss", "query", "questions", "store", "units"},
+    "suspects": SHARED | {"composition", "estimates", "loss", "query", "store", "units"},
     "reading": SHARED | {"columns", "composition", "maps", "optimizers", "progress", "query", "store", "verification"},
 }
 

@@ -3,8 +3,10 @@
 .. code-block:: python
 
     passages = Passages(dataset, tokenizer)  # the tokenised data set that the model was trained on
-    attention = memory.attend(model, **tokenizer("And God said", return_tensors="pt"))
+    inputs = tokenizer("And God said", return_tensors="pt")
+    attention = memory.attend(model, **inputs)
     print(passages.top(attention))  # …and God «said», Let there be light…
+    print(passages.top(memory.influence(model, **inputs, per="token")))
 
 A pattern's sample is the row of the data set, its position the token that the layer has read: the gradient there is
 that of the tokens after it. Rows have to be as the model has read them, padding on the right.
@@ -12,7 +14,8 @@ that of the tokens after it. Rows have to be as the model has read them, padding
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -22,7 +25,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dualhook import Attention, DualHookError, DualMemory, Table
+from dualhook import Attention, DualHookError, DualMemory, Influence, Table
 
 __all__ = ["Passages", "texts_of"]
 
@@ -103,10 +106,10 @@ class Passages:
 
     def top(
         self,
-        attention: Attention,
+        answer: Attention | Influence,
         k: int = 10,
         *,
-        by: Criterion = "contribution",
+        by: Criterion | None = None,
         largest: bool = True,
         layers: str | Iterable[str] | None = None,
     ) -> Table:
@@ -117,57 +120,64 @@ class Passages:
         token, passage, weight, contribution, repeats (patterns summed) and places (where the passage stands). Exact:
         takes some 50 bytes for every query, layer and token that was trained on.
 
+        Of an influence ``per="token"``: the passages that have raised (``largest=False``: lowered) it most, with the
+        column influence in place of weight, contribution and repeats. ``by`` is then left out; default of an attention
+        is ``"contribution"``.
+
         Raises:
-            DualHookError: an unknown criterion or layer, patterns without a sample, or ones of another data set.
+            DualHookError: an unknown criterion or layer, patterns without a sample, ones of another data set, or an
+                influence of whole samples.
         """
-        if by not in TOTALS:
-            raise DualHookError(f"by={by!r}: expected one of {', '.join(TOTALS)}")
+        tokens = self._tokens_of(answer, layers)
+        criterion = tokens.criterion(by)
         if not isinstance(k, int) or k < 1:
             raise DualHookError(f"k={k!r}: expected at least 1")
-        sums, sample, position, place = self._places(attention, layers)
+        sample, position, rows = tokens.sample, tokens.position, list[tuple[Any, ...]]()
         windows = np.concatenate(list(self._windows(sample, position)))
         _, passage = np.unique(windows, return_inverse=True)
-        rows = []
-        for query in range(len(attention)):
-            own = sums["query"] == query
-
-            def summed(name: str, own: Any = own) -> Any:
-                return np.bincount(place[own], sums[name][own], minlength=len(sample))
-
-            rank = summed(by) if largest else -summed(by)
+        places = np.bincount(passage)
+        for query in range(len(answer)):
+            rank = tokens.values(query, criterion) * (1 if largest else -1)
             total = np.bincount(passage, rank)
             order = np.lexsort((-rank, -total[passage]))  # the largest passage first, in it the largest place
             best = order[np.sort(np.unique(passage[order], return_index=True)[1])][:k]
-            numbers = [np.bincount(passage, summed(name)) for name in ("weight", "contribution", "patterns")]
-            places = np.bincount(passage)
+            numbers = [np.bincount(passage, tokens.values(query, name)) for name in tokens.shown]
             for number, at in enumerate(best.tolist()):
                 row, column, kind = int(sample[at]), int(position[at]), passage[at]
-                weight, contribution, repeats = (values[kind] for values in numbers)
                 texts = self.token(row, column), self.around(row, column)
-                rows.append(
-                    (query, number + 1, row, column, *texts, weight, contribution, int(repeats), int(places[kind]))
-                )
-        told = ("sample", "position", "token", "passage", "weight", "contribution", "repeats", "places")
-        names = ("query", "rank", *told)
+                told = (float(values[kind]) for values in numbers)
+                rows.append((query, number + 1, row, column, *texts, *told, int(places[kind])))
+        names = ("query", "rank", "sample", "position", "token", "passage", *tokens.shown, "places")
+        columns: dict[str, Any] = {name: [row[n] for row in rows] for n, name in enumerate(names)}
+        if "patterns" in columns:
+            counted = {"repeats": np.asarray(columns.pop("patterns"), dtype=np.int64)}
+            columns |= counted | {"places": columns.pop("places")}
         return Table(
-            {name: [row[n] for row in rows] for n, name in enumerate(names)},
-            title=f"the {k} passages with the {'largest' if largest else 'smallest'} {by}, per query",
-            bars=(("passage",), by.removeprefix("abs_")),
+            columns,
+            title=f"the {k} passages with the {'largest' if largest else 'smallest'} {criterion}, per query",
+            footer=tokens.footer,
+            bars=(("passage",), criterion.removeprefix("abs_")),
         )
 
     def documents(
-        self, attention: Attention, column: str = "document", *, layers: str | Iterable[str] | None = None
+        self,
+        answer: Attention | Influence,
+        column: str = "document",
+        *,
+        layers: str | Iterable[str] | None = None,
     ) -> Table:
         """Totals per document, by a column of the data set: one value per row, or one per token in packed rows.
 
-        Columns query, the column, weight, abs_weight, contribution, abs_contribution, patterns.
+        Columns query, the column, weight, abs_weight, contribution, abs_contribution, patterns; of an influence
+        ``per="token"`` query, the column, influence.
 
         Raises:
-            DualHookError: no such column, one that does not fit the tokens, or patterns of another data set.
+            DualHookError: no such column, one that does not fit the tokens, patterns of another data set, or an
+                influence of whole samples (which itself has ``sum_by``).
         """
-        sums, sample, position, place = self._places(attention, layers)
+        tokens = self._tokens_of(answer, layers)
         named: list[Any] = []
-        for row, places in _by_row(sample, position):
+        for row, places in _by_row(tokens.sample, tokens.position):
             values = self._column(row, column)
             if isinstance(values, (str, int, float)):
                 named += [values] * len(places)
@@ -179,12 +189,16 @@ class Passages:
             else:
                 named += [values[at] for at in places.tolist()]
         labels, group = np.unique(np.asarray(named), return_inverse=True)
-        cells = sums["query"] * len(labels) + group[place]
-        size = len(attention) * len(labels)
-        totals = {n: np.bincount(cells, sums[n], minlength=size) for n in (*TOTALS, "patterns")}
-        totals["patterns"] = totals["patterns"].astype(np.int64)
-        head = {"query": np.repeat(np.arange(len(attention)), len(labels)), column: np.tile(labels, len(attention))}
-        return Table(head | totals, title=f"totals by {column}", bars=((column,), "contribution"))
+        queries, size = range(len(answer)), len(labels)
+        totals = {
+            name: np.concatenate([np.bincount(group, tokens.values(q, name), minlength=size) for q in queries])
+            for name in tokens.names
+        }
+        if "patterns" in totals:
+            totals["patterns"] = totals["patterns"].astype(np.int64)
+        head = {"query": np.repeat(np.arange(len(answer)), size), column: np.tile(labels, len(answer))}
+        bars = ((column,), tokens.criterion(None))
+        return Table(head | totals, title=f"totals by {column}", footer=tokens.footer, bars=bars)
 
     def add_documents(self, memory: DualMemory, column: str = "document") -> None:
         """Give the memory the data set's own column, one value per row, for ``attention.sum_by(column)``.
@@ -263,9 +277,11 @@ class Passages:
             self._tokenizer.decode(known.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
 
-    def _places(self, attention: Attention, layers: str | Iterable[str] | None) -> tuple[Any, Any, Any, Any]:
-        """Totals by token and layer; sample and position of every token there is; which of them the totals are of."""
-        table = attention.sum_by(("sample", "position"), layers=layers)
+    def _tokens_of(self, answer: Attention | Influence, layers: str | Iterable[str] | None) -> _Tokens:
+        """The tokens that an answer tells of."""
+        if isinstance(answer, Influence):
+            return _tokens_of_influence(answer, layers)
+        table = answer.sum_by(("sample", "position"), layers=layers)
         known = table["sample"] >= 0
         if not known.any():
             raise DualHookError(
@@ -275,7 +291,13 @@ class Passages:
         sums = {name: table[name][known] for name in table.columns}
         length = int(sums["position"].max()) + 1
         token, place = np.unique(sums["sample"] * length + sums["position"], return_inverse=True)
-        return sums, token // length, token % length, place
+
+        def values(query: int, name: str) -> Any:
+            own = sums["query"] == query
+            return np.bincount(place[own], sums[name][own], minlength=len(token))
+
+        shown = ("weight", "contribution", "patterns")
+        return _Tokens(token // length, token % length, values, (*TOTALS, "patterns"), shown)
 
     def _windows(self, sample: Any, position: Any) -> Iterator[Any]:
         """A number for the tokens around each position; the same for the same tokens. Positions stand row by row."""
@@ -284,6 +306,46 @@ class Passages:
             ids = self._ids(row, int(places.max())).astype(np.int64)
             padded = np.pad(ids, self.width, constant_values=NOTHING)
             yield (sliding_window_view(padded, len(factors))[places] * factors).sum(1)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of an answer, row by row: ``sample`` and ``position`` [u], and ``values(query, name)`` [u] of each.
+
+    ``names`` are those of all values, ``shown`` of those that passages are listed with.
+    """
+
+    sample: Any
+    position: Any
+    values: Callable[[int, str], Any]
+    names: tuple[str, ...]
+    shown: tuple[str, ...]
+    footer: str = ""
+
+    def criterion(self, by: str | None) -> str:
+        """What ranks passages: ``by``, or the default where it is None.
+
+        Raises:
+            DualHookError: something else than totals of the answer.
+        """
+        there = [name for name in self.names if name != "patterns"]
+        if by is not None and by not in there:
+            raise DualHookError(f"by={by!r}: expected one of {', '.join(there)}")
+        return by or ("contribution" if "contribution" in there else there[0])
+
+
+def _tokens_of_influence(influence: Influence, layers: str | Iterable[str] | None) -> _Tokens:
+    """The tokens of an influence, through some of its layers or all of them."""
+    if influence.positions is None:
+        raise DualHookError("this influence is one of whole samples: expected memory.influence(..., per='token')")
+    names = influence.layers if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    scores = torch.stack([influence.of_layer(name) for name in names]).sum(0)
+
+    def values(query: int, name: str) -> Any:
+        return scores[query].numpy()
+
+    told = ("influence",)
+    return _Tokens(influence.samples, influence.positions, values, told, told, influence.meaning)
 
 
 def _by_row(sample: Any, position: Any) -> Iterator[tuple[int, Any]]:

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import dualhook
 from dualhook.errors import DualHookError
+from dualhook.influence import MEASURES, METHODS, UNITS
 from dualhook.query.collectors import CRITERIA
 from dualhook.store import SEGMENT_BYTES
 
@@ -37,6 +38,24 @@ examples:
   dualhook attend runs/fmnist --model train:build_model --inputs images.npy
   dualhook attend runs/fmnist --model train:build_model --inputs images.npy \\
       --by abs_weight --top 5 --layers fc1 fc2 --sum-by label --json""",
+    "influence": """\
+An estimate of what leaving a training sample out would change, by one of
+  decayed       each training gradient met by the prediction's own, as far as later
+                training has left it; what it fits first is kept beside the memory
+  cosine        cosines between the two, at once; an order, no amounts
+  contribution  the exact sum that attend lists, for comparison
+Positive: training on the sample has raised the margin, logit or loss asked about.
+
+examples:
+  dualhook influence runs/fmnist --model train:build_model --inputs images.npy
+  dualhook influence runs/fmnist --model train:build_model --inputs images.npy \\
+      --of loss --target 3 --method cosine --top 5 --sum-by label --json""",
+    "suspects": """\
+Ranked by the run-averaged loss that the rows of the last layer hold: samples with
+wrong labels are among the first.
+
+example:
+  dualhook suspects runs/fmnist -k 50""",
     "report": """\
 Predictions, the training samples that they attend to, totals and receipts on one
 page that needs no network. Without --images training samples are named by their
@@ -149,6 +168,9 @@ def _question_arguments(parser: _Parser) -> None:
         "--target", type=int, metavar="N", help="the class whose logit counts (default: the predicted one)"
     )
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="ask these layers only (default: all)")
+
+
+def _replay_arguments(parser: _Parser) -> None:
     parser.add_argument(
         "--method",
         choices=("exact", "preview"),
@@ -163,6 +185,7 @@ def _question_arguments(parser: _Parser) -> None:
 
 def _attend_arguments(parser: _Parser) -> None:
     _question_arguments(parser)
+    _replay_arguments(parser)
     parser.add_argument("--top", type=int, default=10, metavar="K", help="patterns per query and layer (default: 10)")
     parser.add_argument(
         "--by",
@@ -175,8 +198,39 @@ def _attend_arguments(parser: _Parser) -> None:
     parser.add_argument("--sum-by", metavar="COLUMN", help="add totals per value of a column, such as step or sample")
 
 
+def _influence_arguments(parser: _Parser) -> None:
+    _question_arguments(parser)
+    parser.add_argument(
+        "--of", choices=MEASURES, default="margin", help="what would have changed of the target (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        default="decayed",
+        help="how it is estimated, see below (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--per",
+        choices=UNITS,
+        default="sample",
+        help="what has an influence: samples, or their tokens (default: sample)",
+    )
+    parser.add_argument(
+        "--top", type=int, default=10, metavar="K", help="of those that raised and that lowered it most (default: 10)"
+    )
+    parser.add_argument("--sum-by", metavar="COLUMN", help="add totals per value of a column of the samples")
+    parser.add_argument("--no-cache", action="store_true", help="keep nothing of what is fitted beside the memory")
+
+
+def _suspects_arguments(parser: _Parser) -> None:
+    parser.add_argument(
+        "-k", "--top", type=int, default=100, metavar="K", help="samples to list (default: %(default)s)"
+    )
+
+
 def _report_arguments(parser: _Parser) -> None:
     _question_arguments(parser)
+    _replay_arguments(parser)
     parser.add_argument(
         "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="to write (default: %(default)s)"
     )
@@ -192,6 +246,12 @@ def _report_arguments(parser: _Parser) -> None:
         "--top", type=int, default=8, metavar="K", help="samples per query, layer and ranking (default: 8)"
     )
     parser.add_argument("--title", metavar="TEXT", help="the page's heading")
+    parser.add_argument(
+        "--influence",
+        choices=("decayed", "cosine", "none"),
+        help="how the page estimates which samples would have changed a prediction; decayed foretells it best, and "
+        "fits first (default: cosine, where the run named its samples)",
+    )
 
 
 def _verify_arguments(parser: _Parser) -> None:
@@ -217,5 +277,7 @@ ARGUMENTS = {
     "verify": ("rebuild the trained weights from the memory and compare", _verify_arguments),
     "compact": ("write a memory in fewer and smaller files", _compact_arguments),
     "attend": ("which training patterns a model's outputs attend to", _attend_arguments),
+    "influence": ("which training samples would have changed a model's outputs: an estimate", _influence_arguments),
+    "suspects": ("the training samples that were hardest to fit", _suspects_arguments),
     "report": ("what some predictions rest on, as one HTML file", _report_arguments),
 }

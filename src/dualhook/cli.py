@@ -1,4 +1,4 @@
-"""The command line: ``dualhook demo``, ``info``, ``verify``, ``attend``, ``report``, ``compact``."""
+"""The command line: ``dualhook demo``, ``info``, ``verify``, ``attend``, ``influence``, ``suspects``, …"""
 
 from __future__ import annotations
 
@@ -128,6 +128,36 @@ def _attend(options: argparse.Namespace) -> int:
     return 0
 
 
+def _influence(options: argparse.Namespace) -> int:
+    memory = dualhook.load(options.path)
+    model, inputs, left = _asked(memory, options)
+    settings = {name: getattr(options, name) for name in ("target", "layers", "of", "method", "per")}
+    with _progress(memory, f"influence, {options.method}", options.layers or memory.layers), _running(options):
+        influence = memory.influence(model, inputs, cache=False if options.no_cache else None, **settings)
+    warn_of(left)
+    answers = {"top": influence.top(options.top), "bottom": influence.bottom(options.top)}
+    if options.sum_by:
+        answers["totals"] = influence.sum_by(options.sum_by)
+    if options.json:
+        about = {"path": str(memory.path), "step": memory.steps, "queries": len(influence)}
+        said = {name: getattr(influence, name) for name in ("of", "per", "method", "meaning")}
+        _print_json(about | said | answers)
+    else:
+        tables = "\n\n".join(table.to_text().removesuffix(f"\n{table.footer}") for table in answers.values())
+        print(f"{tables}\n\n{influence.meaning}")
+    return 0
+
+
+def _suspects(options: argparse.Namespace) -> int:
+    memory = dualhook.load(options.path)
+    table = memory.suspects(options.top)
+    if options.json:
+        _print_json({"path": str(memory.path), "step": memory.steps, "note": table.footer, "suspects": table})
+    else:
+        print(table.to_text())
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     memory = dualhook.load(options.path)
     images = None if options.images is None else read_numbers(options.images, "--images")
@@ -144,6 +174,7 @@ def _report(options: argparse.Namespace) -> int:
             classes=classes,
             column=options.column,
             k=options.top,
+            influence={None: "auto", "none": None}.get(options.influence, options.influence),
             **({} if options.title is None else {"title": options.title}),
             **_settings(options),
         )
@@ -253,5 +284,7 @@ COMMANDS = {
     "verify": _verify,
     "compact": _compact,
     "attend": _attend,
+    "influence": _influence,
+    "suspects": _suspects,
     "report": _report,
 }

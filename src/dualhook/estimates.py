@@ -1,11 +1,10 @@
-"""From a memory and a model's gradient to the influence of every training sample."""
+"""From a memory and a model's gradient to the influence of every training sample, or of its tokens."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,35 +14,45 @@ from dualhook.attention import Attention
 from dualhook.composition import shares_of
 from dualhook.errors import LayerError
 from dualhook.loss import Loss
-from dualhook.query import Decay, Gradient, cosine_scores, decayed_scores, fit_decay
+from dualhook.query import (
+    Composition,
+    Decay,
+    Gradient,
+    GroupSums,
+    LayerQuery,
+    contributed_scores,
+    cosine_scores,
+    decayed_scores,
+    fit_decay,
+)
 from dualhook.questions import AskedLayer
-from dualhook.records import LayerSpec, Rows
+from dualhook.records import LayerSpec
 from dualhook.store import AnswerFiles, Store
+from dualhook.units import Units
 
-__all__ = ["by_contribution", "by_cosine", "by_decay", "note_of", "numbering", "stepped"]
+__all__ = ["by_contribution", "by_cosine", "by_decay", "note_of", "stepped"]
 
 
 def by_decay(
-    store: Store, layers: Sequence[AskedLayer], samples: np.ndarray, loss: Loss, files: AnswerFiles | None
+    store: Store, layers: Sequence[AskedLayer], units: Units, loss: Loss, files: AnswerFiles | None
 ) -> dict[str, Tensor]:
-    """Per layer the decayed influence [q, sample] of ``samples`` (dataset rows, ascending), repeats summed.
+    """Per layer the decayed influence [q, u] of ``units``, repeats summed.
 
     What training has left of every layer's gradients is kept in ``files``, once fitted.
 
     Raises:
         RuleError: an optimiser whose steps are made of more than its state.
     """
-    numbered = numbering(samples)
     return {
-        own.spec.name: decayed_scores(store, own, _decay(store, own.spec, loss, files), numbered, len(samples))
+        own.spec.name: decayed_scores(store, own, _decay(store, own.spec, loss, files), units.of, len(units))
         for own in _gradients(store, layers)
     }
 
 
-def by_cosine(store: Store, layers: Sequence[AskedLayer], samples: np.ndarray) -> dict[str, Tensor]:
-    """Per layer its part of the cosines [q, sample], summed over repeats."""
+def by_cosine(store: Store, layers: Sequence[AskedLayer], units: Units) -> dict[str, Tensor]:
+    """Per layer its part of the cosines [q, u], summed over repeats."""
     asked, steps = _gradients(store, layers), (store.first_step + 1, store.last_step)
-    parts = cosine_scores(store, asked, steps, numbering(samples), len(samples))
+    parts = cosine_scores(store, asked, steps, units.of, units.owner)
     return {own.spec.name: part for own, part in zip(asked, parts, strict=True)}
 
 
@@ -61,18 +70,46 @@ def _decay(store: Store, spec: LayerSpec, loss: Loss, files: AnswerFiles | None)
     return decay
 
 
-def by_contribution(attention: Attention, samples: np.ndarray) -> dict[str, Tensor]:
-    """Per layer the exact contributions [q, sample], repeats summed."""
-    totals = attention.sum_by("sample")
+def by_contribution(
+    store: Store,
+    layers: Sequence[AskedLayer],
+    made_of: Callable[[LayerSpec], Composition],
+    attention: Attention,
+    units: Units,
+) -> dict[str, Tensor]:
+    """Per layer the exact contributions [q, u], repeats summed."""
     found = {}
-    for layer in attention.layers:
-        own = totals.where(layer=layer)
-        known = np.isin(own["sample"], samples)
-        part = torch.zeros(len(attention), len(samples), dtype=torch.float64)
-        place = np.searchsorted(samples, own["sample"][known])
-        part[own["query"][known], place] = torch.from_numpy(own["contribution"][known]).double()
-        found[layer] = part
+    for own in layers:
+        spec, composed = own.spec, made_of(own.spec)
+        if not composed.replays and composed.factor is None and not composed.unknown:
+            gradient = gradient_on(spec, own, torch.float64)
+            found[spec.name] = contributed_scores(store, gradient, composed, units.of, len(units))
+            continue
+        (table,) = attention.gather(_ByUnit(units), layers=spec.name)
+        part = torch.zeros(len(attention), len(units) + 1, dtype=torch.float64)
+        part[table["query"], table["unit"]] = torch.from_numpy(table["contribution"])
+        found[spec.name] = part[:, :-1]
     return found
+
+
+@dataclass(frozen=True)
+class _ByUnit:
+    """Contributions in all by unit; those of no known sample are the unit after the last."""
+
+    units: Units
+    title = "contributions by unit"
+    bars = (("unit",), "contribution")
+
+    def start(self, asked: LayerQuery, grouping: object) -> tuple[GroupSums, Callable[[], dict[str, np.ndarray]]]:
+        sums = GroupSums(len(asked), self.units.of)
+
+        def columns() -> dict[str, np.ndarray]:
+            units, _, totals = sums.result()
+            query, unit = np.meshgrid(np.arange(len(asked)), units.numpy(), indexing="ij")
+            values = {"query": query, "unit": unit, "contribution": totals["contribution"].numpy()}
+            return {name: value.reshape(-1) for name, value in values.items()}
+
+        return sums, columns
 
 
 def _gradients(store: Store, layers: Sequence[AskedLayer]) -> list[Gradient]:
@@ -83,16 +120,6 @@ def _gradients(store: Store, layers: Sequence[AskedLayer]) -> list[Gradient]:
     return asked
 
 
-def numbering(samples: np.ndarray) -> Callable[[Rows], Tensor]:
-    """What gives every pattern the place of its sample, or the number of samples where it has none."""
-    return partial(_placed, torch.from_numpy(samples))
-
-
-def _placed(samples: Tensor, rows: Rows) -> Tensor:
-    place = torch.searchsorted(samples, rows.sample).clamp(max=len(samples) - 1)
-    return torch.where(samples[place] == rows.sample, place, len(samples))
-
-
 def stepped(store: Store, spec: LayerSpec) -> LayerSpec | None:
     """The layer with those of its parameters that a step was taken on; None: its weight is as it was."""
     if spec.weight not in store.histories:
@@ -100,10 +127,10 @@ def stepped(store: Store, spec: LayerSpec) -> LayerSpec | None:
     return spec if spec.bias is None or spec.bias in store.histories else replace(spec, bias=None)
 
 
-def gradient_on(spec: LayerSpec, layer: AskedLayer) -> Gradient:
+def gradient_on(spec: LayerSpec, layer: AskedLayer, dtype: torch.dtype = torch.float32) -> Gradient:
     """What the model's forward pass asks of a layer, as its gradient."""
     places = layer.places
-    query, direction = places.query.float(), places.direction.float()
+    query, direction = places.query.to(dtype), places.direction.to(dtype)
     if spec.bias is not None:
         one = torch.ones_like(query[..., :1])
         if places.present is not None:

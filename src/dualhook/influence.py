@@ -12,10 +12,25 @@ from torch import Tensor
 from dualhook.errors import DualHookError, LayerError
 from dualhook.table import Table
 
-__all__ = ["METHODS", "Influence", "InfluenceMethod", "check_method"]
+__all__ = [
+    "MEASURES",
+    "METHODS",
+    "MOST_BYTES",
+    "UNITS",
+    "Influence",
+    "InfluenceMethod",
+    "InfluenceUnit",
+    "check_asked",
+    "check_size",
+]
 
 InfluenceMethod = Literal["decayed", "cosine", "contribution"]
+InfluenceUnit = Literal["sample", "token"]
 MEASURES = ("margin", "logit", "loss")
+UNITS = ("sample", "token")
+
+MOST_BYTES = 2**31
+"""Of the scores of one influence: 8 for every query, layer, and sample or token."""
 
 METHODS = {
     "decayed": "each training gradient met by the prediction's own, as far as later training has left it (an estimate)",
@@ -24,16 +39,29 @@ METHODS = {
 }
 
 
-def check_method(method: str, of: str) -> None:
-    """Whether there are such a method and measure.
+def check_asked(method: str, of: str, per: str) -> None:
+    """Whether there are such a method, measure and unit.
 
     Raises:
         DualHookError: there are not.
     """
-    if method not in METHODS:
-        raise DualHookError(f"method={method!r}: expected one of {', '.join(METHODS)}")
-    if of not in MEASURES:
-        raise DualHookError(f"of={of!r}: expected one of {', '.join(MEASURES)}")
+    for name, value, there in (("method", method, METHODS), ("of", of, MEASURES), ("per", per, UNITS)):
+        if value not in there:
+            raise DualHookError(f"{name}={value!r}: expected one of {', '.join(there)}")
+
+
+def check_size(queries: int, layers: int, units: int, per: str) -> None:
+    """Whether the scores find room.
+
+    Raises:
+        DualHookError: they would take more than ``MOST_BYTES``.
+    """
+    if (size := 8 * queries * layers * units) > MOST_BYTES:
+        raise DualHookError(
+            f"the influence of {units:,} {per}s on {queries:,} queries through {layers} layers takes {size:,} bytes: "
+            f"expected at most {MOST_BYTES:,}; ask fewer queries at a time, fewer layers (layers=)"
+            + (", or per='sample'" if per == "token" else "")
+        )
 
 
 class Influence:
@@ -41,12 +69,15 @@ class Influence:
 
     ``scores`` [query, sample] (float64; layers and repeats summed) are positive where the sample has raised the
     margin, logit or loss that was asked about; leaving it out would lower that. ``samples`` are their dataset rows.
+    With ``per="token"`` columns of ``scores`` are tokens, ``samples`` says of which dataset row each is, and
+    ``positions`` where it stands there (None: columns are samples).
     """
 
     def __init__(
         self,
         by_layer: Mapping[str, Tensor],
         samples: np.ndarray,
+        positions: np.ndarray | None,
         queries: Table,
         column: Callable[[np.ndarray, str], np.ndarray],
         *,
@@ -57,13 +88,25 @@ class Influence:
         self._by_layer = dict(by_layer)
         self._column = column
         self.samples = samples
+        self.positions = positions
         self.queries = queries
         """What is asked, as :attr:`Attention.queries` has it; ``score`` is the margin, logit or loss."""
         self.method = method
         self.of = of
         self.note = note
         """What the estimate rests on, and what it does not see."""
-        self.scores = torch.stack(list(self._by_layer.values())).sum(0)
+        first, *rest = self._by_layer.values()
+        self.scores = sum(rest, start=first)
+
+    @property
+    def per(self) -> str:
+        """What a column of ``scores`` is: ``"sample"`` or ``"token"``."""
+        return "sample" if self.positions is None else "token"
+
+    @property
+    def meaning(self) -> str:
+        """The method and what it means, with :attr:`note`."""
+        return f"{self.method}: {METHODS[self.method]}{'; ' if self.note else ''}{self.note}"
 
     @property
     def layers(self) -> list[str]:
@@ -86,6 +129,8 @@ class Influence:
     def top(self, k: int = 10) -> Table:
         """The ``k`` samples per query that have raised it most: columns query, rank, sample, influence.
 
+        Of tokens there is the column position as well, behind sample.
+
         Raises:
             DualHookError: ``k`` below 1.
         """
@@ -98,21 +143,23 @@ class Influence:
     def sum_by(self, column: str) -> Table:
         """Totals per group of samples: columns query, the column, influence.
 
-        ``column`` is one that ``memory.add_column`` has added: labels, documents, …
+        ``column`` is one that ``memory.add_column`` has added (labels, documents, …), ``"sample"``, or of tokens
+        ``"position"``.
 
         Raises:
             DualHookError: an unknown column.
         """
-        values = self._column(self.samples, column)
+        places = self._units(slice(None))
+        values = places[column] if column in places else self._column(self.samples, column)
         labels, codes = np.unique(values.astype(object) if values.dtype.kind in "US" else values, return_inverse=True)
         totals = torch.zeros(len(self), len(labels), dtype=torch.float64)
         totals.index_add_(1, torch.from_numpy(codes.astype(np.int64)), self.scores)
-        return self._table({column: np.tile(labels, len(self))}, totals, len(labels), f"influence by {column}", column)
+        return self._table({column: np.tile(labels, len(self))}, totals, len(labels), f"influence by {column}")
 
     def to_pandas(self) -> Any:
-        """All of it as a pandas DataFrame with the columns query, sample, influence (needs ``dualhook[pandas]``)."""
-        samples = np.tile(self.samples, len(self))
-        return self._table({"sample": samples}, self.scores, len(self.samples), "", "sample").to_pandas()
+        """All of it as a DataFrame: query, sample, of tokens position, influence (needs ``dualhook[pandas]``)."""
+        units = self._units(np.tile(np.arange(len(self.samples)), len(self)))
+        return self._table(units, self.scores, len(self.samples), "").to_pandas()
 
     def plot(self, ax: Any = None, *, k: int = 10) -> Any:
         """The first query's ``k`` strongest samples as bars (needs ``dualhook[plot]``); returns the Axes."""
@@ -120,7 +167,7 @@ class Influence:
 
     def __repr__(self) -> str:
         return (
-            f"estimated influence of {len(self.samples):,} samples on {len(self)} queries ({self.of}), method "
+            f"estimated influence of {len(self.samples):,} {self.per}s on {len(self)} queries ({self.of}), method "
             f"{self.method}: {METHODS[self.method]}; ask .top(10), .bottom(10), .sum_by(...), .scores"
         )
 
@@ -129,20 +176,21 @@ class Influence:
             raise DualHookError(f"k={k!r}: expected at least 1")
         count = min(k, len(self.samples))
         # of equals the first sample comes first
-        order = torch.sort(self.scores, dim=1, descending=largest, stable=True).indices[:, :count]
-        title = f"the {count} samples of the {'most' if largest else 'least'} estimated influence on the {self.of}"
-        columns = {
-            "rank": np.tile(np.arange(1, count + 1), len(self)),
-            "sample": self.samples[order.reshape(-1).numpy()],
-        }
-        return self._table(columns, self.scores.gather(1, order), count, title, "sample")
+        order = torch.stack([own.sort(descending=largest, stable=True).indices[:count] for own in self.scores])
+        title = f"the {count} {self.per}s of the {'most' if largest else 'least'} estimated influence on the {self.of}"
+        columns = {"rank": np.tile(np.arange(1, count + 1), len(self))} | self._units(order.reshape(-1).numpy())
+        return self._table(columns, self.scores.gather(1, order), count, title)
 
-    def _table(self, columns: Mapping[str, np.ndarray], values: Tensor, each: int, title: str, label: str) -> Table:
+    def _units(self, at: Any) -> dict[str, np.ndarray]:
+        """Samples, and positions of tokens, of an index."""
+        found = {"sample": self.samples[at]}
+        return found if self.positions is None else found | {"position": self.positions[at]}
+
+    def _table(self, columns: Mapping[str, np.ndarray], values: Tensor, each: int, title: str) -> Table:
         head = {"query": np.repeat(np.arange(len(self)), each)}
-        footer = f"{self.method}: {METHODS[self.method]}{'; ' if self.note else ''}{self.note}"
         return Table(
             head | dict(columns) | {"influence": values.reshape(-1).numpy()},
             title=title,
-            footer=footer,
-            bars=((label,), "influence"),
+            footer=self.meaning,
+            bars=([name for name in columns if name != "rank"], "influence"),
         )

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterable
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from dualhook.composition import check_average
 from dualhook.dual import DualLinear, dual_model
 from dualhook.errors import DualHookError, LayerError, RuleError
 from dualhook.estimates import by_contribution, by_cosine, by_decay, note_of
-from dualhook.influence import Influence, InfluenceMethod, check_method
+from dualhook.influence import Influence, InfluenceMethod, InfluenceUnit, check_asked, check_size
 from dualhook.loss import Loss
 from dualhook.maps import map_of
 from dualhook.model import Measure, Positions, Target, find_layers, model_inputs
@@ -29,6 +30,7 @@ from dualhook.reporting import write_report
 from dualhook.store import AnswerFiles, inspected
 from dualhook.suspects import suspected
 from dualhook.table import Table
+from dualhook.units import Units, tokens_of
 from dualhook.verification import VerifyReport, actual_weights, verified
 
 __all__ = ["DualMemory", "VerifyReport", "load"]
@@ -123,9 +125,10 @@ class DualMemory(Reading):
         target: Target = None,
         of: Measure = "margin",
         method: InfluenceMethod = "decayed",
+        per: InfluenceUnit = "sample",
         positions: Positions = None,
         layers: str | Iterable[str] | None = None,
-        cache: bool = True,
+        cache: bool | None = None,
         **named: Any,
     ) -> Influence:
         """Which training samples would have changed this prediction? An estimate, unlike :meth:`attend`.
@@ -139,31 +142,45 @@ class DualMemory(Reading):
             method: ``"decayed"``: every training gradient meets the prediction's as far as later training has left it,
                 by the curvature that the recorded rows show; ``"cosine"``: the cosine between the two, at once;
                 ``"contribution"``: the exact contributions, for comparison.
+            per: what has an influence: each ``"sample"``, or each ``"token"``, a place in a sample (its row and
+                position); they sum to the sample's. Norms that ``"cosine"`` divides by are those of samples.
             positions: the places of sequences that count, as :meth:`attend` takes them.
             layers: whose weights to look at, default all.
-            cache: keep what ``"decayed"`` has fitted under ``answers/`` in the memory's directory.
+            cache: keep what ``"decayed"`` has fitted under ``answers/`` in the memory's directory; default where
+                something can be written there.
             **named: keyword arguments of the model, in place of ``inputs``.
 
+        Scores take 8 bytes for every query, layer, and sample or token, and while they are worked out a few times that.
+
         Raises:
-            DualHookError: the run named no samples, or a method or measure that there is not.
-            LayerError: the model, the inputs, the target or the positions do not fit the memory.
+            DualHookError: the run named no samples, a method, measure or unit that there is not, or scores of more than
+                2 GiB (``influence.MOST_BYTES``).
+            LayerError: the model, the inputs, the target or the positions do not fit the memory, or ``per="token"`` of
+                a layer that sees samples as a whole.
             RuleError: ``"decayed"`` under an optimiser whose steps are made of more than its state, or of an average.
         """
-        check_method(method, of)
+        check_asked(method, of, per)
         if self._average is not None:
             raise RuleError("influence on an average of the weights is not known: ask the memory itself, or attend()")
-        samples = self._known_samples("have an influence")
+        samples = torch.from_numpy(self._known_samples("have an influence"))
         asked = self._ask(model, model_inputs(inputs, named), target, positions, layers, of)
+        names = [layer.spec.name for layer in asked.layers]
+        units = tokens_of(self._store, names, samples) if per == "token" else Units(samples)
+        check_size(len(asked.queries), len(names), len(units), per)
         note = note_of(self._store)
         if method == "contribution":
-            scores = by_contribution(self._attention(asked, self.steps, cache=cache), samples)
+            attention = self._attention(asked, self.steps, cache=bool(cache))
+            made_of = partial(self._asked_about, horizon=self.steps, preview=False)
+            scores = by_contribution(self._store, asked.layers, made_of, attention, units)
         elif method == "cosine":
-            scores = by_cosine(self._store, asked.layers, samples)
+            scores = by_cosine(self._store, asked.layers, units)
         else:
             loss = Loss(self._store, self._weights_at)
-            files = AnswerFiles(self._store.layout.answers) if cache else None
-            scores, note = by_decay(self._store, asked.layers, samples, loss, files), note_of(self._store, loss.note)
-        return Influence(scores, samples, asked.queries, self._columns.added_to, method=method, of=of, note=note)
+            keep = self._store.layout.is_writable if cache is None else cache
+            files = AnswerFiles(self._store.layout.answers) if keep else None
+            scores, note = by_decay(self._store, asked.layers, units, loss, files), note_of(self._store, loss.note)
+        column = self._columns.added_to
+        return Influence(scores, units.sample, units.position, asked.queries, column, method=method, of=of, note=note)
 
     def suspects(self, k: int = 100, *, neighbours: int = 10) -> Table:
         """The ``k`` samples that training has found hardest to fit: where labels are wrong, they are among the first.

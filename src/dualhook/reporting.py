@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from dualhook.attention import Attention
 from dualhook.errors import DualHookError
 from dualhook.model import Positions, Target, model_inputs
 from dualhook.query.collectors import Criterion
-from dualhook.report.page import Answers, Query, TrainingText, page_data, to_html
+from dualhook.report.page import Answers, Estimate, Query, TrainingText, page_data, to_html
 from dualhook.summaries import Ranking, Totals
 from dualhook.table import Table
 
@@ -51,6 +51,7 @@ def write_report(
     positions: Positions = None,
     layers: str | Iterable[str] | None = None,
     method: Any = "exact",
+    influence: Literal["auto", "decayed", "cosine"] | None = "auto",
     cache: bool = False,
     **named: Any,
 ) -> Path:
@@ -78,6 +79,10 @@ def write_report(
         positions: as for :meth:`attend`.
         layers: as for :meth:`attend`.
         method: as for :meth:`attend`.
+        influence: how to estimate which samples (tokens of a text) would have changed each prediction, apart from the
+            exact contributions: ``"decayed"``, the better one, which fits first and keeps what it has fitted beside the
+            memory; ``"cosine"``, one pass more, for lists; None: not at all. Default: ``"cosine"``, and where that has
+            no answer (samples without names, an average of the weights, …) the page says why.
         cache: as for :meth:`attend`.
         **named: keyword arguments of the model in place of ``inputs``.
 
@@ -104,6 +109,7 @@ def write_report(
         raise DualHookError(f"{len(pictures)} query images: expected one for each of the {len(attention)} queries")
     samples = len(memory.samples)
     found = _ask(memory, attention, k, shown, samples=samples, by_place=passages is not None)
+    asked = {"target": target, "positions": positions, "layers": layers}
     answers = Answers(
         title=title,
         facts=_facts(memory, attention, samples, method),
@@ -119,6 +125,7 @@ def write_report(
         steps=found.steps,
         totals=found.totals,
         k=k,
+        estimate=_estimate(memory, model, inputs, influence, k, asked, by_place=passages is not None),
         images=images,
         text=passages,
         sequences=[passages.pieces(ids) for ids in prompts] if passages is not None else (),
@@ -172,6 +179,23 @@ def _ask(
     by_column = {name: table for name, table in zip(shown, rest, strict=False) if _groups(table, name) <= MOST_BARS}
     columns = {name: np.concatenate([table[name] for table in first]) for name in first[0].columns}
     return _Found(Table(columns), rest[len(shown)] if summed else None, steps, by_column)
+
+
+def _estimate(
+    memory: DualMemory, model: nn.Module, inputs: Any, method: Any, k: int, asked: Mapping[str, Any], *, by_place: bool
+) -> Estimate | None:
+    """What would have changed the predictions; None: that is not to be said."""
+    if method is None:
+        return None
+    chosen: Any = "cosine" if method == "auto" else method
+    about = "number asked about" if callable(asked["target"]) else "margin"
+    try:
+        found = memory.influence(model, inputs, method=chosen, per="token" if by_place else "sample", **asked)
+    except DualHookError as error:
+        if method != "auto":
+            raise
+        return Estimate(about, chosen, missing=str(error))
+    return Estimate(about, found.meaning, found.top(k), found.bottom(k))
 
 
 def _groups(table: Table, column: str) -> int:

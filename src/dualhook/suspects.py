@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from dualhook.composition import shares_of
 from dualhook.errors import RuleError
-from dualhook.estimates import numbering, stepped
+from dualhook.estimates import stepped
 from dualhook.loss import NO_LABEL, Fit, Loss
 from dualhook.query import self_influence
 from dualhook.store import Store
 from dualhook.table import Table
+from dualhook.units import Units
 
 __all__ = ["suspected"]
 
@@ -54,7 +55,7 @@ def suspected(store: Store, loss: Loss, samples: np.ndarray, k: int, neighbours:
 def _self_influence(store: Store, loss: Loss, listed: np.ndarray) -> Tensor:
     """By how much the listed samples' own steps have lowered their own loss, all layers together [k]."""
     ascending = np.sort(listed)
-    total, numbered = torch.zeros(len(listed), dtype=torch.float64), numbering(ascending)
+    total, numbered = torch.zeros(len(listed), dtype=torch.float64), Units(torch.from_numpy(ascending)).of
     for layer in store.layers:
         if (spec := stepped(store, layer)) is not None:
             shares, counts = shares_of(store, spec, store.last_step), store.count_by_step(spec.name)

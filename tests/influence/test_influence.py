@@ -261,3 +261,105 @@ def test_other_losses_are_said_to_be_taken_for_a_mean(tmp_path):
     found = recorder.close().influence(model, torch.randn(2, 3))
     assert "the loss is taken for a mean" in found.note
     assert "the loss is taken for a mean" in found.top(2).footer
+
+
+# ---- by token -------------------------------------------------------------------------------------------------------
+
+METHODS = ("decayed", "cosine", "contribution")
+READS = {"words": None, "convolutions": ["0", "2"], "positions": ["0"]}  # layers that go through samples place by place
+
+
+def by_pattern(memory, model, x, layers):
+    """Contributions summed by (sample, position), from the list of all patterns: per query and layer."""
+    attention, found = memory.attend(model, x, layers=layers), {}
+    for row in attention.top(10**6):
+        place = row["query"], row["layer"], row["sample"], row["position"]
+        found[place] = found.get(place, 0.0) + row["contribution"]
+    return found
+
+
+@pytest.mark.parametrize("name", READS)
+def test_contributions_of_tokens_are_sums_over_patterns(tmp_path, name):
+    model, memory, x, _ = trained(name, tmp_path / "memory")
+    found = memory.influence(model, x[:2], of="logit", method="contribution", per="token", layers=READS[name])
+    expected = by_pattern(memory, model, x[:2], READS[name])
+    tokens = list(zip(found.samples.tolist(), found.positions.tolist(), strict=True))
+    assert tokens == sorted({place[2:] for place in expected})
+    for layer in found.layers:
+        for q in range(2):
+            own = [expected.get((q, layer, *token), 0.0) for token in tokens]
+            np.testing.assert_allclose(found.of_layer(layer)[q].numpy(), own, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", READS)
+def test_tokens_sum_to_their_samples(tmp_path, name, method):
+    model, memory, x, _ = trained(name, tmp_path / "memory", steps=20)
+    asked = {"method": method, "layers": READS[name]}
+    whole, found = (memory.influence(model, x[:2], per=per, **asked) for per in ("sample", "token"))
+    assert (whole.per, found.per) == ("sample", "token")
+    for layer in whole.layers:
+        summed = torch.zeros(2, 12, dtype=torch.float64)
+        summed.index_add_(1, torch.from_numpy(found.samples), found.of_layer(layer))
+        scale = float(whole.of_layer(layer).abs().max())
+        torch.testing.assert_close(summed, whole.of_layer(layer), rtol=1e-5, atol=1e-6 * scale)
+    assert found.sum_by("sample")["influence"] == pytest.approx(whole.scores.flatten().numpy(), abs=1e-6, rel=1e-4)
+
+
+def test_a_token_s_cosine_is_its_part_of_the_sample_s(tmp_path):
+    """By hand: the gradient that one position leaves in a layer, over the norm of the whole sample's."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False).double()
+    x, y = torch.randn(5, 6, 4).double(), torch.randint(0, 3, (5, 6))
+    recorder = dualhook.instrument(model, tmp_path / "memory", verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    recorder.batch(samples=torch.arange(5))
+    F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    optimizer.step()
+    found = recorder.close().influence(model, x[:1], positions=2, of="logit", target=1, method="cosine", per="token")
+    out = model(x).softmax(-1) - F.one_hot(y, 3)
+    gradient = torch.einsum("spo,spi->spoi", out, x)  # by token, but for the mean's factor
+    asked = torch.zeros(3, 4).double()
+    asked[1] = x[0, 2]
+    expected = -torch.einsum("spoi,oi->sp", gradient, asked) / gradient.sum(1).flatten(1).norm(dim=1)[:, None]
+    assert found.positions.tolist() == list(range(6)) * 5
+    torch.testing.assert_close(found.scores[0], expected.flatten().detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_as_tables(tmp_path):
+    model, memory, x, y = trained("words", tmp_path / "memory")
+    memory.add_column("label", y[:, 0])
+    found = memory.influence(model, x[:2], per="token")
+    top, scores = found.top(3), found.scores.numpy()
+    assert top.columns == ["query", "rank", "sample", "position", "influence"]
+    order = (-scores[1]).argsort(kind="stable")[:3]
+    assert top.where(query=1)["sample"].tolist() == found.samples[order].tolist()
+    assert top.where(query=1)["position"].tolist() == found.positions[order].tolist()
+    assert found.bottom(1)["influence"].tolist() == scores.min(1).tolist()
+    assert found.to_pandas().columns.tolist() == ["query", "sample", "position", "influence"]
+    for row in found.sum_by("label"):
+        own = y[found.samples, 0].numpy() == row["label"]
+        assert row["influence"] == pytest.approx(scores[row["query"]][own].sum())
+    for row in found.sum_by("position"):
+        assert row["influence"] == pytest.approx(scores[row["query"]][found.positions == row["position"]].sum())
+    assert "48 tokens" in repr(found)
+
+
+def test_what_has_no_tokens_is_said(tmp_path):
+    model, memory, x, _ = trained("convolutions", tmp_path / "memory")
+    with pytest.raises(LayerError, match=r"the rows of '4' know no position.* layers=\['0', '2'\]"):
+        memory.influence(model, x, method="cosine", per="token")
+    with pytest.raises(LayerError, match="ask per='sample'"):
+        memory.influence(model, x, method="cosine", per="token", layers="4")
+    with pytest.raises(DualHookError, match="per='word': expected one of sample, token"):
+        memory.influence(model, x, per="word")
+
+
+def test_more_than_finds_room_is_refused_before_it_is_worked_out(tmp_path, monkeypatch):
+    model, memory, x, _ = trained("words", tmp_path / "memory")
+    monkeypatch.setattr("dualhook.influence.MOST_BYTES", 4000)
+    monkeypatch.setattr("dualhook.memory.by_cosine", None)
+    layers = len(memory.influence(model, x[:1], method="contribution").layers)
+    message = f"influence of 48 tokens on 4 queries through {layers} layers takes {8 * 48 * 4 * layers:,} bytes"
+    with pytest.raises(DualHookError, match=f"{message}: expected at most 4,000; .*per='sample'"):
+        memory.influence(model, x[:4], method="cosine", per="token")

@@ -223,6 +223,41 @@ def test_documents_total_their_rows(trained):
             assert table.where(query=query, book=book)["contribution"].tolist() == pytest.approx([total])
 
 
+# ---- what would have changed a prediction ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def influence(trained) -> dualhook.Influence:
+    inputs = trained.tokenizer("And God said", return_tensors="pt", return_token_type_ids=False)
+    asked = {"positions": [-1, 1], "layers": trained.layers, "of": "logit"}
+    return trained.memory.influence(trained.model, **inputs, **asked, method="contribution", per="token")
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_passages_of_an_influence_are_those_of_the_same_scores(trained, influence, largest):
+    """Contributions, whose passages are known by hand, told as an influence."""
+    found = trained.passages.top(influence, k=12, largest=largest)
+    expected = trained.passages.top(trained.attention, k=12, largest=largest)
+    assert found.columns == ["query", "rank", "sample", "position", "token", "passage", "influence", "places"]
+    for name in ("query", "sample", "position", "token", "passage", "places"):
+        assert found[name].tolist() == expected[name].tolist()
+    assert np.allclose(found["influence"], expected["contribution"])
+    assert "exact contributions" in found.footer
+
+
+def test_documents_of_an_influence_total_their_tokens(trained, influence):
+    packed = [{"input_ids": r["input_ids"], "book": [r["book"]] * CONTEXT} for r in trained.rows]
+    expected = trained.passages.documents(trained.attention, "book")
+    for passages in (trained.passages, Passages(packed, trained.tokenizer)):
+        found = passages.documents(influence, "book")
+        assert found.columns == ["query", "book", "influence"]
+        assert np.allclose(found["influence"], expected["contribution"])
+    layer = trained.layers[0]
+    one = trained.passages.documents(influence, "book", layers=layer)
+    alone = trained.passages.documents(trained.attention, "book", layers=layer)
+    assert np.allclose(one["influence"], alone["contribution"])
+
+
 # ---- generated text ----------------------------------------------------------------------------------------------
 
 
@@ -309,6 +344,10 @@ class Endless(torch.utils.data.IterableDataset):
         (lambda t: t.passages.top(t.attention, by="size"), "by='size': expected one of weight"),
         (lambda t: t.passages.top(t.attention, layers="head"), "layer 'head' was not asked"),
         (lambda t: t.passages.documents(t.attention, "author"), "no column 'author'"),
+        (
+            lambda t: t.passages.top(t.memory.influence(t.model, torch.tensor([[2, 3]]), method="cosine")),
+            "whole samples: expected memory.influence",
+        ),
         (lambda t: t.passages.documents(t.attention, "short"), "no column 'short'"),
         (lambda t: t.passages.add_documents(t.memory, "input_ids"), "no single value per row"),
         (lambda t: explain(t.model, t.tokenizer, t.memory, ""), "the prompt has no tokens"),

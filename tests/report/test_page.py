@@ -149,6 +149,41 @@ def test_queries_say_what_the_model_gives(data, attention, run):
     assert close([query["score"] for query in data["queries"]], attention.queries["score"].tolist())
 
 
+@pytest.mark.parametrize("method", ["cosine", "decayed"])
+def test_the_estimate_is_that_of_the_memory(run, tmp_path, method):
+    memory, model, _, queries = run
+    found = data_of(written(run, tmp_path, k=4, influence=method))
+    expected = memory.influence(model, queries, method=method)
+    assert (found["influence"]["about"], found["influence"]["missing"]) == ("margin", "")
+    assert found["influence"]["meaning"] == expected.meaning
+    assert expected.meaning.startswith(f"{method}: ")
+    for q in range(3):
+        for name, table, way in (("raised", expected.top(4), 1), ("lowered", expected.bottom(4), -1)):
+            own = [row for row in table.where(query=q) if way * row["influence"] > 0]
+            listed = found["influence"][name][q]
+            assert [entry[0] for entry in listed] == [row["sample"] for row in own]
+            assert close([entry[2] for entry in listed], [row["influence"] for row in own])
+            assert {str(entry[0]) for entry in listed} <= found["samples"].keys()
+
+
+def test_by_default_it_is_the_instant_one(run, data, tmp_path):
+    assert data["influence"]["meaning"].startswith("cosine: ")
+    assert data_of(written(run, tmp_path, influence=None))["influence"] is None
+
+
+def test_where_there_is_no_estimate_the_page_says_why(tmp_path):
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    recorder = dualhook.instrument(model, verbose=False)
+    F.cross_entropy(model(x), torch.arange(6) % 3).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    memory = recorder.close()
+    found = data_of(memory.report(model, x[:1], tmp_path / "page.html"))["influence"]
+    assert "knows no samples" in found["missing"]
+    assert (found["raised"], found["lowered"]) == ([[]], [[]])
+    with pytest.raises(DualHookError, match="knows no samples"):
+        memory.report(model, x[:1], tmp_path / "page.html", influence="cosine")
+
+
 def test_images_are_there_once_and_to_the_pixel(data, run):
     from io import BytesIO
 
@@ -281,6 +316,15 @@ def test_every_token_of_a_prompt_is_asked_about(text_page):
         assert named == [list(pair) for pair in zip(own["sample"].tolist(), own["position"].tolist(), strict=True)]
         assert all(found["passages"][f"{sample}:{position}"] for sample, position in named)
     assert found["totals"][0]["column"] == "document"
+    influence = memory.influence(
+        model, {"input_ids": ids[:1, :4]}, positions=range(4), method="cosine", per="token", layers="head"
+    ).top(3)
+    for q in range(4):
+        own = [row for row in influence.where(query=q) if row["influence"] > 0]
+        assert [entry[:2] for entry in found["influence"]["raised"][q]] == [[r["sample"], r["position"]] for r in own]
+        assert all(
+            f"{sample}:{position}" in found["passages"] for sample, position, _ in found["influence"]["raised"][q]
+        )
 
 
 # ---- in a browser --------------------------------------------------------------------------------------------------
@@ -341,18 +385,21 @@ def test_the_page_opens_and_queries_and_filters_work(browser, page, data):
         choose(browser, "by", by)
         own = data["top"][2][1]["single"]
         rows = [f"row {own['entries'][at][0]}" for at in own["lists"][by]]
-        assert ask("[...document.querySelectorAll('figcaption small:last-child')].map((s) => s.textContent)") == rows
+        assert (
+            ask("[...document.querySelectorAll('.layer figcaption small:last-child')].map((s) => s.textContent)")
+            == rows
+        )
     choose(browser, "by", "contribution")
     choose(browser, "sign", "negative")
-    assert ask("document.querySelectorAll('figure.lowered').length") > 0
-    assert ask("document.querySelectorAll('figure.raised').length") == 0
+    assert ask("document.querySelectorAll('.layer figure.lowered').length") > 0
+    assert ask("document.querySelectorAll('.layer figure.raised').length") == 0
     shown = 0
     choose(browser, "by", "abs_contribution")  # which lists any sign
     for q in range(3):
         browser.find_elements("css selector", "#queries button")[q].click()
         own = data["top"][q][1]["single"]
         negative = [own["entries"][at][4] < 0 for at in own["lists"]["abs_contribution"]]
-        assert ask("document.querySelectorAll('figure').length") == sum(negative)
+        assert ask("document.querySelectorAll('.layer figure').length") == sum(negative)
         shown += sum(negative)
     assert shown < 3 * 4
     choose(browser, "by", "contribution")
@@ -360,6 +407,39 @@ def test_the_page_opens_and_queries_and_filters_work(browser, page, data):
     assert "all steps" in ask("document.querySelector('figure').textContent")
     assert ask("dispatchEvent(new Event('beforeprint'))")
     assert ask("document.querySelectorAll('.query').length") == 3
+
+
+def test_the_estimate_stands_apart_from_the_sums(browser, page, data):
+    ask = opened(browser, page)
+    assert ask("document.querySelectorAll('.estimate').length") == 1
+    assert ask("document.querySelectorAll('.layer .estimate, .estimate .layer').length") == 0
+    text = "document.querySelector('.estimate').innerText"
+    assert f"Method {data['influence']['meaning']}." in ask(text)
+    before = ask(text)
+    choose(browser, "layer", "1")
+    choose(browser, "by", "weight")
+    assert ask(text) == before
+    browser.find_elements("css selector", "#queries button")[1].click()
+    for way in ("raised", "lowered"):
+        rows = [f"row {entry[0]}" for entry in data["influence"][way][1]]
+        shown = f"[...document.querySelectorAll('.estimate figure.{way} small')].map((s) => s.textContent)"
+        assert ask(shown) == rows
+
+
+@pytest.mark.parametrize("width", [360, 390, 700, 1000, 1200, 1600])
+def test_thumbnails_fill_their_lines(browser, run, tmp_path, width):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    ask = opened(browser, written(run, tmp_path, k=8))
+    lines = """[...document.querySelectorAll('.thumbs')].map((list) => {
+        const tops = [...list.children].map((item) => item.offsetTop);
+        return [...new Set(tops)].map((top) => tops.filter((other) => other === top).length);
+    })"""
+    for line in ask(lines):
+        assert line[0] - line[-1] < len(line), line
+    assert ask("document.documentElement.scrollWidth") <= width
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_texts_are_shown_as_texts(browser, page, text_page):

@@ -7,7 +7,7 @@ from dualhook.query.collectors import GroupSums, Receipt, TopPatterns, TopPatter
 from dualhook.query.cosine import cosine_scores
 from dualhook.query.fit import fit_decay
 from dualhook.query.gradients import Gradient
-from dualhook.query.influence import Decay, decayed_scores
+from dualhook.query.influence import Decay, contributed_scores, decayed_scores
 from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken, Synchronization
 from dualhook.query.replay import Replay
 from dualhook.query.scores import LayerQuery
@@ -39,6 +39,7 @@ __all__ = [
     "TopPatternsBy",
     "Workers",
     "answered",
+    "contributed_scores",
     "cosine_scores",
     "decayed_scores",
     "dual_output",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,42 +22,59 @@ def cosine_scores(
     gradients: Sequence[Gradient],
     steps: tuple[int, int],
     numbered: Callable[[Rows], Tensor],
-    groups: int,
+    owner: Tensor,
 ) -> list[Tensor]:
-    """Layer by layer the sums of cosines over repeats [q, groups], float64; together they are the cosines.
+    """Layer by layer the sums of cosines over repeats [q, u], float64; together they are the cosines.
 
-    ``steps`` are the first and the last; ``numbered`` gives the group of every pattern [n], ``groups`` for none.
+    ``steps`` are the first and the last. ``numbered`` gives the unit of every pattern [n], ``u`` for none, ``owner``
+    [u] the number of its sample: a token's part of the gradient is divided by the norm of its whole sample's.
     """
-    queries = len(gradients[0].query)
+    queries, groups = len(gradients[0].query), len(owner)
     found = [torch.zeros(groups + 1, queries, dtype=torch.float64) for _ in gradients]
     primary = {own.spec.weight: own for own in reversed(gradients)}  # a weight of several uses counts once
     for first, last in _chunks(source, gradients, *steps):
-        parts = [_met(source, own, first, last, numbered, groups) for own in gradients]
-        keys, place = torch.unique(torch.cat([part[0] for part in parts]), return_inverse=True)
+        parts = [_met(source, own, first, last, numbered, owner) for own in gradients]
+        keys = torch.unique(torch.cat([part.key for part in parts]))
         norms = torch.zeros(len(keys), dtype=torch.float64)
-        counted = [float(primary[own.spec.weight] is own) for own in gradients]
-        norms.index_add_(0, place, torch.cat([part[2] * one for part, one in zip(parts, counted, strict=True)]))
-        begin = 0
-        for total, (own, dots, _) in zip(found, parts, strict=True):
-            at = place[begin : begin + len(own)]
-            begin += len(own)
-            total.index_add_(0, own % (groups + 1), dots / norms[at].sqrt().clamp(min=1e-300)[:, None])
+        for own, part in zip(gradients, parts, strict=True):
+            if primary[own.spec.weight] is own:
+                norms.index_add_(0, torch.searchsorted(keys, part.key), part.square)
+        norms = norms.sqrt().clamp(min=1e-300)
+        for total, part in zip(found, parts, strict=True):
+            total.index_add_(0, part.unit, part.dots / norms[torch.searchsorted(keys, part.key[part.of])][:, None])
     return [total[:-1].T for total in found]
 
 
+@dataclass(frozen=True)
+class _Met:
+    """The gradients of samples in single steps [m]: a ``key`` that tells them, their ``square`` norms.
+
+    And those of their units [v]: ``unit``, which sample and step they are ``of``, minus the products ``dots`` [v, q].
+    """
+
+    key: Tensor
+    square: Tensor
+    unit: Tensor
+    of: Tensor
+    dots: Tensor
+
+
 def _met(
-    source: RowSource, asked: Gradient, first: int, last: int, numbered: Callable[[Rows], Tensor], groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per sample and step: a number that tells it, minus its product with every query [m, q], its squared norm [m]."""
+    source: RowSource, asked: Gradient, first: int, last: int, numbered: Callable[[Rows], Tensor], owner: Tensor
+) -> _Met:
+    """What a layer's rows of some steps make with every query."""
     blocks = list(source.blocks(asked.spec.name, first_step=first, last_step=last, block_rows=2**30))
     if not blocks:
-        nothing = torch.zeros(0, dtype=torch.float64)
-        return nothing.long(), nothing.reshape(0, len(asked.query)), nothing
+        none = torch.zeros(0, dtype=torch.int64)
+        return _Met(none, none.double(), none, none, none.double().reshape(0, len(asked.query)))
     rows = extended(asked.spec, blocks[0].joined(*blocks[1:]))
-    squares, group = norms_of(rows)
-    key = torch.empty(len(squares), dtype=torch.int64)
-    key[group] = rows.step * (groups + 1) + numbered(rows)
-    return key, -asked.in_few_pairs().met(rows, group, len(squares)), squares
+    square, group = norms_of(rows)
+    unit, units, known = numbered(rows), len(owner) + 1, int(owner.max()) + 1
+    key = torch.empty(len(square), dtype=torch.int64)
+    key[group] = rows.step * (known + 1) + torch.cat([owner, owner.new_tensor([known])])[unit]
+    pair, place = torch.unique(group * units + unit, return_inverse=True)
+    dots = -asked.in_few_pairs().met(rows, place, len(pair))
+    return _Met(key, square, pair % units, pair // units, dots)
 
 
 def _chunks(source: RowSource, gradients: Sequence[Gradient], first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -11,16 +11,17 @@ slot (the bias's 1 included).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dualhook.query.curvature import Basis, Metric, extended
 from dualhook.query.gradients import Gradient
+from dualhook.query.parts import Composition
 from dualhook.records import Rows, RowSource
 
-__all__ = ["Decay", "Stretch", "decayed_scores"]
+__all__ = ["Decay", "Stretch", "contributed_scores", "decayed_scores"]
 
 ROWS = 2**14  # of a layer, read at a time
 
@@ -109,6 +110,25 @@ def decayed_scores(
         for rows in blocks:
             known, group = torch.unique(numbered(rows), return_inverse=True)
             found.index_add_(0, known, -left.met(extended(asked.spec, rows), group, len(known)))
+    return found[:-1].T
+
+
+def contributed_scores(
+    source: RowSource,
+    asked: Gradient,
+    made_of: Composition,
+    numbered: Callable[[Rows], Tensor],
+    groups: int,
+) -> Tensor:
+    """The same of contributions, as a layer without replays or factors is ``made_of`` them."""
+    found, asked = torch.zeros(groups + 1, len(asked.query), dtype=torch.float64), asked.in_few_pairs()
+    for rows in source.blocks(asked.spec.name, last_step=made_of.horizon, block_rows=ROWS):
+        step, known_key = rows.step - made_of.first_step, extended(asked.spec, rows).key.double()
+        key = known_key * made_of.weight[step, None]
+        if made_of.bias is not None:
+            key[:, -1] = known_key[:, -1] * made_of.bias[step]
+        known, group = torch.unique(numbered(rows), return_inverse=True)
+        found.index_add_(0, known, -asked.met(replace(rows, key=key, constant=None), group, len(known)))
     return found[:-1].T
 
 

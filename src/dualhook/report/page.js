@@ -9,6 +9,7 @@ const DEFINITIONS = {
 const PLACE = Object.keys(DEFINITIONS);
 const MOST_BARS = 12;
 const MOST_CONFUSED = 15;
+const ACROSS = { wide: 8, narrow: 4 };
 const state = { query: 0, layer: "all", by: "contribution", sign: "any", count: "single" };
 
 // Text goes in as text, never as markup.
@@ -133,7 +134,30 @@ function predictionOf(q) {
   const chance = query.probability === null ? "" : `, probability ${number(query.probability)}`;
   lines.push(el("p", { class: "note" }, `Score (logit) ${number(query.score)}${chance}`));
   const image = query.picture === null ? null : picture(query.picture, `the image asked about, predicted ${query.output}`);
-  return [el("div", { class: "query" }, image, el("div", {}, lines)), ...shownLayers().map((l) => layerOf(q, l))];
+  return [el("div", { class: "query" }, image, el("div", {}, lines)), ...shownLayers().map((l) => layerOf(q, l)), estimateOf(q)].filter((part) => part !== null);
+}
+
+// An estimate, apart from the sums that add up; no filter changes it.
+function estimateOf(q) {
+  const found = data.influence;
+  if (!found) return null;
+  const ends = found.missing ? [el("p", { class: "note" }, `Not known here: ${found.missing}`)] : ["raised", "lowered"].map((way) => {
+    const entries = found[way][q];
+    const heading = el("h4", { class: way }, `${way === "raised" ? "Raised" : "Lowered"} the ${found.about} most`);
+    if (!entries.length) return el("div", {}, heading, el("p", { class: "note" }, "None."));
+    const most = Math.max(...entries.map((entry) => Math.abs(entry[2])));
+    const items = entries.map(([sample, position, value]) => data.kind === "images"
+      ? figureOf(sample, value, [rowOf(sample)])
+      : passageOf(sample, position, value, most, []));
+    return el("div", { class: "list" }, heading, data.kind === "images" ? gridOf(items) : el("ol", { class: "passages" }, items));
+  });
+  return el(
+    "article",
+    { class: "estimate", "aria-label": "estimated influence" },
+    el("header", {}, el("h3", {}, "Estimated influence: what would have changed this prediction"),
+      el("p", { class: "receipt" }, "An estimate, unlike the sums above. ", el("span", { class: "note" }, `Method ${found.meaning}.`))),
+    ends,
+  );
 }
 
 function layerOf(q, l) {
@@ -178,46 +202,57 @@ function listOf(q, l) {
   const kind = data.kind === "images" ? "images" : data.kind === "text" ? "passages" : "samples";
   const heading = el("h4", {}, `Training ${kind} by ${DEFINITIONS[state.by]}, ${state.count === "single" ? "in one step" : "over all steps"}; coloured: contribution`);
   if (!entries.length) return el("div", {}, heading, el("p", { class: "note" }, "None of this sign among those listed."));
-  return el("div", {}, heading, data.kind === "images" ? thumbs(entries) : passages(entries));
+  return el("div", { class: "list" }, heading, data.kind === "images" ? thumbs(entries) : passages(entries));
 }
 
 function when(step) {
   return step === null ? "all steps" : `step ${step.toLocaleString("en")}`;
 }
 
+function rowOf(sample) {
+  return sample < 0 ? "sample not known" : `row ${sample}`;
+}
+
 function thumbs(entries) {
-  const items = entries.map(([sample, , step, weight, contribution]) => {
-    const { picture: index, group } = data.samples[sample];
-    const name = group === null ? `image ${sample}` : group;
-    const image = index === null ? null : picture(index, `training image ${sample}${group === null ? "" : `, ${group}`}`);
-    return el("li", {}, el("figure", { class: tone(contribution) }, image, el(
-      "figcaption",
-      {},
-      el("b", {}, name),
-      el("span", { class: tone(contribution) }, number(contribution, true)),
-      el("small", {}, `weight ${number(weight)}`),
-      el("small", {}, when(step)),
-      el("small", {}, sample < 0 ? "sample not known" : `row ${sample}`),
-    )));
-  });
-  return el("ul", { class: "thumbs" }, items);
+  return gridOf(entries.map(([sample, , step, weight, contribution]) =>
+    figureOf(sample, contribution, [`weight ${number(weight)}`, when(step), rowOf(sample)])));
+}
+
+// As many side by side as fill every line, or nearly.
+function gridOf(items) {
+  const across = (most) => Math.ceil(items.length / Math.ceil(items.length / most));
+  return el("ul", { class: "thumbs", style: `--wide: ${across(ACROSS.wide)}; --narrow: ${across(ACROSS.narrow)}` }, items);
+}
+
+function figureOf(sample, value, notes) {
+  const { picture: index, group } = data.samples[sample];
+  const image = index === null ? null : picture(index, `training image ${sample}${group === null ? "" : `, ${group}`}`);
+  return el("li", {}, el("figure", { class: tone(value) }, image, el(
+    "figcaption",
+    {},
+    el("b", {}, group === null ? `image ${sample}` : group),
+    el("span", { class: tone(value) }, number(value, true)),
+    notes.map((note) => el("small", {}, note)),
+  )));
 }
 
 function passages(entries) {
   const most = Math.max(...entries.map((entry) => Math.abs(entry[4] ?? 0))) || 1;
-  const items = entries.map(([sample, position, step, weight, contribution]) => {
-    const shade = (0.04 + (0.3 * Math.abs(contribution ?? 0)) / most).toFixed(3);
-    const group = sample in data.samples ? data.samples[sample].group : null;
-    const where = `${sample < 0 ? "sample not known" : `row ${sample}`}, position ${position}`;
-    return el(
-      "li",
-      { style: `background: rgb(var(--${tone(contribution)}-shade) / ${shade})` },
-      el("span", { class: tone(contribution) }, number(contribution, true)),
-      el("span", {}, marked(data.passages[`${sample}:${position}`] ?? where)),
-      el("small", {}, `weight ${number(weight)}, ${when(step)}, ${where}${group === null ? "" : `, ${group}`}`),
-    );
-  });
-  return el("ol", { class: "passages" }, items);
+  return el("ol", { class: "passages" }, entries.map(([sample, position, step, weight, contribution]) =>
+    passageOf(sample, position, contribution, most, [`weight ${number(weight)}`, when(step)])));
+}
+
+function passageOf(sample, position, value, most, notes) {
+  const shade = (0.04 + (0.3 * Math.abs(value ?? 0)) / most).toFixed(3);
+  const group = sample in data.samples ? data.samples[sample].group : null;
+  const where = position === null ? rowOf(sample) : `${rowOf(sample)}, position ${position}`;
+  return el(
+    "li",
+    { style: `background: rgb(var(--${tone(value)}-shade) / ${shade})` },
+    el("span", { class: tone(value) }, number(value, true)),
+    el("span", {}, marked(data.passages[`${sample}:${position}`] ?? where)),
+    el("small", {}, [...notes, where, ...(group === null ? [] : [group])].join(", ")),
+  );
 }
 
 function marked(text) {

@@ -18,7 +18,7 @@ import numpy as np
 from dualhook.report.pictures import Pictures
 from dualhook.table import Table
 
-__all__ = ["DEFINITIONS", "Answers", "Query", "TrainingText", "page_data", "to_html"]
+__all__ = ["DEFINITIONS", "Answers", "Estimate", "Query", "TrainingText", "page_data", "to_html"]
 
 DEFINITIONS = ("contribution", "abs_contribution", "weight", "abs_weight")
 LISTS = {  # what ranks a list, and whether from above
@@ -59,6 +59,20 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """The samples, or tokens, that have ``raised`` and ``lowered`` a prediction's ``about`` most, by an estimate.
+
+    Tables of query, sample, (position), influence. ``missing`` says why there are none.
+    """
+
+    about: str
+    meaning: str
+    raised: Table | None = None
+    lowered: Table | None = None
+    missing: str = ""
+
+
+@dataclass(frozen=True)
 class Answers:
     """What a page shows."""
 
@@ -77,6 +91,7 @@ class Answers:
     totals: Mapping[str, Table]
     """Totals by column; the first one's groups are voted for."""
     k: int
+    estimate: Estimate | None = None
     images: Any = None
     text: TrainingText | None = None
     sequences: Sequence[Sequence[str]] = ()
@@ -92,6 +107,7 @@ def page_data(answers: Answers) -> dict[str, Any]:
     pictures = Pictures()
     lists = _Lists(answers)
     single, summed = lists.of(answers.single, "single"), lists.of(answers.summed, "summed")
+    estimated = lists.estimated()
     receipts = {
         (r["query"], r["layer"]): [_digits(r["explained"]), _digits(r["cancellation"])] for r in answers.receipt
     }
@@ -111,6 +127,7 @@ def page_data(answers: Answers) -> dict[str, Any]:
         "top": [
             [{"single": single.get(at), "summed": summed.get(at)} for at in _names(answers, q)] for q in _count(answers)
         ],
+        "influence": estimated,
         "samples": {str(sample): _sample(answers, sample, pictures) for sample in sorted(lists.samples)},
         "passages": lists.passages(),
         "totals": totals,
@@ -152,6 +169,21 @@ class _Lists:
             found[at] = self._listed(list(own.values()), single=kind == "single")
         return found
 
+    def estimated(self) -> dict[str, Any] | None:
+        """Of each query the ends of an estimate that have the sign: sample, position (None: all of it), influence."""
+        estimate = self._answers.estimate
+        if estimate is None:
+            return None
+        found: dict[str, Any] = {name: getattr(estimate, name) for name in ("about", "meaning", "missing")}
+        for name, table, way in (("raised", estimate.raised, 1), ("lowered", estimate.lowered, -1)):
+            ends: list[list[Any]] = [[] for _ in self._answers.queries]
+            for row in table or ():
+                if way * row["influence"] > 0:
+                    self._name(row["sample"], row.get("position", 0))
+                    ends[row["query"]].append([row["sample"], row.get("position"), _digits(row["influence"])])
+            found[name] = ends
+        return found
+
     def passages(self) -> dict[str, str]:
         """The training text at every place that is named."""
         text = self._answers.text
@@ -189,10 +221,13 @@ class _Lists:
 
     def _entry(self, row: Mapping[str, Any], *, single: bool) -> list[Any]:
         sample, position = row["sample"], row.get("position", 0)
-        self.samples.add(sample)
-        self._places.add((sample, position))
+        self._name(sample, position)
         step = row["step"] if single else None
         return [sample, position, step, _digits(row["weight"]), _digits(row["contribution"])]
+
+    def _name(self, sample: int, position: int) -> None:
+        self.samples.add(sample)
+        self._places.add((sample, position))
 
 
 def _query(query: Query, pictures: Pictures) -> dict[str, Any]:

@@ -125,6 +125,11 @@ class Layout:
         """Where answers are kept that somebody may ask for again."""
         return self.root / "answers"
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether anything can be kept beside the memory."""
+        return not isinstance(self.root, RemotePath) and os.access(self.root, os.W_OK)
+
     def column(self, name: str) -> Path:
         """The file of a column over the samples.
 

@@ -300,6 +300,20 @@ class Store:
                 absent = torch.full((stop,), float("nan"), dtype=torch.float64)
                 yield stored.tensors.get(name, absent)[:stop]
 
+    def places(self, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Sample and position [n] of the layer's patterns, each pair at least once."""
+        for segment in self.segments:
+            for stored in stored_in(segment, self.uses(layer)):
+                _, stop = stored.between(0, self.last_step)
+                sample, position = (stored.tensors[name][:stop] for name in ("sample", "position"))
+                if stored.counts is not None:
+                    maps = torch.stack([sample, position, stored.counts[:stop] // stored.spec.slots])
+                    sample, position, count = torch.unique(maps, dim=1)
+                    begins = (count.cumsum(0) - count).repeat_interleave(count)
+                    sample, position = sample.repeat_interleave(count), position.repeat_interleave(count)
+                    position = position + torch.arange(len(begins)) - begins
+                yield sample, position
+
     def row_columns(self) -> list[str]:
         """The columns that were recorded with the rows."""
         found = {name: None for segment in self.segments for name in sorted(segment.columns)}
