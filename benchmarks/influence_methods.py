@@ -160,6 +160,18 @@ def trak(models: int) -> Callable[[Run], Tensor]:
     return scores
 
 
+def with_linear(model: nn.Module) -> nn.Module:
+    """The model with ``nn.Linear`` in the place of transformers' ``Conv1D``, which Kronfluence does not know."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__ == "Conv1D":
+                linear = nn.Linear(*child.weight.shape)
+                linear.weight = nn.Parameter(child.weight.detach().T.contiguous())
+                linear.bias = nn.Parameter(child.bias.detach().clone())
+                setattr(parent, name, linear)
+    return model
+
+
 def ekfac(run: Run) -> Tensor:
     """Kronfluence's EK-FAC with its heuristic damping."""
     from kronfluence.analyzer import Analyzer, prepare_model
@@ -182,7 +194,7 @@ def ekfac(run: Run) -> Tensor:
             return measured(model(inputs), targets).sum()
 
     task, data = Measured(), run.setting.data()
-    model = prepare_model(copy.deepcopy(run.model), task)
+    model = prepare_model(with_linear(copy.deepcopy(run.model)), task)
     train: Dataset = TensorDataset(data.inputs, data.targets)
     queries: Dataset = TensorDataset(data.queries, data.query_targets)
     with tempfile.TemporaryDirectory(prefix="dualhook-ekfac-") as folder:
