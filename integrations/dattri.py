@@ -16,21 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from dualhook.integrations import library
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from dualhook import DualHookError, DualMemory
 
-try:
-    from dattri.algorithm.base import BaseAttributor
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"dualhook.integrations.dattri needs dattri: pip install 'dualhook[dattri]' ({error})", name=error.name
-    ) from error
-
 __all__ = ["DualMemoryAttributor"]
 
-_BaseAttributor: Any = BaseAttributor
+_BaseAttributor: Any = library("dattri.algorithm.base").BaseAttributor
 
 
 class DualMemoryAttributor(_BaseAttributor):  # type: ignore[misc]

@@ -18,20 +18,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from dualhook.integrations import library
 from torch import Tensor, nn
 
 from dualhook import DualHookError, DualMemory
 
-try:
-    from quanda.explainers import Explainer
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"dualhook.integrations.quanda needs quanda: pip install 'dualhook[quanda]' ({error})", name=error.name
-    ) from error
-
 __all__ = ["DualMemoryExplainer"]
 
-_Explainer: Any = Explainer
+_Explainer: Any = library("quanda.explainers").Explainer
 
 
 class DualMemoryExplainer(_Explainer):  # type: ignore[misc]

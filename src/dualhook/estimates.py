@@ -81,7 +81,7 @@ def by_contribution(
     found = {}
     for own in layers:
         spec, composed = own.spec, made_of(own.spec)
-        if not composed.replays and composed.factor is None and not composed.unknown:
+        if composed.only_coefficients:
             gradient = gradient_on(spec, own, torch.float64)
             found[spec.name] = contributed_scores(store, gradient, composed, units.of, len(units))
             continue

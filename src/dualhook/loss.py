@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualhook.maps import map_of
-from dualhook.records import NO_SAMPLE, LayerSpec, Rows
+from dualhook.records import NO_SAMPLE, LayerSpec, Rows, places_among
 from dualhook.store import Store
 
 __all__ = ["Fit", "Loss"]
@@ -91,8 +91,8 @@ class Loss:
         squares, traces = torch.zeros(2, len(known), dtype=torch.float64)
         for head in self.rows(int(rows.step.min()), int(rows.step.max())):
             number = head.step * width + head.sample
-            at = torch.searchsorted(known, number).clamp(max=len(known) - 1)
-            own = (known[at] == number) & (head.sample < width - 1)
+            at = places_among(known, number)
+            own = (at < len(known)) & (head.sample < width - 1)
             d = head.output_grad.double()
             squares.index_add_(0, at[own], d.square().sum(1)[own])
             traces.index_add_(0, at[own], self._traces(d, head.step)[own])
@@ -108,8 +108,8 @@ class Loss:
         newest = torch.zeros(len(samples), dtype=torch.int64)
         lowest, highest = torch.full((len(samples),), self.spec.out_features), torch.full((len(samples),), NO_LABEL)
         for rows in self.rows(1, self._store.last_step):
-            place = torch.searchsorted(samples, rows.sample).clamp(max=len(samples) - 1)
-            own = (samples[place] == rows.sample).nonzero().squeeze(1)
+            place = places_among(samples, rows.sample)
+            own = (place < len(samples)).nonzero().squeeze(1)
             place, step = place[own], rows.step[own]
             d = rows.output_grad[own].double() * self.reduced_over[step][:, None]
             least = d.min(1)

@@ -39,6 +39,7 @@ __all__ = [
     "RowSource",
     "Rows",
     "absent",
+    "places_among",
 ]
 
 COORDINATES = ("step", "sample", "position")
@@ -194,6 +195,12 @@ class Rows:
 def absent(like: Tensor) -> float:
     """What stands for "no value" in a column: NaN, or -1 among whole numbers."""
     return math.nan if like.is_floating_point() else -1
+
+
+def places_among(ascending: Tensor, values: Tensor) -> Tensor:
+    """Where values stand among ascending ones, or how many there are of these."""
+    place = torch.searchsorted(ascending, values.contiguous()).clamp(max=len(ascending) - 1)
+    return torch.where(ascending[place] == values, place, len(ascending))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dualhook.errors import RuleError
 from dualhook.estimates import stepped
 from dualhook.loss import NO_LABEL, Fit, Loss
 from dualhook.query import self_influence
+from dualhook.records import places_among
 from dualhook.store import Store
 from dualhook.table import Table
 from dualhook.units import Units
@@ -91,8 +92,9 @@ def _newest(loss: Loss, fit: Fit, samples: Tensor, wanted: Tensor, beside: int) 
     left, newest = wanted.clone(), fit.newest[wanted]
     most = max(1, NUMBERS // (loss.spec.in_features + loss.spec.out_features + beside))
     for rows in loss.rows(int(newest.min()), int(newest.max()), most):
-        place = torch.searchsorted(samples, rows.sample).clamp(max=len(samples) - 1)
-        own = ((samples[place] == rows.sample) & (rows.step == fit.newest[place]) & left[place]).nonzero().squeeze(1)
+        place = places_among(samples, rows.sample)
+        own = (place < len(samples)).nonzero().squeeze(1)
+        own = own[(rows.step[own] == fit.newest[place[own]]) & left[place[own]]]
         found, number = torch.unique(place[own], return_inverse=True)  # a batch may hold a sample twice
         first = own.new_full((len(found),), len(rows)).scatter_reduce(0, number, own, "amin")
         left[found] = False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dualhook.errors import LayerError
-from dualhook.records import Rows
+from dualhook.records import Rows, places_among
 from dualhook.store import Store
 
 __all__ = ["Units", "tokens_of"]
@@ -50,10 +50,10 @@ class Units:
 
     def of(self, rows: Rows) -> Tensor:
         """The unit of every pattern [n]; ``len(self)`` for those of no known sample."""
-        place = _place(self.samples, rows.sample)
+        place = places_among(self.samples, rows.sample)
         if self.tokens is None:
             return place
-        return _place(self.tokens, torch.where(place < len(self.samples), place * WIDTH + rows.position, -1))
+        return places_among(self.tokens, torch.where(place < len(self.samples), place * WIDTH + rows.position, -1))
 
 
 def tokens_of(store: Store, layers: Sequence[str], samples: Tensor) -> Units:
@@ -80,16 +80,10 @@ def _tokens(store: Store, layer: str, samples: Tensor) -> Tensor:
     """The tokens [u] that a layer has patterns of, ascending; no more than twice as many are held on the way."""
     found, waiting = torch.zeros(0, dtype=torch.int64), list[Tensor]()
     for sample, position in store.places(layer):
-        place = _place(samples, sample)
+        place = places_among(samples, sample)
         known = place < len(samples)
         waiting.append(torch.unique(place[known] * WIDTH + position[known]))
         if sum(map(len, waiting)) > len(found):
             found, waiting = torch.unique(torch.cat([found, *waiting])), []
     tokens: Tensor = torch.unique(torch.cat([found, *waiting]))
     return tokens
-
-
-def _place(ascending: Tensor, values: Tensor) -> Tensor:
-    """Where values stand among ascending ones, or how many there are of these."""
-    place = torch.searchsorted(ascending, values.contiguous()).clamp(max=len(ascending) - 1)
-    return torch.where(ascending[place] == values, place, len(ascending))

@@ -120,13 +120,13 @@ def contributed_scores(
     numbered: Callable[[Rows], Tensor],
     groups: int,
 ) -> Tensor:
-    """The same of contributions, as a layer without replays or factors is ``made_of`` them."""
+    """The same of exact contributions, of a layer that is ``made_of`` coefficients only."""
     found, asked = torch.zeros(groups + 1, len(asked.query), dtype=torch.float64), asked.in_few_pairs()
     for rows in source.blocks(asked.spec.name, last_step=made_of.horizon, block_rows=ROWS):
-        step, known_key = rows.step - made_of.first_step, extended(asked.spec, rows).key.double()
-        key = known_key * made_of.weight[step, None]
+        step, recorded = rows.step - made_of.first_step, extended(asked.spec, rows).key.double()
+        key = recorded * made_of.weight[step, None]
         if made_of.bias is not None:
-            key[:, -1] = known_key[:, -1] * made_of.bias[step]
+            key[:, -1] = recorded[:, -1] * made_of.bias[step]
         known, group = torch.unique(numbered(rows), return_inverse=True)
         found.index_add_(0, known, -asked.met(replace(rows, key=key, constant=None), group, len(known)))
     return found[:-1].T

@@ -228,6 +228,11 @@ class Composition:
         """Whether every parameter of the layer is replayed: no coefficient by step says anything."""
         return len(self.replays) == len(self.spec.parameters)
 
+    @property
+    def only_coefficients(self) -> bool:
+        """Whether a pattern is multiplied with nothing but its step's coefficients."""
+        return not self.replays and self.factor is None and not self.unknown
+
     def of(self, pieces: Sequence[Piece]) -> Composition:
         """What some consecutive pieces of the patterns are multiplied with; no origin, nothing to replay."""
         steps = slice(min(piece.first_step for piece in pieces), max(piece.last_step for piece in pieces) + 1)
