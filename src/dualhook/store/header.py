@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import orjson
 import torch
 
 from dualhook.store.direct import NAMES
 
-__all__ = ["Header", "Place", "header_length"]
+__all__ = ["Header", "Place", "header_length", "parsed"]
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
@@ -42,9 +43,7 @@ class Header:
             ValueError: it is no whole safetensors file.
         """
         length = header_length(data, size)
-        header, start = json.loads(data[8 : 8 + length]), 8 + length
-        if not isinstance(header, dict):
-            raise ValueError("its header is no object")
+        header, start = parsed(data[8 : 8 + length]), 8 + length
         metadata: dict[str, str] = header.pop("__metadata__", {})
         places = {name: _place(name, own, start) for name, own in header.items()}
         end = start
@@ -55,6 +54,21 @@ class Header:
         if end != size:
             raise ValueError(f"{size} bytes are not what its header says")
         return cls(places, metadata)
+
+
+def parsed(text: bytes | str) -> dict[str, Any]:
+    """A JSON object, of which opening a memory reads two from every file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found = orjson.loads(text)
+    except orjson.JSONDecodeError:  # lone surrogates too, which Python writes and reads
+        found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("its header is no object")
+    return found
 
 
 def header_length(data: Any, size: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -74,8 +76,8 @@ def inspected(
     if deep:
         folders |= {"snapshots": layout.snapshots(), "columns": layout.columns()}
     lanes: dict[int, list[tuple[Path, Segment | None]]] = {rank: [] for rank in range(manifest.ranks)}
-    for folder, paths in folders.items():
-        for path in paths:
+    with _nothing_to_collect():
+        for folder, path in ((folder, path) for folder, paths in folders.items() for path in paths):
             header = _looked_at(path, KINDS[folder], layout, manifest, found, deep=deep)
             if folder == "origin" and header is not None:
                 found.origins[path] = header
@@ -98,6 +100,18 @@ def inspected(
         if lost := sorted((stepped & known) - begun):
             found.damage.append(Damage("origin/", f"lacks the file that holds {', '.join(map(repr, lost))}"))
     return found
+
+
+@contextmanager
+def _nothing_to_collect() -> Iterator[None]:
+    """While headers are read, all of which are kept: Python would look through them again and again for garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _looked_at(
@@ -231,7 +245,7 @@ def _check_order(
         found.segments.append(segment)
         number, last = own, segment.last_step
     last = last or 0
-    end = max([number + (reach > last), *(_place(path)[1] for path, _ in lane)])
+    end = max([number + (reach > last), *(_place(path)[1] for path, _ in lane[-1:])])
     _note_gap(map(named, range(number + 1, end + 1)), (last + 1, max(reach, last + 1)), found, root)
 
 

@@ -19,6 +19,7 @@ from dualhook.store.checking import checked_count, checked_layer
 from dualhook.store.checksums import text_digest, with_checksums
 from dualhook.store.direct import DirectFile, in_blocks
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
+from dualhook.store.header import parsed
 from dualhook.store.lock import WriterLock
 from dualhook.store.mapped import MappedFile, glanced
 from dualhook.store.remote import RangedFile, RemotePath
@@ -326,9 +327,6 @@ def read_header(path: Path, file: Any) -> dict[str, Any]:
 
 def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        header = json.loads(metadata[HEADER])
+        return parsed(metadata[HEADER])
     except UNREADABLE as error:
         raise StoreError(f"{path} was not written by dualhook: its metadata holds no {HEADER!r} object") from error
-    if not isinstance(header, dict):
-        raise StoreError(f"{path} was not written by dualhook: its metadata is not an object")
-    return header

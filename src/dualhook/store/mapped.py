@@ -8,7 +8,6 @@ put smaller ones between them: a piece is read when it is met, which takes no lo
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import platform
@@ -21,11 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dualhook.store.header import Header, header_length
+from dualhook.store.header import Header, header_length, parsed
 
 __all__ = ["MappedFile", "glanced"]
 
 GLANCE_BYTES = 2**14  # that a header takes, as a rule
+READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # which Windows has
 
 
 def glanced(path: Path) -> tuple[dict[str, str], list[str]]:
@@ -35,14 +35,15 @@ def glanced(path: Path) -> tuple[dict[str, str], list[str]]:
         OSError: the file cannot be opened.
         ValueError: it is no whole safetensors file.
     """
-    with open(path, "rb", buffering=0) as file:
-        size, data = os.fstat(file.fileno()).st_size, file.read(GLANCE_BYTES)
+    descriptor = os.open(path, READ_ONLY)  # a file object would take as long as reading
+    try:
+        size, data = os.fstat(descriptor).st_size, os.read(descriptor, GLANCE_BYTES)
         length = header_length(data, size)
-        while len(data) < 8 + length and (more := file.read(8 + length - len(data))):
+        while len(data) < 8 + length and (more := os.read(descriptor, 8 + length - len(data))):
             data += more
-    header = json.loads(data[8 : 8 + length])
-    if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+    finally:
+        os.close(descriptor)
+    header = parsed(data[8 : 8 + length])
     metadata = header.pop("__metadata__", {})
     if 8 + length + max((own["data_offsets"][1] for own in header.values()), default=0) != size:
         raise ValueError(f"{size} bytes are not what its header says")
