@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from dualhook.attention import Attention
 from dualhook.composition import shares_of
-from dualhook.errors import LayerError
+from dualhook.errors import LayerError, RuleError
 from dualhook.loss import Loss
 from dualhook.query import (
     Composition,
@@ -24,29 +26,32 @@ from dualhook.query import (
     cosine_scores,
     decayed_scores,
     fit_decay,
+    pull_of,
 )
 from dualhook.questions import AskedLayer
-from dualhook.records import LayerSpec
+from dualhook.records import VALUE, LayerSpec
 from dualhook.store import AnswerFiles, Store
 from dualhook.units import Units
 
 __all__ = ["by_contribution", "by_cosine", "by_decay", "note_of", "stepped"]
 
+_ROUND = 2  # of the method: what an earlier one has kept is none of its own
+
 
 def by_decay(
     store: Store, layers: Sequence[AskedLayer], units: Units, loss: Loss, files: AnswerFiles | None
-) -> dict[str, Tensor]:
-    """Per layer the decayed influence [q, u] of ``units``, repeats summed.
+) -> tuple[dict[str, Tensor], str]:
+    """Per layer the decayed influence [q, u] of ``units``, repeats summed; and which layers' pull is not known.
 
     What training has left of every layer's gradients is kept in ``files``, once fitted.
 
     Raises:
         RuleError: an optimiser whose steps are made of more than its state.
     """
-    return {
-        own.spec.name: decayed_scores(store, own, _decay(store, own.spec, loss, files), units.of, len(units))
-        for own in _gradients(store, layers)
-    }
+    asked, fits = _gradients(store, layers), _Fits(store, loss, files)
+    found = {own.spec.name: decayed_scores(store, own, fits.decay(own.spec), units.of, len(units)) for own in asked}
+    unknown = ", ".join(fits.pull_of_all[1])
+    return found, f"how strongly {unknown} pull back is not known" if unknown else ""
 
 
 def by_cosine(store: Store, layers: Sequence[AskedLayer], units: Units) -> dict[str, Tensor]:
@@ -54,20 +59,6 @@ def by_cosine(store: Store, layers: Sequence[AskedLayer], units: Units) -> dict[
     asked, steps = _gradients(store, layers), (store.first_step + 1, store.last_step)
     parts = cosine_scores(store, asked, steps, units.of, units.owner)
     return {own.spec.name: part for own, part in zip(asked, parts, strict=True)}
-
-
-def _decay(store: Store, spec: LayerSpec, loss: Loss, files: AnswerFiles | None) -> Decay:
-    """What training has left of a layer's gradients, kept or fitted."""
-    horizon = store.last_step
-    key = hashlib.sha256(f"decay {store.fingerprint} {spec.name} {spec.bias} {horizon}".encode()).hexdigest()[:32]
-    if files is not None and (tensors := files.get(key)) is not None:
-        return Decay.of(tensors)
-    decay = fit_decay(
-        store, spec, shares_of(store, spec, horizon), store.count_by_step(spec.name), loss.curvature_weights
-    )
-    if files is not None:
-        files.put(key, decay.tensors())
-    return decay
 
 
 def by_contribution(
@@ -90,6 +81,53 @@ def by_contribution(
         part[table["query"], table["unit"]] = torch.from_numpy(table["contribution"])
         found[spec.name] = part[:, :-1]
     return found
+
+
+class _Fits:
+    """What of each layer's training is fitted once, and kept in ``files``."""
+
+    def __init__(self, store: Store, loss: Loss, files: AnswerFiles | None) -> None:
+        self._store, self._loss, self._files = store, loss, files
+
+    def decay(self, spec: LayerSpec) -> Decay:
+        """What training has left of a layer's gradients."""
+
+        def fit() -> dict[str, Tensor]:
+            own, (every, _) = self._pull(spec), self.pull_of_all
+            pulled = torch.where(own > 0, every / own, 1.0).clamp(min=1.0)
+            return fit_decay(*self._recorded(spec), pulled=pulled).tensors()
+
+        return Decay.of(self._kept(f"decay {_ROUND} {spec.name} {spec.bias}", fit))
+
+    @cached_property
+    def pull_of_all(self) -> tuple[Tensor, list[str]]:
+        """How strongly all trained layers pull together [t + 1], but for those of which nobody knows."""
+        found, unknown = torch.zeros(self._store.last_step + 1, dtype=torch.float64), []
+        for spec in filter(None, (stepped(self._store, spec) for spec in self._store.layers)):
+            try:
+                found += self._pull(spec)
+            except RuleError:
+                unknown.append(spec.name)
+        return found, unknown
+
+    def _pull(self, spec: LayerSpec) -> Tensor:
+        def fit() -> dict[str, Tensor]:
+            return {VALUE: pull_of(*self._recorded(spec))}
+
+        return self._kept(f"pull {_ROUND} {spec.weight} {spec.bias}", fit)[VALUE]
+
+    def _recorded(self, spec: LayerSpec) -> tuple[Any, ...]:
+        shares, counts = shares_of(self._store, spec, self._store.last_step), self._store.count_by_step(spec.name)
+        return self._store, spec, shares, counts, self._loss.curvature_weights
+
+    def _kept(self, what: str, fit: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        key = hashlib.sha256(f"{what} {self._store.fingerprint} {self._store.last_step}".encode()).hexdigest()[:32]
+        if self._files is not None and (tensors := self._files.get(key)) is not None:
+            return tensors
+        tensors = fit()
+        if self._files is not None:
+            self._files.put(key, tensors)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -139,8 +177,8 @@ def gradient_on(spec: LayerSpec, layer: AskedLayer, dtype: torch.dtype = torch.f
     return Gradient(spec, query, direction, places.slot)
 
 
-def note_of(store: Store, assumed: str = "") -> str:
-    """What of training an estimate judges, and what is ``assumed``; empty where there is nothing to say."""
+def note_of(store: Store, *others: str) -> str:
+    """What of training an estimate judges, behind ``others`` there are; empty where there is nothing to say."""
     first, last = store.first_step, store.last_step
     folded = f"steps {first + 1} to {last} are judged, earlier ones are folded into the origin" if first else ""
-    return "; ".join(note for note in (assumed, folded, store.note_of_loss) if note)
+    return "; ".join(note for note in (*others, folded, store.note_of_loss) if note)

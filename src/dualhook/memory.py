@@ -178,7 +178,8 @@ class DualMemory(Reading):
             loss = Loss(self._store, self._weights_at)
             keep = self._store.layout.is_writable if cache is None else cache
             files = AnswerFiles(self._store.layout.answers) if keep else None
-            scores, note = by_decay(self._store, asked.layers, units, loss, files), note_of(self._store, loss.note)
+            scores, unknown = by_decay(self._store, asked.layers, units, loss, files)
+            note = note_of(self._store, loss.note, unknown)
         column = self._columns.added_to
         return Influence(scores, units.sample, units.position, asked.queries, column, method=method, of=of, note=note)
 

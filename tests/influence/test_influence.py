@@ -67,6 +67,46 @@ def test_decayed_is_the_true_effect_where_the_loss_is_quadratic(tmp_path_factory
     torch.testing.assert_close(found.scores, expected, rtol=2e-4, atol=2e-5 * float(expected.abs().max()))
 
 
+class Two(nn.Module):
+    """The sum of two linear maps of the same inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Linear(INPUTS, 1, bias=False).double() for _ in range(2))
+
+    def forward(self, x):
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}])
+def test_layers_that_answer_for_each_other_take_back_together(tmp_path, monkeypatch, settings):
+    monkeypatch.setattr("dualhook.loss.Loss._slope", lambda *_: 2.0)  # the outputs are more than the last layer's
+    torch.manual_seed(2)
+    x, target, queries = torch.randn(SAMPLES, INPUTS).double(), torch.randn(SAMPLES).double(), torch.randn(3, INPUTS)
+    model, rates, steps = Two(), (0.02, 0.005), 12  # a stretch each
+    weights = [layer.weight.detach()[0].clone() for layer in (model.first, model.second)]
+    groups = [{"params": own.parameters(), "lr": rate} for own, rate in zip(model.children(), rates, strict=True)]
+    optimizer = torch.optim.SGD(groups, **settings)
+    recorder = dualhook.instrument(model, tmp_path / "memory", layers="all", verbose=False)
+    for _ in range(steps):
+        recorder.batch(samples=torch.arange(SAMPLES))
+        optimizer.zero_grad()
+        F.mse_loss(model(x)[:, 0], target).backward()
+        optimizer.step()
+    memory = recorder.close()
+    found = memory.influence(model, queries.double(), of="logit")
+
+    # both move along the same gradients, in proportion to their rates: one map of the summed weight and rate
+    together = sum(weights), settings, [sum(rates)] * steps
+    expected = sgd_effects(x, target, queries.double(), *together, steps=steps, mean=True)
+    torch.testing.assert_close(found.scores, expected, rtol=2e-3, atol=1e-3 * float(expected.abs().max()))
+    for layer, rate in zip(("first", "second"), rates, strict=True):
+        part = expected * rate / sum(rates)
+        torch.testing.assert_close(found.of_layer(layer), part, rtol=2e-3, atol=1e-3 * float(part.abs().max()))
+        alone = memory.influence(model, queries.double(), of="logit", layers=layer)
+        assert torch.equal(alone.scores, found.of_layer(layer))
+
+
 class Words(nn.Module):
     """Tokens through a table that is also the head, attention and a square layer between them."""
 
@@ -169,6 +209,27 @@ def test_adam_weighs_entries_as_its_preconditioner_does(tmp_path, monkeypatch):
         return float(np.corrcoef(scores.flatten(), exact.flatten())[0, 1])
 
     assert alike(found) > alike(raw) + 0.2  # not the same: momentum takes a gradient to later preconditioners
+
+
+def test_rare_gradients_do_not_have_the_factor_of_none(tmp_path, monkeypatch):
+    hardly = lambda self, rows: torch.full((len(rows),), 1e-9).double()  # noqa: E731
+    monkeypatch.setattr("dualhook.loss.Loss.curvature_weights", hardly)
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 5), torch.arange(8) % 3
+    x[:, 4] = 0
+    x[7, 4] = 1  # only the last sample has this input, and it comes every twentieth step
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    recorder = dualhook.instrument(model, tmp_path / "memory", layers="all", verbose=False)
+    for step in range(1, 121):
+        batch = torch.tensor([step % 7, (step + 3) % 7, 7 if step % 20 == 0 else (step + 5) % 7])
+        recorder.batch(samples=batch)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+    memory = recorder.close()
+    exact = memory.influence(model, x, method="contribution").scores[:, 7].abs().max()
+    assert memory.influence(model, x, cache=False).scores[:, 7].abs().max() < 3 * exact
 
 
 def test_random_numbers_stay_as_they_were(tmp_path):

@@ -9,6 +9,7 @@ from dualhook.query.fit import fit_decay
 from dualhook.query.gradients import Gradient
 from dualhook.query.influence import Decay, contributed_scores, decayed_scores
 from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken, Synchronization
+from dualhook.query.pull import pull_of
 from dualhook.query.replay import Replay
 from dualhook.query.scores import LayerQuery
 from dualhook.query.sealed import seal
@@ -44,6 +45,7 @@ __all__ = [
     "decayed_scores",
     "dual_output",
     "fit_decay",
+    "pull_of",
     "rebuild",
     "scan",
     "seal",

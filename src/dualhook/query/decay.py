@@ -17,7 +17,9 @@ from dualhook.errors import RuleError
 from dualhook.optimizers import LinearStep, ReplayedScalar
 from dualhook.query.parts import ReplayShare, StepTaken
 
-__all__ = ["decayed"]
+__all__ = ["decayed", "gains"]
+
+LONGEST = 0.999  # momentum, of a step that is said to have gone as far as it will
 
 
 def _numbers(taken: StepTaken) -> LinearStep:
@@ -65,6 +67,24 @@ def decayed(
         yield total / max(1, end - begin)
 
 
+def gains(share: ReplayShare) -> Tensor:
+    """By how much a gradient that stays the same moves the weights at each step [t + 1], float64, momentum included.
+
+    In units of the optimiser's metric; 0 at steps that were not taken.
+
+    Raises:
+        RuleError: what the optimiser does is made of more than its state.
+    """
+    found = torch.zeros(share.horizon + 1, dtype=torch.float64)
+    for step, taken in _steps(share):
+        numbers = _numbers(taken)
+        through, carried = _through(numbers)
+        kept = min(numbers.keep, LONGEST) if numbers.take else 0.0
+        alone = float(numbers.factor) * numbers.from_gradient
+        found[step] += abs(taken.rule.gradient_scale(taken.entry)) * (alone + through * carried / (1 - kept))
+    return found
+
+
 def _steps(share: ReplayShare) -> Iterator[tuple[int, StepTaken]]:
     """The steps on a parameter by their number, oldest first.
 
@@ -80,11 +100,16 @@ def _steps(share: ReplayShare) -> Iterator[tuple[int, StepTaken]]:
 
 def _steepest(numbers: LinearStep) -> float:
     """Half of the curvature at which weight and buffer would swing ever wider (the characteristic polynomial at -1)."""
-    factor, carried = float(numbers.factor), float(numbers.buffer_factor) * numbers.take
-    through = factor * numbers.from_buffer + numbers.plain_from_buffer
-    alone = factor * numbers.from_gradient
+    through, carried = _through(numbers)
+    alone = float(numbers.factor) * numbers.from_gradient
     # det(M + 1) = (1 + shrink - alone λ)(1 + keep) + through (carried λ) = 0
     return (1 + numbers.shrink) * (1 + numbers.keep) / max(1e-300, 2 * (alone * (1 + numbers.keep) - through * carried))
+
+
+def _through(numbers: LinearStep) -> tuple[float, float]:
+    """What reaches the weight through the buffer, and what of the gradient reaches the buffer."""
+    through = float(numbers.factor) * numbers.from_buffer + numbers.plain_from_buffer
+    return through, float(numbers.buffer_factor) * numbers.take
 
 
 def _decay(taken: StepTaken) -> float:

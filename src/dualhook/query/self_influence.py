@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualhook.query.curvature import extended, norms_of
 from dualhook.query.decay import decayed
-from dualhook.query.fit import edges, metric_of, some_rows
+from dualhook.query.metric import edges, metric_of, some_rows
 from dualhook.query.parts import ReplayShare
 from dualhook.records import LayerSpec, Rows, RowSource
 
@@ -42,12 +42,11 @@ def self_influence(
     Raises:
         RuleError: what the optimiser does is made of more than its state.
     """
-    columns = spec.in_features // spec.slots + (spec.bias is not None)
     factor = reduced_over * _coefficients(shares[0])
     found = torch.zeros(groups + 1, dtype=torch.float64)
     for begin, end in _stretches(shares[0]):
         some = some_rows(source, spec, begin, end, counts, _alike) if shares[0].snapshots else None
-        metric = metric_of(spec, shares, (begin, end), some, columns)
+        metric = metric_of(spec, shares, (begin, end), some)
         for rows in _by_steps(source, spec, begin + 1, end, counts, lambda rows: numbered(rows) < groups):
             squares, group = norms_of(metric.measured(extended(spec, rows)))
             number, step = torch.empty(2, len(squares), dtype=torch.int64)
