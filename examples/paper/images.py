@@ -1,0 +1,158 @@
+"""The image experiments of the paper (Irie, Csordás, Schmidhuber 2022), and some beyond it.
+
+    python examples/paper/images.py                          # small: minutes on two cores
+    python examples/paper/images.py --full --seeds 3         # the paper's size: hours, up to 21 GB of disk at a time
+    python examples/paper/images.py --data DIR               # torchvision's folder: Fashion-MNIST, MNIST, CIFAR-10
+    python examples/paper/images.py --only single continual  # some of the experiments
+
+A 784-800-800-10 network with ReLU learns one task, two mixed, and one after the other; what every test image then
+attends to becomes tables (CSV and Markdown, mean ± deviation over seeds) and pictures in one folder. A seed that is
+done is not run again. Memories lie in the same folder until their tables are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from beyond import KEYS as BEYOND_KEYS
+from beyond import beyond
+from figures import draw_run, predictive_power, save
+from questions import looked_at, statistics
+from runs import EXPERIMENTS, Experiment, train
+from tables import over_seeds, read_csv, to_markdown, write_csv
+from tasks import Task, clothes, colours, digits
+
+TITLES = {
+    "accuracy": "Test accuracy",
+    "power": "Predictive power: how often the class with the largest total is the target, and the model's output",
+    "variance": "Normalised variance of the classes' totals of |key · query|",
+    "shares": "Each task's share of the totals",
+    "receipt": "Receipts",
+    "rebuilt": "Relative error of the weights rebuilt from the memory",
+    "forgetting": "Time travel: test accuracy at earlier steps, from the memory's own weights",
+    "overwriting": "What overwrites the first task: contributions (fc3) to the logit that wins less the true one, of its "
+    "test images that were right at the switch and are wrong at the end",
+    "bookkeeping": "The margin without some samples: values taken from the weights beside a real retraining",
+}
+KEYS = {
+    "accuracy": ("task", "queries"),
+    "power": ("task", "layer", "by", "predictions"),
+    "variance": ("task", "layer", "predictions"),
+    "shares": ("task", "layer", "patterns_of"),
+    "receipt": ("task", "layer"),
+    "rebuilt": ("layer",),
+} | BEYOND_KEYS
+
+
+def main() -> None:
+    options = arguments()
+    tasks = [clothes(options.data), digits(options.data)]
+    coloured = colours(options.data)
+    for task in [*tasks, *([coloured] if coloured else [])]:
+        print(f"{task.name}: {task.source}, {len(task.train_labels):,} to train on, {len(task.test_labels):,} to test")
+    for experiment in EXPERIMENTS:
+        if options.only and experiment.name not in options.only:
+            continue
+        if experiment.colours and coloured is None:
+            print(f"{experiment.name}: left out, CIFAR-10 is not in {options.data}")
+            continue
+        if not options.full:
+            experiment = experiment.shorter(options.shorter, options.queries)
+        own = [coloured] if experiment.colours and coloured else [tasks[number] for number in experiment.tasks]
+        for seed in range(options.seeds):
+            run_seed(experiment, own, seed, options.out / experiment.name / f"seed-{seed}", keep=options.keep)
+        summarise(experiment, options.out / experiment.name, options.seeds)
+    write_tables(options.out)
+    print(f"tables and pictures: {options.out}, the tables together in {options.out / 'TABLES.md'}")
+
+
+def run_seed(experiment: Experiment, tasks: Sequence[Task], seed: int, folder: Path, *, keep: bool) -> None:
+    """Train, ask, write and draw, unless this was done before.
+
+    Raises:
+        SystemExit: the folder is of a run with other settings.
+    """
+    settings = json.loads(json.dumps(asdict(experiment) | {"sources": [task.source for task in tasks]}))
+    marker = folder / "done.json"
+    if marker.is_file():
+        if json.loads(marker.read_text("utf-8"))["settings"] != settings:
+            raise SystemExit(f"{folder} is of a run with other settings: choose another folder with --out")
+        print(f"{experiment.name}, seed {seed}: done before")
+        return
+    started = time.perf_counter()
+    run = train(experiment, tasks, seed, folder / "memory")
+    trained = time.perf_counter()
+    gigabytes = run.memory.nbytes / 1e9
+    tables = statistics(run, experiment, tasks) | beyond(run, experiment, tasks, seed)
+    seen, images = looked_at(run, experiment, tasks)
+    for name, rows in (tables | seen).items():
+        write_csv(folder / f"{name}.csv", rows)
+    draw_run(folder, experiment, run, tables | seen, images)
+    del run
+    if not keep:
+        shutil.rmtree(folder / "memory")
+    seconds = {"training": trained - started, "questions": time.perf_counter() - trained}
+    written = marker.with_suffix(".tmp")
+    written.write_text(json.dumps({"settings": settings, "seconds": seconds, "gigabytes": gigabytes}, indent=1) + "\n")
+    written.replace(marker)
+    print(
+        f"{experiment.name}, seed {seed}: {experiment.steps:,} steps, {gigabytes:.1f} GB, "
+        f"{seconds['training']:.0f} s of training, {seconds['questions']:.0f} s of questions",
+        flush=True,
+    )
+
+
+def summarise(experiment: Experiment, folder: Path, seeds: int) -> None:
+    """Mean and deviation over the seeds, each table as CSV, all as Markdown; the predictive power as a picture."""
+    text = f"## {experiment.name}: {experiment.title}\n\n" + (
+        f"{experiment.steps:,} steps of {experiment.optimizer} at {experiment.rate:g}, batches of {experiment.batch}"
+        + (f", the second task from step {experiment.switch + 1:,}" if experiment.is_continual else "")
+        + f"; {seeds} seed{'s' if seeds > 1 else ''}, mean ± deviation\n\n"
+    )
+    for name, title in TITLES.items():
+        paths = [folder / f"seed-{seed}" / f"{name}.csv" for seed in range(seeds)]
+        if paths[0].is_file():
+            rows = over_seeds([read_csv(path) for path in paths], KEYS[name])
+            write_csv(folder / f"{name}.csv", rows)
+            text += to_markdown(rows, title)
+            if name == "power":
+                save(predictive_power(rows, experiment.title), folder / "power.png")
+    (folder / "tables.md").write_text(text, "utf-8")
+
+
+def write_tables(out: Path) -> None:
+    """The tables of all experiments that are there, in their order."""
+    paths = [out / experiment.name / "tables.md" for experiment in EXPERIMENTS]
+    (out / "TABLES.md").write_text("\n".join(path.read_text("utf-8") for path in paths if path.is_file()), "utf-8")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [experiment.name for experiment in EXPERIMENTS]
+    parser.add_argument("--full", action="store_true", help="the paper's number of steps, and 500 test images a task")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="torchvision's folder (data)")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper-images"), metavar="DIR")
+    parser.add_argument("--keep", action="store_true", help="keep the memories")
+    parser.add_argument("--shorter", type=int, default=10, metavar="N", help="without --full: N times fewer steps (10)")
+    parser.add_argument(
+        "--queries", type=int, default=200, metavar="N", help="without --full: test images a task (200)"
+    )
+    options = parser.parse_args()
+    for name in ("seeds", "shorter", "queries"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
+    torch.manual_seed(0)
+    return options
+
+
+if __name__ == "__main__":
+    main()
