@@ -79,8 +79,8 @@ def class_totals(run: Trained, tables: dict[str, Rows]) -> Figure:
             ax.xaxis.set_major_locator(MaxNLocator(4))
             ax.set_ylim(len(names) - 0.4, -0.6)
             if query is queries[0]:
-                ax.set_title(f"{layer}\n" + ("share of Σ|key · query|" if by == "abs_weight" else "contribution / logit"),
-                             fontsize=9)  # fmt: skip
+                what = "share of Σ|key · query|" if by == "abs_weight" else "contribution / logit"
+                ax.set_title(f"{layer}\n{what}", fontsize=9)
         row[0].set_ylabel(titled(query), fontsize=9)
     figure.suptitle("totals per class (dark: the class that the model says; red: the true class, if it is another)",
                     fontsize=10)  # fmt: skip
@@ -116,10 +116,10 @@ def scores_over_training(experiment: Experiment, run: Trained, tables: dict[str,
 
 
 def totals_over_training(experiment: Experiment, run: Trained, tables: dict[str, Rows]) -> Figure:
-    """The classes' shares of |key · query| in every block of steps."""
+    """The classes' totals of |key · query| in every block of steps, on top of each other."""
     queries = tables["queries"]
     figure, axes = plt.subplots(
-        len(queries), len(LAYERS), figsize=(13, 2.2 * len(queries) + 0.6), sharex=True, sharey=True, squeeze=False,
+        len(queries), len(LAYERS), figsize=(13, 2.2 * len(queries) + 0.6), sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for row, query in zip(axes, queries, strict=True):
@@ -129,33 +129,33 @@ def totals_over_training(experiment: Experiment, run: Trained, tables: dict[str,
             heights = np.zeros((len(run.classes), len(ends)))
             for total in own:
                 heights[run.classes.index(total["class"]), ends.index(total["until_step"])] = total["abs_weight"]
-            heights /= heights.sum(0)
             colours = [colour(n, len(run.classes)) for n in range(len(run.classes))]
             ax.stackplot(ends, heights, colors=colours, labels=run.classes, linewidth=0)
             mark_switch(ax, experiment)
             ax.set_xlim(ends[0], experiment.steps)
-            ax.set_ylim(0, 1)
+            ax.set_ylim(0)
+            ax.ticklabel_format(axis="y", scilimits=(0, 3))
             if query is queries[0]:
                 ax.set_title(layer, fontsize=10)
             if query is queries[-1]:
                 ax.set_xlabel("training step")
         row[0].set_ylabel(titled(query), fontsize=9)
     legend(figure, axes[0][0])
-    figure.suptitle("share of Σ|key · query| per class, by the steps that the patterns come from", fontsize=11)
+    figure.suptitle("Σ|key · query| per class, by the steps that the patterns come from", fontsize=11)
     return figure
 
 
 def predictive_power(rows: Rows, title: str) -> Figure:
     """How often the vote of the classes is the model's output, by layer and definition; whiskers: over seeds."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = list(dict.fromkeys((row["task"], row["groups"]) for row in rows))
     kinds, definitions = ("correct", "wrong"), list(dict.fromkeys(row["by"] for row in rows))
     figure, axes = plt.subplots(
-        len(tasks), 2, figsize=(10, 2.9 * len(tasks) + 0.6), sharey=True, squeeze=False, layout="constrained"
+        len(lines), 2, figsize=(10, 2.9 * len(lines) + 0.6), sharey=True, squeeze=False, layout="constrained"
     )
-    for line, task in zip(axes, tasks, strict=True):
+    for line, (task, groups) in zip(axes, lines, strict=True):
         for ax, kind in zip(line, kinds, strict=True):
             for n, by in enumerate(definitions):
-                own = [of(rows, task=task, layer=layer, by=by, predictions=kind)[0] for layer in LAYERS]
+                own = [of(rows, task=task, groups=groups, layer=layer, by=by, predictions=kind)[0] for layer in LAYERS]
                 at = np.arange(len(LAYERS)) + 0.2 * (n - (len(definitions) - 1) / 2)
                 ax.bar(
                     at, [row["equals_output"] or 0 for row in own], 0.18, label=by, color=plt.get_cmap("tab10")(n),
@@ -164,10 +164,10 @@ def predictive_power(rows: Rows, title: str) -> Figure:
             ax.axhline(0.1, color="#888888", linewidth=0.8, linestyle=":")
             ax.set_xticks(range(len(LAYERS)), LAYERS)
             ax.set_ylim(0, 1.02)
-            ax.set_title(f"{task}, {kind} predictions", fontsize=10)
+            ax.set_title(f"{task}, {kind} predictions; votes by {groups}", fontsize=10)
         line[0].set_ylabel("vote = model's output")
     legend(figure, axes[0][0])
-    figure.suptitle(f"{title}: how often the class with the largest total is what the model says", fontsize=11)
+    figure.suptitle(f"{title}: how often the group with the largest total is what the model says", fontsize=11)
     return figure
 
 

@@ -31,19 +31,19 @@ from tasks import Task, clothes, colours, digits
 
 TITLES = {
     "accuracy": "Test accuracy",
-    "power": "Predictive power: how often the class with the largest total is the target, and the model's output",
+    "power": "Predictive power: how often the class (or output) with the largest total is the target, and the model's",
     "variance": "Normalised variance of the classes' totals of |key · query|",
     "shares": "Each task's share of the totals",
     "receipt": "Receipts",
     "rebuilt": "Relative error of the weights rebuilt from the memory",
     "forgetting": "Time travel: test accuracy at earlier steps, from the memory's own weights",
-    "overwriting": "What overwrites the first task: contributions (fc3) to the logit that wins less the true one, of its "
-    "test images that were right at the switch and are wrong at the end",
+    "overwriting": "What overwrites the first task: contributions (fc3) to the winning logit less the true one, on its"
+    " test images that were right at the switch and are wrong at the end",
     "bookkeeping": "The margin without some samples: values taken from the weights beside a real retraining",
 }
 KEYS = {
     "accuracy": ("task", "queries"),
-    "power": ("task", "layer", "by", "predictions"),
+    "power": ("task", "groups", "layer", "by", "predictions"),
     "variance": ("task", "layer", "predictions"),
     "shares": ("task", "layer", "patterns_of"),
     "receipt": ("task", "layer"),
@@ -53,13 +53,13 @@ KEYS = {
 
 def main() -> None:
     options = arguments()
-    tasks = [clothes(options.data), digits(options.data)]
+    chosen = [experiment for experiment in EXPERIMENTS if not options.only or experiment.name in options.only]
+    needed = max(len(experiment.tasks) for experiment in chosen)
+    tasks = [load(options.data) for load in (clothes, digits)[:needed]]
     coloured = colours(options.data)
     for task in [*tasks, *([coloured] if coloured else [])]:
         print(f"{task.name}: {task.source}, {len(task.train_labels):,} to train on, {len(task.test_labels):,} to test")
-    for experiment in EXPERIMENTS:
-        if options.only and experiment.name not in options.only:
-            continue
+    for experiment in chosen:
         if experiment.colours and coloured is None:
             print(f"{experiment.name}: left out, CIFAR-10 is not in {options.data}")
             continue
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def run_seed(experiment: Experiment, tasks: Sequence[Task], seed: int, folder: Path, *, keep: bool) -> None:
-    """Train, ask, write and draw, unless this was done before.
+    """Train, ask, write, and of the first seed draw, unless this was done before.
 
     Raises:
         SystemExit: the folder is of a run with other settings.
@@ -94,7 +94,8 @@ def run_seed(experiment: Experiment, tasks: Sequence[Task], seed: int, folder: P
     seen, images = looked_at(run, experiment, tasks)
     for name, rows in (tables | seen).items():
         write_csv(folder / f"{name}.csv", rows)
-    draw_run(folder, experiment, run, tables | seen, images)
+    if seed == 0:
+        draw_run(folder, experiment, run, seen, images)
     del run
     if not keep:
         shutil.rmtree(folder / "memory")
@@ -128,9 +129,16 @@ def summarise(experiment: Experiment, folder: Path, seeds: int) -> None:
 
 
 def write_tables(out: Path) -> None:
-    """The tables of all experiments that are there, in their order."""
+    """The tables of all experiments that are there, in their order, and SGD beside Adam."""
     paths = [out / experiment.name / "tables.md" for experiment in EXPERIMENTS]
-    (out / "TABLES.md").write_text("\n".join(path.read_text("utf-8") for path in paths if path.is_file()), "utf-8")
+    text = "\n".join(path.read_text("utf-8") for path in paths if path.is_file())
+    there = [name for name in ("single", "adam") if (out / name / "power.csv").is_file()]
+    if len(there) == 2:
+        text += "\n## SGD beside Adam\n\n"
+        for table in ("accuracy", "power", "receipt"):
+            rows = [{"experiment": name} | row for name in there for row in read_csv(out / name / f"{table}.csv")]
+            text += to_markdown([row for row in rows if row.get("predictions", "all") == "all"], TITLES[table])
+    (out / "TABLES.md").write_text(text, "utf-8")
 
 
 def arguments() -> argparse.Namespace:

@@ -52,9 +52,7 @@ def statistics(run: Trained, experiment: Experiment, tasks: Sequence[Task]) -> d
         found["accuracy"].append({"task": queries.task, "queries": len(correct), "accuracy": float(correct.mean())})
         attention = run.memory.attend(run.model, queries.images)
         totals = attention.sum_by("class")
-        ballots = [votes(totals, "class", by) for by in DEFINITIONS]
-        power = agreement(ballots, "class", queries.targets, queries.outputs)
-        found["power"] += [{"task": queries.task} | row for row in power]
+        found["power"] += power(queries, totals, tasks)
         variance = spread(totals, "class")
         own = [task.name for task in tasks for _ in task.classes]
         task_of = dict(zip((name for task in tasks for name in task.classes), own, strict=True))
@@ -84,6 +82,30 @@ def statistics(run: Trained, experiment: Experiment, tasks: Sequence[Task]) -> d
             )
     found["rebuilt"] = [{"layer": row["layer"], "error": row["error"]} for row in run.memory.verify()]
     return found
+
+
+def power(queries: Queries, totals: dualhook.Table, tasks: Sequence[Task]) -> Rows:
+    """Predictive power by class, and where tasks share the outputs, by the output that a pattern's class has."""
+    number = {name: n for task in tasks for n, name in enumerate(task.classes)}
+    groups = {"class": (totals, queries.targets, queries.outputs)}
+    if len(tasks) > 1:
+        outputs = (summed(totals, number), *([number[n] for n in v] for v in (queries.targets, queries.outputs)))
+        groups["output"] = outputs
+    return [
+        {"task": queries.task, "groups": name} | row
+        for name, (table, targets, outputs) in groups.items()
+        for row in agreement([votes(table, name, by) for by in DEFINITIONS], name, targets, outputs)
+    ]
+
+
+def summed(totals: dualhook.Table, number: dict[str, int]) -> dualhook.Table:
+    """Totals by class as totals by the output that each class has."""
+    sums: dict[tuple[int, str, int], np.ndarray] = {}
+    for row in totals:
+        key = (row["query"], row["layer"], number[row["class"]])
+        sums[key] = sums.get(key, 0.0) + np.array([row[by] for by in DEFINITIONS])
+    heads = {name: [key[n] for key in sums] for n, name in enumerate(("query", "layer", "output"))}
+    return dualhook.Table(heads | {by: [own[n] for own in sums.values()] for n, by in enumerate(DEFINITIONS)})
 
 
 def looked_at(run: Trained, experiment: Experiment, tasks: Sequence[Task]) -> tuple[dict[str, Rows], Tensor]:
