@@ -25,7 +25,8 @@ def test_example(run, tmp_path):
 
 
 PAPER = Path(__file__).parent.parent / "examples" / "paper"
-IMAGES = ["--shorter", "250", "--queries", "30", "--seeds", "1", "--out", "out"]
+NAMES = ("single", "continual", "adam")
+IMAGES = ["--only", *NAMES, "--shorter", "250", "--queries", "30", "--seeds", "1", "--out", "out"]
 LANGUAGE = ["--passages", "60", "--epochs", "1", "--queries", "8", "--seeds", "1", "--out", "out"]
 
 
@@ -54,7 +55,7 @@ def check_statistics(folder: Path) -> None:
 def test_paper_images(tmp_path):
     done = paper("images.py", tmp_path, *IMAGES)
     assert done.returncode == 0, done.stderr
-    for name in ("single", "multi", "continual", "continual-long", "adam"):
+    for name in NAMES:
         run = tmp_path / "out" / name / "seed-0"
         check_statistics(run)
         logits = {row["query"]: float(row["logit"]) for row in table(run / "queries.csv")}
@@ -71,18 +72,17 @@ def test_paper_images(tmp_path):
         assert not (run / "memory").exists()
 
     *left_out, nothing = table(tmp_path / "out" / "single" / "seed-0" / "bookkeeping.csv")
-    assert float(nothing["size_retrained"]) == 0.0  # the retraining is the run's own
-    assert all(float(row["size_retrained"]) > 0.0 for row in left_out)
-    first, *_, last = table(tmp_path / "out" / "continual" / "seed-0" / "forgetting.csv")
+    assert float(nothing["size_retrained"]) < 1e-4  # the retraining is the run's own, but for rounding
+    assert all(float(row["size_retrained"]) > 1e-3 for row in left_out)
+    continual = tmp_path / "out" / "continual" / "seed-0"
+    first, *_, last = table(continual / "forgetting.csv")
     assert (first["step"], last["step"], last["task"]) == ("0", "24", "digits")
-    at_the_end = {
-        row["task"]: row["accuracy"] for row in table(tmp_path / "out" / "continual" / "seed-0" / "accuracy.csv")
-    }
-    assert float(last["accuracy"]) == float(at_the_end["digits"])
+    at_the_end = {row["task"]: float(row["accuracy"]) for row in table(continual / "accuracy.csv")}
+    assert float(last["accuracy"]) == pytest.approx(at_the_end["digits"], abs=1.01 / 30)  # an image may be on the edge
 
     again = paper("images.py", tmp_path, *IMAGES)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == 5
+    assert again.stdout.count("done before") == len(NAMES)
     other = paper("images.py", tmp_path, *IMAGES, "--queries", "31")
     assert other.returncode != 0
     assert "other settings" in other.stderr

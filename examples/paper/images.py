@@ -150,9 +150,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="torchvision's folder (data)")
     parser.add_argument("--out", type=Path, default=Path("runs/paper-images"), metavar="DIR")
     parser.add_argument("--keep", action="store_true", help="keep the memories")
-    parser.add_argument("--shorter", type=int, default=10, metavar="N", help="without --full: N times fewer steps (10)")
+    parser.add_argument("--shorter", type=int, default=20, metavar="N", help="without --full: N times fewer steps (20)")
     parser.add_argument(
-        "--queries", type=int, default=200, metavar="N", help="without --full: test images a task (200)"
+        "--queries", type=int, default=100, metavar="N", help="without --full: test images a task (100)"
     )
     options = parser.parse_args()
     for name in ("seeds", "shorter", "queries"):

@@ -29,7 +29,7 @@ from dualhook.statistics import DEFINITIONS, agreement, votes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the loops are
 
-from figures import plt, save
+from figures import MaxNLocator, plt, save
 from language_model import (
     PROMPTS,
     SIZES,
@@ -233,6 +233,7 @@ def draw(
             steps, weights = own["step"][among], np.abs(own["weight"][among])
             scatter.scatter(steps, weights, s=9, color=colour, linewidths=0, label=label)
         scatter.set(xlabel="training step", ylabel="|key · query|", title=f"{layer}: the {len(own)} strongest patterns")
+        scatter.xaxis.set_major_locator(MaxNLocator(integer=True))
         scatter.legend(fontsize=8, loc="upper left")
         by_token = totals.where(query=query["query"], layer=layer)
         drawn = (("abs_weight", "Σ|key · query|"), ("contribution", "contribution / logit"))

@@ -56,9 +56,9 @@ class Experiment:
         return tuple(sorted({task for among, _ in self.phases for task in among}))
 
     def shorter(self, factor: int, queries: int) -> Experiment:
-        """The same in so many times fewer steps; under SGD at up to 10 times the rate, so that it still learns."""
+        """The same in so many times fewer steps; under SGD at up to 20 times the rate, so that it still learns."""
         phases = tuple((among, max(1, steps // factor)) for among, steps in self.phases)
-        rate = self.rate * min(factor, 10) if self.optimizer == "SGD" else self.rate
+        rate = self.rate * min(factor, 20) if self.optimizer == "SGD" else self.rate
         return replace(self, phases=phases, rate=rate, queries=min(queries, self.queries), groups=1)
 
 
