@@ -2,8 +2,8 @@
 
 A tenth of the training labels of every setting is flipped, a network trained and recorded under each seed, and every
 column judged by the area under its ROC curve. Then groups of samples are left out of the unflipped training, and what
-the exact contributions and the decayed influence would have said of it is set beside what it came to: the size of the one
-over the other, and how often their signs agree.
+the exact contributions and the decayed influence would have said of it is set beside what it came to: the size of the
+one over the other, and how often their signs agree.
 
     python benchmarks/suspects.py [mlp-sgd mlp-adamw] [--seeds 3] [--groups 20]
 
