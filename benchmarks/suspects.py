@@ -2,8 +2,8 @@
 
 A tenth of the training labels of every setting is flipped, a network trained and recorded under each seed, and every
 column judged by the area under its ROC curve. Then groups of samples are left out of the unflipped training, and what
-the exact contributions would have said of it is set beside what it came to: the size of the one over the other, and how
-often their signs agree.
+the exact contributions and the decayed influence would have said of it is set beside what it came to: the size of the
+one over the other, and how often their signs agree.
 
     python benchmarks/suspects.py [mlp-sgd mlp-adamw] [--seeds 3] [--groups 20]
 
@@ -70,19 +70,21 @@ def found(name: str, seeds: int) -> Table:
 
 
 def removed(name: str, seeds: int, groups: int, folder: Path) -> Table:
-    """One row a share and seed: contributions against what leaving out random groups came to."""
+    """One row a method, share and seed: what it says of random groups against what leaving them out came to."""
     setting, rows = SETTINGS[name], []
     for seed in range(seeds):
-        scores = METHODS["contribution"](Run(setting, seed))
-        for share in SHARES:
-            one = group_table(
-                setting.train, scores, setting.samples, share=share, groups=groups, seeds=(seed,), folder=folder
-            )
-            rows += [{"share": share, **row} for row in one]
-    rows.sort(key=lambda row: row["share"])
+        run = Run(setting, seed)
+        for method in ("contribution", "decayed"):
+            scores = METHODS[method](run)
+            for share in SHARES:
+                one = group_table(
+                    setting.train, scores, setting.samples, share=share, groups=groups, seeds=(seed,), folder=folder
+                )
+                rows += [{"method": method, "share": share, **row} for row in one]
+    rows.sort(key=lambda row: (row["method"], row["share"]))
     return Table(
         {column: [row[column] for row in rows] for column in rows[0] if column != "noise"},
-        title=f"{name}: contributions of {groups} random groups against leaving them out",
+        title=f"{name}: influence of {groups} random groups against leaving them out",
         footer=f"{one.footer}; sign: share that is right; size: predicted over real",
     )
 

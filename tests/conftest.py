@@ -13,7 +13,7 @@ from dualhook.recorder.front import OPEN
 
 # The same examples in every run of the gate; HYPOTHESIS_PROFILE=search looks for new ones, and for longer.
 settings.register_profile(
-    "gate", derandomize=True, max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "gate", derandomize=True, max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("search", max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))

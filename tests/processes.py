@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import multiprocessing
 import os
 import time
 import warnings
@@ -216,7 +217,9 @@ def together(folder: Path, task: Callable[[int, Path], None]) -> None:
         TimeoutError: they wait for each other.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = mp.spawn(work, args=(folder, task), nprocs=WORLD, join=False)
+    multiprocessing.set_forkserver_preload(["dualhook", "torch._dynamo", "torch.distributed.fsdp"])
+    start = "forkserver" if hasattr(os, "fork") else "spawn"  # which imports once what takes the time
+    context = mp.start_processes(work, args=(folder, task), nprocs=WORLD, join=False, start_method=start)
     end = time.monotonic() + TIMEOUT
     while not context.join(timeout=1):  # returns as soon as one of them is through
         if time.monotonic() > end:

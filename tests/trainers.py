@@ -21,8 +21,9 @@ WIDE = 600  # words of a vocabulary whose output gradients are not written
 SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def gpt2(words: int = VOCABULARY) -> nn.Module:
-    config = transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=2, n_head=2, **(SMALL | {"vocab_size": words}))
+def gpt2(words: int = VOCABULARY, blocks: int = 2) -> nn.Module:
+    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": blocks, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, **(SMALL | {"vocab_size": words}))
     return transformers.GPT2LMHeadModel(config)
 
 

@@ -140,8 +140,8 @@ class DualMemory(Reading):
             of: what would have changed: the ``"margin"`` of the target (its logit above the log-sum-exp of the
                 others), its ``"logit"``, or its cross-entropy ``"loss"``.
             method: ``"decayed"``: every training gradient meets the prediction's as far as later training has left it,
-                by the curvature that the recorded rows show; ``"cosine"``: the cosine between the two, at once;
-                ``"contribution"``: the exact contributions, for comparison.
+                by the curvature that the rows of all recorded layers show; ``"cosine"``: the cosine between the two, at
+                once; ``"contribution"``: the exact contributions, for comparison.
             per: what has an influence: each ``"sample"``, or each ``"token"``, a place in a sample (its row and
                 position); they sum to the sample's. Norms that ``"cosine"`` divides by are those of samples.
             positions: the places of sequences that count, as :meth:`attend` takes them.

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dualhook.errors import StoreError
 from dualhook.store.direct import NAMES
-from dualhook.store.layout import open_tensors, write_tensors
+from dualhook.store.layout import glance, open_tensors, read_header, write_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -60,3 +60,12 @@ def test_a_file_that_is_none_is_refused(tmp_path, header):
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(StoreError, match="cannot be read"):
         open_tensors(path)
+
+
+def test_texts_that_only_python_takes_for_json_are_read_back(tmp_path):
+    path, header = tmp_path / "a.safetensors", {"categories": ["\ud800", "é"], "far": float("inf"), "large": 2**70}
+    write_tensors(path, {"x": torch.ones(2)}, header)
+    read, names = glance(path)
+    assert names == ["x"]
+    assert read == read_header(path, open_tensors(path))
+    assert {name: read[name] for name in header} == header

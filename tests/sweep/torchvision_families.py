@@ -156,16 +156,16 @@ FAMILIES: dict[str, dict[str, Case]] = {
     "alexnet": {"alexnet": Case(small_alexnet, images(64))},
     "convnext": {"convnext": Case(small_convnext, images(32), ("LayerNorm2d", "LayerNorm", "*.layer_scale"))},
     "densenet": {
-        "densenet": Case(lambda: densenet.DenseNet(4, (2, 2, 2, 2), 8, num_classes=CLASSES), images(64), NORM)
+        "densenet": Case(lambda: densenet.DenseNet(4, (2, 2, 2, 2), 8, num_classes=CLASSES), images(32), NORM)
     },
     "efficientnet": {
         "v1": Case(small_efficientnet, images(32), NORM),
         "v2": Case(small_efficientnet_v2, images(32), NORM),
     },
-    "googlenet": {"googlenet": Case(small_googlenet, images(64), NORM)},
-    "inception": {"v3": Case(small_inception, images(107), NORM)},
+    "googlenet": {"googlenet": Case(small_googlenet, images(32), NORM)},
+    "inception": {"v3": Case(small_inception, images(75), NORM)},
     "maxvit": {"maxvit": Case(small_maxvit, images(32), (*NORM, *SWIN))},
-    "mnasnet": {"mnasnet": Case(lambda: mnasnet.MNASNet(0.1, CLASSES), images(64), NORM)},
+    "mnasnet": {"mnasnet": Case(lambda: mnasnet.MNASNet(0.1, CLASSES), images(32), NORM)},
     "mobilenetv2": {"v2": Case(small_mobilenet_v2, images(32), NORM)},
     "mobilenetv3": {"v3": Case(small_mobilenet_v3, images(32), NORM)},
     "regnet": {
@@ -173,21 +173,21 @@ FAMILIES: dict[str, dict[str, Case]] = {
         "y": Case(lambda: small_regnet(1.0), images(32), NORM),
     },
     "resnet": {
-        "resnet": Case(lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], CLASSES), images(64), NORM),
+        "resnet": Case(lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], CLASSES), images(32), NORM),
         "resnext": Case(
             lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], CLASSES, groups=4, width_per_group=4),
-            images(64),
+            images(32),
             NORM,
         ),
     },
     "shufflenetv2": {
         "v2": Case(
-            lambda: shufflenetv2.ShuffleNetV2([2, 1, 1], [8, 16, 32, 64, 64], num_classes=CLASSES), images(64), NORM
+            lambda: shufflenetv2.ShuffleNetV2([2, 1, 1], [8, 16, 32, 64, 64], num_classes=CLASSES), images(32), NORM
         )
     },
     "squeezenet": {
-        "1_0": Case(lambda: squeezenet.SqueezeNet("1_0", CLASSES), images(64)),
-        "1_1": Case(lambda: squeezenet.SqueezeNet("1_1", CLASSES), images(48)),
+        "1_0": Case(lambda: squeezenet.SqueezeNet("1_0", CLASSES), images(32)),
+        "1_1": Case(lambda: squeezenet.SqueezeNet("1_1", CLASSES), images(32)),
     },
     "swin_transformer": {
         "v1": Case(small_swin, images(32), SWIN),

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.callback import callback_handler
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
@@ -184,8 +183,11 @@ class WhileCompiled:
 
 def watch_compilations() -> None:
     """Hear of torch's next compilation, if anything needs to: torch forgets who does with what it has compiled."""
-    if OPEN and _on_compile not in callback_handler.start_callbacks:
-        callback_handler.register_start_callback(_on_compile)
+    if OPEN:
+        from torch._dynamo.callback import callback_handler  # takes as long to import as the rest of torch
+
+        if _on_compile not in callback_handler.start_callbacks:
+            callback_handler.register_start_callback(_on_compile)
 
 
 def _on_compile(*args: Any) -> None:

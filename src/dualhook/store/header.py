@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -33,7 +34,7 @@ class Header:
     """The tensors of a file by name, and the texts that go with them."""
 
     places: Mapping[str, Place]
-    metadata: dict[str, str]
+    metadata: Mapping[str, str]
 
     @classmethod
     def of(cls, data: Any, size: int) -> Header:
@@ -42,18 +43,22 @@ class Header:
         Raises:
             ValueError: it is no whole safetensors file.
         """
-        length = header_length(data, size)
-        header, start = parsed(data[8 : 8 + length]), 8 + length
-        metadata: dict[str, str] = header.pop("__metadata__", {})
-        places = {name: _place(name, own, start) for name, own in header.items()}
-        end = start
-        for place in sorted(places.values(), key=lambda place: (place.begin, place.end)):
-            if place.begin != end:
-                raise ValueError("its tensors overlap, or leave room between them")
-            end = place.end
-        if end != size:
-            raise ValueError(f"{size} bytes are not what its header says")
-        return cls(places, metadata)
+        return _header(bytes(data[8 : 8 + header_length(data, size)]), size)
+
+
+@lru_cache(maxsize=32)  # a file is opened again for every layer that it holds rows of
+def _header(text: bytes, size: int) -> Header:
+    header, start = parsed(text), 8 + len(text)
+    metadata: Mapping[str, str] = header.pop("__metadata__", {})
+    places = {name: _place(name, own, start) for name, own in header.items()}
+    end = start
+    for place in sorted(places.values(), key=lambda place: (place.begin, place.end)):
+        if place.begin != end:
+            raise ValueError("its tensors overlap, or leave room between them")
+        end = place.end
+    if end != size:
+        raise ValueError(f"{size} bytes are not what its header says")
+    return Header(places, metadata)
 
 
 def parsed(text: bytes | str) -> dict[str, Any]:

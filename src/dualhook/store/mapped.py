@@ -12,7 +12,7 @@ import mmap
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -67,7 +67,7 @@ class MappedFile:
                 self._map.madvise(mmap.MADV_RANDOM)
         self._header = Header.of(self._map, len(self._map))
 
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> Mapping[str, str]:
         """The texts that go with the tensors."""
         return self._header.metadata
 

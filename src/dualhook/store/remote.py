@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import total_ordering
 from pathlib import Path, PurePosixPath
@@ -152,7 +152,7 @@ class RangedFile:
             start += path.ranges([(len(start), length)])[0]
         self._header = Header.of(start, size)
 
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> Mapping[str, str]:
         """The texts that go with the tensors."""
         return self._header.metadata
 
