@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from dualhook.integrations.transformers import Passages
 
 import dualhook
-from dualhook.integrations.transformers import Passages
 from dualhook.statistics import DEFINITIONS, agreement, votes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the loops are
