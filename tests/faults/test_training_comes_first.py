@@ -76,7 +76,8 @@ def refusing(number: int, *, of: str, path: Path):
 
     def refuse(what, *args, **kwargs):
         name = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else os.fspath(what)
-        if name.startswith(str(path)):
+        reads = of == "open" and not args[0] & (os.O_WRONLY | os.O_RDWR)
+        if name.startswith(str(path)) and not reads:
             raise OSError(number, os.strerror(number), name)
         return original(what, *args, **kwargs)
 
