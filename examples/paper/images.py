@@ -13,7 +13,6 @@ done is not run again. Memories lie in the same folder until their tables are wr
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,7 +25,8 @@ from beyond import beyond
 from figures import draw_run, predictive_power, save
 from questions import looked_at, statistics
 from runs import EXPERIMENTS, Experiment, train
-from tables import over_seeds, read_csv, to_markdown, write_csv
+from seeds import averaged, is_done, many, mark_done
+from tables import read_csv, to_markdown, write_csv
 from tasks import Task, clothes, colours, digits
 
 TITLES = {
@@ -79,12 +79,8 @@ def run_seed(experiment: Experiment, tasks: Sequence[Task], seed: int, folder: P
     Raises:
         SystemExit: the folder is of a run with other settings.
     """
-    settings = json.loads(json.dumps(asdict(experiment) | {"sources": [task.source for task in tasks]}))
-    marker = folder / "done.json"
-    if marker.is_file():
-        if json.loads(marker.read_text("utf-8"))["settings"] != settings:
-            raise SystemExit(f"{folder} is of a run with other settings: choose another folder with --out")
-        print(f"{experiment.name}, seed {seed}: done before")
+    settings = asdict(experiment) | {"sources": [task.source for task in tasks]}
+    if is_done(folder, settings, f"{experiment.name}, seed {seed}"):
         return
     started = time.perf_counter()
     run = train(experiment, tasks, seed, folder / "memory")
@@ -100,9 +96,7 @@ def run_seed(experiment: Experiment, tasks: Sequence[Task], seed: int, folder: P
     if not keep:
         shutil.rmtree(folder / "memory")
     seconds = {"training": trained - started, "questions": time.perf_counter() - trained}
-    written = marker.with_suffix(".tmp")
-    written.write_text(json.dumps({"settings": settings, "seconds": seconds, "gigabytes": gigabytes}, indent=1) + "\n")
-    written.replace(marker)
+    mark_done(folder, settings, seconds=seconds, gigabytes=gigabytes)
     print(
         f"{experiment.name}, seed {seed}: {experiment.steps:,} steps, {gigabytes:.1f} GB, "
         f"{seconds['training']:.0f} s of training, {seconds['questions']:.0f} s of questions",
@@ -115,17 +109,11 @@ def summarise(experiment: Experiment, folder: Path, seeds: int) -> None:
     text = f"## {experiment.name}: {experiment.title}\n\n" + (
         f"{experiment.steps:,} steps of {experiment.optimizer} at {experiment.rate:g}, batches of {experiment.batch}"
         + (f", the second task from step {experiment.switch + 1:,}" if experiment.is_continual else "")
-        + f"; {seeds} seed{'s' if seeds > 1 else ''}, mean ± deviation\n\n"
+        + f"; {many(seeds)}\n\n"
     )
-    for name, title in TITLES.items():
-        paths = [folder / f"seed-{seed}" / f"{name}.csv" for seed in range(seeds)]
-        if paths[0].is_file():
-            rows = over_seeds([read_csv(path) for path in paths], KEYS[name])
-            write_csv(folder / f"{name}.csv", rows)
-            text += to_markdown(rows, title)
-            if name == "power":
-                save(predictive_power(rows, experiment.title), folder / "power.png")
-    (folder / "tables.md").write_text(text, "utf-8")
+    found, tables = averaged(folder, seeds, TITLES, KEYS)
+    save(predictive_power(found["power"], experiment.title), folder / "power.png")
+    (folder / "tables.md").write_text(text + tables, "utf-8")
 
 
 def write_tables(out: Path) -> None:

@@ -12,7 +12,6 @@ over seeds) and pictures go to one folder; a seed that is done is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -43,7 +42,9 @@ from language_model import (
     train_lstm,
     train_tokenizer,
 )
-from tables import over_seeds, read_csv, to_markdown, write_csv
+from questions import receipts
+from seeds import averaged, is_done, many, mark_done
+from tables import write_csv
 
 MODELS = ("lstm", "gpt2")
 TITLES = {
@@ -114,11 +115,7 @@ def run_seed(name: str, text: Text, size: Size, seed: int, options: argparse.Nam
     """
     folder = options.out / name / f"seed-{seed}"
     settings = asdict(size) | {"queries": len(text.prompts), "text": str(options.text)}
-    marker = folder / "done.json"
-    if marker.is_file():
-        if json.loads(marker.read_text("utf-8")) != settings:
-            raise SystemExit(f"{folder} is of a run with other settings: choose another folder with --out")
-        print(f"{name}, seed {seed}: done before")
+    if is_done(folder, settings, f"{name}, seed {seed}"):
         return
     torch.manual_seed(seed)
     if name == "gpt2":
@@ -132,9 +129,7 @@ def run_seed(name: str, text: Text, size: Size, seed: int, options: argparse.Nam
         write_csv(folder / f"{table}.csv", rows)
     if not options.keep:
         shutil.rmtree(folder / "run")
-    written = marker.with_suffix(".tmp")
-    written.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
-    written.replace(marker)
+    mark_done(folder, settings)
     print(f"{name}, seed {seed}: done", flush=True)
 
 
@@ -148,19 +143,10 @@ def statistics(model: torch.nn.Module, memory: dualhook.DualMemory, text: Text) 
     outputs = attention.queries["target"]
     totals = by_next_token(attention, text.rows)
     power = agreement([votes(totals, "token", by) for by in DEFINITIONS], "token", text.targets, outputs)
-    receipts = [(layer, attention.receipt.where(layer=layer)) for layer in attention.layers]
     return {
         "accuracy": [{"queries": len(outputs), "accuracy": float((outputs == np.array(text.targets)).mean())}],
         "power": [*power],
-        "receipt": [
-            {
-                "layer": layer,
-                "explained_at_least": float(own["explained"].min()),
-                "cancellation_median": float(np.median(own["cancellation"])),
-                "cancellation_most": float(own["cancellation"].max()),
-            }
-            for layer, own in receipts
-        ],
+        "receipt": receipts(attention),
         "rebuilt": [{"layer": row["layer"], "error": row["error"]} for row in memory.verify()],
     }
 
@@ -253,13 +239,8 @@ def draw(
 def summarise(name: str, size: Size, folder: Path, seeds: int) -> None:
     """Mean and deviation over the seeds, each table as CSV, all as Markdown."""
     what = f"{size.passages} passages, width {size.width}, {size.epochs} epochs"
-    many = f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± deviation"
-    text = f"## {name}\n\n{what}, batches of {size.batch} x {size.context} tokens; {many}\n\n"
-    for table, title in TITLES.items():
-        rows = over_seeds([read_csv(folder / f"seed-{seed}" / f"{table}.csv") for seed in range(seeds)], KEYS[table])
-        write_csv(folder / f"{table}.csv", rows)
-        text += to_markdown(rows, title)
-    (folder / "tables.md").write_text(text, "utf-8")
+    heading = f"## {name}\n\n{what}, batches of {size.batch} x {size.context} tokens; {many(seeds)}\n\n"
+    (folder / "tables.md").write_text(heading + averaged(folder, seeds, TITLES, KEYS)[1], "utf-8")
 
 
 def arguments() -> argparse.Namespace:

@@ -70,17 +70,20 @@ def statistics(run: Trained, experiment: Experiment, tasks: Sequence[Task]) -> d
                     here = totals["layer"] == layer
                     row[by] = float(totals[by][here & (whose == name)].sum() / totals[by][here].sum())
                 found["shares"].append(row)
-            receipt = attention.receipt.where(layer=layer)
-            found["receipt"].append(
-                {
-                    "task": queries.task,
-                    "layer": layer,
-                    "explained_at_least": float(receipt["explained"].min()),
-                    "cancellation_median": float(np.median(receipt["cancellation"])),
-                    "cancellation_most": float(receipt["cancellation"].max()),
-                }
-            )
+        found["receipt"] += [{"task": queries.task} | row for row in receipts(attention)]
     found["rebuilt"] = [{"layer": row["layer"], "error": row["error"]} for row in run.memory.verify()]
+    return found
+
+
+def receipts(attention: dualhook.Attention) -> Rows:
+    """The receipt of every layer over all queries."""
+    found = []
+    for layer in attention.layers:
+        own = attention.receipt.where(layer=layer)
+        explained, cancellation = own["explained"], own["cancellation"]
+        row = {"layer": layer, "explained_at_least": float(explained.min())}
+        row |= {"cancellation_median": float(np.median(cancellation)), "cancellation_most": float(cancellation.max())}
+        found.append(row)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,17 +117,11 @@ def batches(experiment: Experiment, tasks: Sequence[Task], seed: int) -> Iterato
 def train(experiment: Experiment, tasks: Sequence[Task], seed: int, folder: Path) -> Trained:
     """Train and record; the memory is in ``folder``."""
     images = torch.cat([task.train_images for task in tasks])
-    labels = torch.cat([task.train_labels for task in tasks])
     model = network(images.shape[1], seed)
-    optimizer = optimizer_of(experiment, model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     room = shutil.disk_usage(folder.parent).free - SPARE
     with dualhook.instrument(model, folder, overwrite=True, max_bytes=room, on_full="error", verbose=False) as recorder:
-        for samples in batches(experiment, tasks, seed):
-            recorder.batch(samples=samples)
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[samples]), labels[samples]).backward()
-            optimizer.step()
+        fit(model, experiment, tasks, seed, before_step=lambda samples: recorder.batch(samples=samples))
         memory = recorder.close()
     class_of = [task.classes[label] for task in tasks for label in task.train_labels.tolist()]
     memory.add_column("class", class_of)
@@ -137,16 +131,30 @@ def train(experiment: Experiment, tasks: Sequence[Task], seed: int, folder: Path
 
 def retrain(experiment: Experiment, tasks: Sequence[Task], seed: int, left_out: Tensor) -> nn.Module:
     """The same training, unrecorded, with some samples' terms missing from every step's loss."""
+    model = network(tasks[0].train_images.shape[1], seed)
+    fit(model, experiment, tasks, seed, left_out=left_out)
+    return model.eval()
+
+
+def fit(
+    model: nn.Module,
+    experiment: Experiment,
+    tasks: Sequence[Task],
+    seed: int,
+    *,
+    left_out: Tensor | None = None,
+    before_step: Callable[[Tensor], object] = lambda samples: None,
+) -> None:
+    """All steps, on the mean loss of a batch; of samples that are left out it is 0."""
     images = torch.cat([task.train_images for task in tasks])
     labels = torch.cat([task.train_labels for task in tasks])
     kept = torch.ones(len(labels), dtype=torch.bool)
-    kept[left_out] = False
-    model = network(images.shape[1], seed)
+    if left_out is not None:
+        kept[left_out] = False
     optimizer = optimizer_of(experiment, model)
     for samples in batches(experiment, tasks, seed):
+        before_step(samples)
         mine = samples[kept[samples]]
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images[mine]), labels[mine], reduction="sum") / len(samples)
-        loss.backward()
+        (F.cross_entropy(model(images[mine]), labels[mine], reduction="sum") / len(samples)).backward()
         optimizer.step()
-    return model.eval()

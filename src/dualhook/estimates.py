@@ -35,7 +35,7 @@ from dualhook.units import Units
 
 __all__ = ["by_contribution", "by_cosine", "by_decay", "note_of", "stepped"]
 
-_ROUND = 2  # of the method: what an earlier one has kept is none of its own
+_FIT_VERSION = 2  # what an earlier one has kept says something else
 
 
 def by_decay(
@@ -97,7 +97,7 @@ class _Fits:
             pulled = torch.where(own > 0, every / own, 1.0).clamp(min=1.0)
             return fit_decay(*self._recorded(spec), pulled=pulled).tensors()
 
-        return Decay.of(self._kept(f"decay {_ROUND} {spec.name} {spec.bias}", fit))
+        return Decay.of(self._kept(f"decay {_FIT_VERSION} {spec.name} {spec.bias}", fit))
 
     @cached_property
     def pull_of_all(self) -> tuple[Tensor, list[str]]:
@@ -114,7 +114,7 @@ class _Fits:
         def fit() -> dict[str, Tensor]:
             return {VALUE: pull_of(*self._recorded(spec))}
 
-        return self._kept(f"pull {_ROUND} {spec.weight} {spec.bias}", fit)[VALUE]
+        return self._kept(f"pull {_FIT_VERSION} {spec.weight} {spec.bias}", fit)[VALUE]
 
     def _recorded(self, spec: LayerSpec) -> tuple[Any, ...]:
         shares, counts = shares_of(self._store, spec, self._store.last_step), self._store.count_by_step(spec.name)

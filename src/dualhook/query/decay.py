@@ -78,9 +78,8 @@ def gains(share: ReplayShare) -> Tensor:
     found = torch.zeros(share.horizon + 1, dtype=torch.float64)
     for step, taken in _steps(share):
         numbers = _numbers(taken)
-        through, carried = _through(numbers)
+        alone, through, carried = _ways(numbers)
         kept = min(numbers.keep, LONGEST) if numbers.take else 0.0
-        alone = float(numbers.factor) * numbers.from_gradient
         found[step] += abs(taken.rule.gradient_scale(taken.entry)) * (alone + through * carried / (1 - kept))
     return found
 
@@ -100,16 +99,16 @@ def _steps(share: ReplayShare) -> Iterator[tuple[int, StepTaken]]:
 
 def _steepest(numbers: LinearStep) -> float:
     """Half of the curvature at which weight and buffer would swing ever wider (the characteristic polynomial at -1)."""
-    through, carried = _through(numbers)
-    alone = float(numbers.factor) * numbers.from_gradient
+    alone, through, carried = _ways(numbers)
     # det(M + 1) = (1 + shrink - alone λ)(1 + keep) + through (carried λ) = 0
     return (1 + numbers.shrink) * (1 + numbers.keep) / max(1e-300, 2 * (alone * (1 + numbers.keep) - through * carried))
 
 
-def _through(numbers: LinearStep) -> tuple[float, float]:
-    """What reaches the weight through the buffer, and what of the gradient reaches the buffer."""
-    through = float(numbers.factor) * numbers.from_buffer + numbers.plain_from_buffer
-    return through, float(numbers.buffer_factor) * numbers.take
+def _ways(numbers: LinearStep) -> tuple[float, float, float]:
+    """What of the gradient reaches the weight alone, what of the buffer does, and what of the gradient the buffer."""
+    factor = float(numbers.factor)
+    through = factor * numbers.from_buffer + numbers.plain_from_buffer
+    return factor * numbers.from_gradient, through, float(numbers.buffer_factor) * numbers.take
 
 
 def _decay(taken: StepTaken) -> float:

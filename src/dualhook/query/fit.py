@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from dualhook.query.curvature import Metric, Moments, moments_of
 from dualhook.query.decay import decayed
 from dualhook.query.influence import Decay, Stretch
-from dualhook.query.metric import LEAST, columns_of, edges, metric_of, some_rows
+from dualhook.query.metric import LEAST, columns_of, looked_at
 from dualhook.query.parts import ReplayShare
 from dualhook.records import LayerSpec, Rows, RowSource
 
@@ -40,9 +39,8 @@ def fit_decay(
     Raises:
         RuleError: what the optimiser does is made of more than its state.
     """
-    share, stretches, columns = shares[0], list(pairwise(edges(shares[0]))), columns_of(spec)
-    some = [some_rows(source, spec, begin, end, counts, weighted) for begin, end in stretches]
-    metrics = [metric_of(spec, shares, stretch, own) for stretch, own in zip(stretches, some, strict=True)]
+    share, columns = shares[0], columns_of(spec)
+    stretches, some, metrics = zip(*looked_at(source, spec, shares, counts, weighted), strict=True)
     mean = Metric(
         torch.stack([metric.row for metric in metrics]).mean(0), torch.stack([m.column for m in metrics]).mean(0)
     ).positive()

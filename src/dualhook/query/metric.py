@@ -5,8 +5,9 @@ Letters: ``n`` pattern, ``t`` step, ``o`` output, ``s`` slot, ``c`` column of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from dualhook.query.parts import ReplayShare
 from dualhook.query.preview import close_to, middle_factor
 from dualhook.records import NO_SAMPLE, LayerSpec, Rows, RowSource
 
-__all__ = ["LEAST", "Some", "columns_of", "edges", "metric_of", "some_rows"]
+__all__ = ["LEAST", "Some", "columns_of", "edges", "looked_at", "metric_of", "some_rows"]
 
 STRETCHES = 12
 ROWS = 2**18  # looked at in all …
@@ -50,6 +51,22 @@ def edges(share: ReplayShare) -> list[int]:
     steps = share.horizon - share.begins
     count = min(STRETCHES, max(1, steps))
     return [share.begins + steps * k // count for k in range(count + 1)]
+
+
+def looked_at(
+    source: RowSource,
+    spec: LayerSpec,
+    shares: Sequence[ReplayShare],
+    counts: Tensor,
+    weighted: Callable[[Rows], Tensor],
+) -> Iterator[tuple[tuple[int, int], Some | None, Metric]]:
+    """Every stretch, oldest first: the step before it and its last one, some of its rows, and its metric.
+
+    ``counts`` and ``weighted`` as :func:`some_rows` takes them.
+    """
+    for begin, end in pairwise(edges(shares[0])):
+        some = some_rows(source, spec, begin, end, counts, weighted)
+        yield (begin, end), some, metric_of(spec, shares, (begin, end), some)
 
 
 def some_rows(

@@ -8,13 +8,12 @@ layers pull over what it pulls itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
 from dualhook.query.curvature import norms_of
 from dualhook.query.decay import gains
-from dualhook.query.metric import edges, metric_of, some_rows
+from dualhook.query.metric import looked_at
 from dualhook.query.parts import ReplayShare
 from dualhook.records import LayerSpec, Rows, RowSource
 
@@ -36,11 +35,7 @@ def pull_of(
         RuleError: what the optimiser does is made of more than its state.
     """
     found = gains(shares[0])
-    for begin, end in pairwise(edges(shares[0])):
-        some = some_rows(source, spec, begin, end, counts, weighted)
-        trace = 0.0
-        if some is not None:
-            metric = metric_of(spec, shares, (begin, end), some)
-            trace = float(norms_of(metric.measured(some.weighted))[0].sum()) / some.steps
+    for (begin, end), some, metric in looked_at(source, spec, shares, counts, weighted):
+        trace = 0.0 if some is None else float(norms_of(metric.measured(some.weighted))[0].sum()) / some.steps
         found[begin + 1 : end + 1] *= trace
     return found
