@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from influence_methods import METHODS, Run
+from influence_methods import METHODS, OF_IMAGES, Run
 from influence_settings import SETTINGS, Setting
 
 from dualhook.evaluate import Retrainings, datamodelling_score, noise_table, removal_table, retrain
@@ -35,7 +35,8 @@ REMOVED = ("penultimate, sign by label", "TracIn (dattri)", "EK-FAC (kronfluence
 def scored(setting: Setting, seed: int, methods: list[str], folder: Path) -> dict[str, np.ndarray]:
     """The scores [query, sample] of every method that can be had, by name."""
     run, found = Run(setting, seed), {}
-    for name in methods:
+    has_labels = setting.data().targets.dim() == 1
+    for name in (name for name in methods if has_labels or name not in OF_IMAGES):
         path = folder / f"scores-{seed}" / f"{name}.npy"
         if not path.exists():
             try:

@@ -9,7 +9,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dualhook
 
-__all__ = ["METHODS", "Run"]
+__all__ = ["METHODS", "OF_IMAGES", "Run"]
 
 CHECKPOINTS = 5  # of TracIn, evenly over the training
 PROJECTED = 512  # TRAK's dimensions
@@ -67,7 +67,9 @@ def dual(method: str) -> Callable[[Run], Tensor]:
 
     def scores(run: Run) -> Tensor:
         data, model, of = run.setting.data(), run.model, run.setting.of
-        target = data.query_targets if of == "margin" else None
+        target: Any = data.query_targets
+        if of == "loss":  # of all tokens of a passage
+            target = partial(cross_entropy, targets=data.query_targets)
         influence = run.memory.influence(model, data.queries, target=target, of=of, method=method)
         if not np.array_equal(influence.samples, run.setting.samples):
             raise ValueError("the memory knows other samples than the setting has")
@@ -221,3 +223,6 @@ METHODS: dict[str, Callable[[Run], Tensor]] = {
     "cosine": dual("cosine"),
     "decayed": dual("decayed"),
 }
+
+OF_IMAGES = ("pixels", "pixels, sign by label", "penultimate, sign by label")
+"""Those that want images with one label each."""

@@ -43,8 +43,7 @@ def gpt2(request) -> Trained:
         vocab_size=VOCABULARY, n_embd=8, n_layer=2, n_head=2, n_positions=12, tie_word_embeddings=False,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    layers = ["transformer.wte", "transformer.h.*", "lm_head"]
-    return Trained(transformers.GPT2LMHeadModel(config), request.param, layers=layers)
+    return Trained(transformers.GPT2LMHeadModel(config), request.param, layers="all")
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +101,32 @@ def test_several_positions_are_answered_like_each_alone(gpt2):
                 tokens = gpt2.tokens[sequence : sequence + 1]
                 alone = gpt2.memory.attend(model, tokens, positions=position)
                 assert same(answers(whole, 3 * sequence + k), answers(alone, 0))
+
+
+class Packed(torch.nn.Module):
+    """A head that sees all sequences one after the other, as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(VOCABULARY, 5), torch.nn.Linear(5, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | transformers.utils.ModelOutput:
+        lengths = input_ids.ne(0).sum(1).tolist()
+        one = self.head(self.embedding(input_ids[input_ids.ne(0)])[None])[0]
+        logits = torch.stack([part.sum(0) for part in one.split(lengths)])
+        if labels is None:
+            return logits
+        return transformers.utils.ModelOutput(loss=logits.logsumexp(1).mean())
+
+
+def test_sequences_packed_into_one_are_answered_like_each_alone():
+    trained = Trained(Packed())
+    tokens = trained.tokens.clone()
+    tokens[0, 4:] = 0
+    whole = trained.memory.attend(trained.model, tokens)
+    for query in (0, 1):
+        alone = trained.memory.attend(trained.model, tokens[query : query + 1])
+        assert same(answers(whole, query), answers(alone, 0))
 
 
 def test_later_tokens_put_nothing_into_an_earlier_logit(gpt2):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Places:
     def that_matter(self) -> Places:
         """Only the places that each query's prediction depends on; all where it depends on none."""
         matter = self.direction.ne(0).any(-1)
-        matter |= ~matter.any(1, keepdim=True)
+        matter |= ~matter.any(1, keepdim=True) if self.present is None else self.present & ~matter.any(1, keepdim=True)
         order = matter.logical_not().long().argsort(dim=1, stable=True)[:, : int(matter.sum(1).max())]
         present = matter.gather(1, order)
         return Places(
@@ -103,6 +103,8 @@ def ask(
 ) -> Asked:
     """Run a model once and see what its layers are asked; one backward pass for each position.
 
+    A layer whose rows do not say which query they belong to costs one more for each query.
+
     Raises:
         LayerError: the model does not call these layers, or inputs, target or positions do not fit it.
     """
@@ -111,16 +113,13 @@ def ask(
     for tapped in layers:
         there.setdefault(tapped.spec.name, tapped)
     parts: dict[str, list[Places]] = {}
-    with torch.inference_mode(False), torch.enable_grad(), observe(inner, layers) as calls:
+    with torch.inference_mode(False), torch.enable_grad(), observe(inner, layers) as observed:
         about = predicted(run_model(inner, inputs), target, positions, inner, inputs, of)
-        seen = [(name, call) for name, own in calls.items() for call in own]
-        for left, scores in zip(reversed(range(about.scores.shape[1])), about.scores.unbind(1), strict=True):
-            along = directions(scores, [call for _, call in seen], last=not left)
-            for name, tapped in there.items():
-                own = [(call, d) for (called, call), d in zip(seen, along, strict=True) if called == name]
-                if own:
-                    places = _by_query(tapped.spec, own, len(scores))
-                    parts.setdefault(name, []).append(places.that_matter() if about.along_sequences else places)
+        calls = {name: own for name, own in observed.items() if own}
+        for scores in about.scores.unbind(1):
+            for name, own in _by_layer(there, calls, scores).items():
+                places = _by_query(own, len(scores))
+                parts.setdefault(name, []).append(places.that_matter() if about.along_sequences else places)
     if not parts:
         names = ", ".join(spec.name for spec in specs)
         raise LayerError(f"the model's forward pass calls none of {names}")
@@ -143,30 +142,43 @@ def _matrices(tapped: Tapped) -> tuple[Tensor, Tensor | None]:
     return found[0], found[1] if len(found) > 1 else None
 
 
-def _by_query(spec: LayerSpec, calls: Sequence[tuple[Observed, Tensor]], queries: int) -> Places:
-    """A layer's calls, query by query.
+def _by_layer(
+    there: Mapping[str, Tapped], calls: Mapping[str, Sequence[Observed]], scores: Tensor
+) -> dict[str, list[Rows]]:
+    """What each layer's calls put to it on the way to some ``scores`` [q]: inputs, directions, and whose they are.
 
-    Calls and places of a sequence stand side by side as positions, in a layer of several slots filled up with empty
-    ones (slot -1).
-
-    Raises:
-        LayerError: which row belongs to which query is not known.
+    Rows that do not say which query they belong to (of position embeddings that all share, of sequences packed into
+    one) belong to every query whose score depends on them, each time with that score's gradient.
     """
-    parts = [_patterns(spec, call, direction, queries) for call, direction in calls]
-    for (call, _), rows in zip(calls, parts, strict=True):
-        if queries > 1 and bool((rows.sample < 0).any()):
-            raise LayerError(
-                f"layer {spec.name!r} saw inputs of shape {list(call.call.key.shape)} for {queries} queries: which "
-                "row belongs to which query is not known; ask one query at a time"
-            )
+    seen = [(name, call) for name, own in calls.items() for call in own]
+    found: dict[str, list[Rows]] = {name: [] for name in calls}
+    shared: list[tuple[str, Observed]] = []
+    for (name, call), direction in zip(seen, directions(scores, [call for _, call in seen]), strict=True):
+        rows = _patterns(there[name].spec, call, direction, len(scores))
+        if len(scores) > 1 and bool((rows.sample < 0).any()):
+            shared.append((name, call))
+        else:
+            found[name].append(rows)
+    for query in range(len(scores) if shared else 0):
+        along = directions(scores[query : query + 1], [call for _, call in shared])
+        for (name, call), direction in zip(shared, along, strict=True):
+            rows = _patterns(there[name].spec, call, direction, len(scores))
+            matter = rows.output_grad.ne(0).any(-1)
+            matter[0] |= ~matter.any()
+            found[name].append(replace(rows, sample=torch.full_like(rows.sample, query)).where(matter))
+    return found
+
+
+def _by_query(parts: Sequence[Rows], queries: int) -> Places:
+    """A layer's rows, query by query.
+
+    Calls and places of a sequence stand side by side as positions, filled up with absent ones (slot -1) where a query
+    has fewer than others.
+    """
     sample = torch.cat([rows.sample for rows in parts]).clamp(min=0)
     order = sample.argsort(stable=True)
     counts = torch.bincount(sample, minlength=queries)
     most = int(counts.max())
-    if spec.slots == 1 and bool((counts != most).any()):
-        raise LayerError(
-            f"layer {spec.name!r} was called on {int(counts.min())} to {most} rows a query: ask one query at a time"
-        )
     place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[sample[order]]
     at = sample[order], place
 
@@ -178,7 +190,8 @@ def _by_query(spec: LayerSpec, calls: Sequence[tuple[Observed, Tensor]], queries
     query = laid_out(torch.cat([rows.key for rows in parts]), 0.0)
     direction = laid_out(torch.cat([rows.output_grad for rows in parts]), 0.0)
     slots = [rows.slot for rows in parts if rows.slot is not None]
-    return Places(query, direction, laid_out(torch.cat(slots).long(), -1) if slots else None)
+    present = None if bool((counts == most).all()) else torch.arange(most) < counts[:, None]
+    return Places(query, direction, laid_out(torch.cat(slots).long(), -1) if slots else None, present)
 
 
 def _patterns(spec: LayerSpec, call: Observed, direction: Tensor, queries: int) -> Rows:

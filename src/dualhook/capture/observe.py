@@ -32,16 +32,16 @@ class Observed:
     edge: GradientEdge | None
 
 
-def directions(scores: Tensor, calls: Sequence[Observed], *, last: bool = True) -> list[Tensor]:
+def directions(scores: Tensor, calls: Sequence[Observed]) -> list[Tensor]:
     """The gradient [..., o] of the sum of ``scores`` at the output of every call, zero where it does not matter.
 
-    The edges were taken before anything could change the outputs in place; no parameter's ``grad`` is touched. The
-    graph is kept unless these scores are the ``last`` asked about.
+    The edges were taken before anything could change the outputs in place; no parameter's ``grad`` is touched,
+    and the graph is kept.
     """
     edges = [call.edge for call in calls if call.edge is not None]
     found: Iterator[Tensor | None] = iter(())
     if edges and scores.requires_grad:
-        found = iter(torch.autograd.grad(scores.sum(), edges, retain_graph=not last, allow_unused=True))
+        found = iter(torch.autograd.grad(scores.sum(), edges, retain_graph=True, allow_unused=True))
     gradients = [next(found, None) if call.edge is not None else None for call in calls]
     return [
         scores.new_zeros(call.shape) if gradient is None else gradient.reshape(call.shape)
