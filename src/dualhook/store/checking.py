@@ -6,7 +6,7 @@ is asked for. Every check raises ``ValueError`` with what was found.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,13 +18,22 @@ from dualhook.records import COORDINATES, VALUE, LayerSpec
 from dualhook.store.packed import PER_STEP, WEIGHT, WEIGHT_STEP, form_of
 from dualhook.store.sharing import KEY_ROW
 
-__all__ = ["check_header", "check_ledger", "check_origin", "check_rows", "checked_count", "checked_layer"]
+__all__ = [
+    "SEGMENT_TEXTS",
+    "check_header",
+    "check_ledger",
+    "check_origin",
+    "check_rows",
+    "checked_count",
+    "checked_layer",
+]
 
 LARGEST_STEP = 2**26  # what is computed step by step takes 8 bytes each
 LARGEST_SIZE = 2**40  # of a layer's inputs or outputs, and of any other number
 CONVOLUTIONS = ("conv", "conv_transpose")
 KINDS = ("linear", "transposed", "bias", "embedding", "experts", "transposed_experts", "bilinear", *CONVOLUTIONS)
 NUMBERS = (torch.int64, torch.float64)  # of columns
+SEGMENT_TEXTS = ("parameters", "optimizers", "hyper", "state")  # lists in the header of a segment
 
 
 def checked_count(what: str, value: Any, least: int = 0, most: int = LARGEST_SIZE) -> int:
@@ -35,7 +44,7 @@ def checked_count(what: str, value: Any, least: int = 0, most: int = LARGEST_SIZ
 
 
 def _texts(what: str, values: Any) -> list[str]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+    if not isinstance(values, list) or not set(map(type, values)) <= {str}:
         raise ValueError(f"{what} {values!r:.80}: expected a list of texts")
     return values
 
@@ -93,13 +102,7 @@ def _check_convolution(spec: LayerSpec, options: Mapping[str, Any]) -> None:
 
 def check_header(kind: str, header: Mapping[str, Any], tensors: Collection[str]) -> None:
     """The header of a file of some kind, which holds ``tensors`` of these names."""
-    {
-        "segment": _check_segment,
-        "origin": _check_origin,
-        "snapshot": _check_parameters,
-        "latest": _check_step,
-        "column": _check_column,
-    }[kind](header, tensors)
+    HEADERS[kind](header, tensors)
 
 
 def _check_step(header: Mapping[str, Any], tensors: Collection[str]) -> None:
@@ -142,9 +145,17 @@ def _check_segment(header: Mapping[str, Any], tensors: Collection[str]) -> None:
         holder = own.get("key_of", layer)
         if holder not in rows or (holder != layer and "key_of" in rows[holder]):
             raise ValueError(f"{layer!r:.80} has the keys of {holder!r:.80}, which has none of its own")
-    for what in ("parameters", "optimizers", "hyper", "state"):
+    for what in SEGMENT_TEXTS:
         _texts(what, header[what])
 
+
+HEADERS: Mapping[str, Callable[[Mapping[str, Any], Collection[str]], None]] = {
+    "segment": _check_segment,
+    "origin": _check_origin,
+    "snapshot": _check_parameters,
+    "latest": _check_step,
+    "column": _check_column,
+}
 
 # ---- tensors -------------------------------------------------------------------------------------------------
 

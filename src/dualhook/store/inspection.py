@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dualhook.errors import StoreError
-from dualhook.store.checking import check_header
+from dualhook.store.checking import SEGMENT_TEXTS, check_header
 from dualhook.store.checksums import CHECKSUMS, HEADER_ITSELF, mismatches
 from dualhook.store.lanes import Segment
 from dualhook.store.layout import UNREADABLE, Layout, Manifest, glance, open_tensors, segment_name
@@ -19,7 +19,7 @@ from dualhook.store.layout import UNREADABLE, Layout, Manifest, glance, open_ten
 __all__ = ["Damage", "Inspection", "inspected"]
 
 KINDS = {"segments": "segment", "origin": "origin", "snapshots": "snapshot", "columns": "column"}  # by folder
-Lane = Sequence[tuple[Path, "Segment | None"]]  # one process's files, None where a file is damaged
+Lane = Sequence[tuple[int, Path, "Segment | None"]]  # one process's files by number, None where one is damaged
 COLUMN = "/column/"  # between a layer's rows and the name of a column
 NAMED = 3  # damaged tensors that are named one by one
 
@@ -75,24 +75,27 @@ def inspected(
     folders = {"origin": layout.origins(), "segments": layout.segments()}
     if deep:
         folders |= {"snapshots": layout.snapshots(), "columns": layout.columns()}
-    lanes: dict[int, list[tuple[Path, Segment | None]]] = {rank: [] for rank in range(manifest.ranks)}
+    lanes: dict[int, list[tuple[int, Path, Segment | None]]] = {rank: [] for rank in range(manifest.ranks)}
+    before: dict[str, Any] = {}
     with _nothing_to_collect():
         for folder, path in ((folder, path) for folder, paths in folders.items() for path in paths):
             header = _looked_at(path, KINDS[folder], layout, manifest, found, deep=deep)
             if folder == "origin" and header is not None:
                 found.origins[path] = header
             elif folder == "segments":
+                before = before if header is None else _kept_once(header, before)
+                rank, number = _place(path)
                 segment = _segment(path, header, manifest, found, layout.root, deep=deep)
-                lanes.setdefault(_place(path)[0], []).append((path, segment))
+                lanes.setdefault(rank, []).append((number, path, segment))
             if on_file is not None:
                 on_file(path.stat().st_size)
     folded = max((int(header["folded"]) for header in found.origins.values()), default=0)
     is_known = all(path in found.origins for path in folders["origin"])
     for rank, lane in lanes.items():
-        own = [(path, segment) for path, segment in lane if segment is None or segment.last_step > folded]
-        begin, before = _beginning(own, folded) if is_known or not own else (_place(own[0][0])[1], None)
+        own = [one for one in lane if one[2] is None or one[2].last_step > folded]
+        begin, last = _beginning(own, folded) if is_known or not own else (own[0][0], None)
         reach = 0 if latest is None or rank else int(latest["step"])
-        _check_order(own, begin, before, reach, partial(layout.segment, rank=rank), found, layout.root)
+        _check_order(own, begin, last, reach, partial(layout.segment, rank=rank), found, layout.root)
     if deep and is_known:
         known = {name for spec in manifest.layers for name in spec.parameters}
         begun = {name for header in found.origins.values() for name in header["parameters"]}
@@ -112,6 +115,14 @@ def _nothing_to_collect() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _kept_once(header: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A segment's header, with the lists of the one before it where its own are the same, as nearly all are."""
+    for what in SEGMENT_TEXTS:
+        if header[what] == before.get(what):
+            header[what] = before[what]
+    return header
 
 
 def _looked_at(
@@ -220,8 +231,8 @@ def _beginning(lane: Lane, folded: int) -> tuple[int, int]:
     """The number of the segment that one process's begin with, and the step before it."""
     if not folded or not lane:
         return 0, folded
-    path, segment = lane[0]
-    return _place(path)[1] - (segment is not None and segment.first_step > folded + 1), folded
+    number, _, segment = lane[0]
+    return number - (segment is not None and segment.first_step > folded + 1), folded
 
 
 def _check_order(
@@ -232,8 +243,8 @@ def _check_order(
     ``last`` is the step before them, None where that is not known.
     """
     number = begin - 1
-    for segment in (segment for _, segment in lane if segment is not None):
-        before, own = number, _place(segment.path)[1]
+    for own, segment in ((own, segment) for own, _, segment in lane if segment is not None):
+        before = number
         last = segment.first_step - 1 if last is None else last
         if own == before + 1 and not last <= segment.first_step <= last + 1:
             what = f"begins with step {segment.first_step}: expected {last + 1}"
@@ -245,7 +256,7 @@ def _check_order(
         found.segments.append(segment)
         number, last = own, segment.last_step
     last = last or 0
-    end = max([number + (reach > last), *(_place(path)[1] for path, _ in lane[-1:])])
+    end = max([number + (reach > last), *(own for own, _, _ in lane[-1:])])
     _note_gap(map(named, range(number + 1, end + 1)), (last + 1, max(reach, last + 1)), found, root)
 
 

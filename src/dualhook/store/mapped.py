@@ -45,7 +45,7 @@ def glanced(path: Path) -> tuple[dict[str, str], list[str]]:
         os.close(descriptor)
     header = parsed(data[8 : 8 + length])
     metadata = header.pop("__metadata__", {})
-    if 8 + length + max((own["data_offsets"][1] for own in header.values()), default=0) != size:
+    if 8 + length + max([own["data_offsets"][1] for own in header.values()], default=0) != size:
         raise ValueError(f"{size} bytes are not what its header says")
     return metadata, list(header)
 
