@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import fsspec
@@ -40,6 +41,8 @@ def server():
     running.start()
     host, port = running.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
+        # werkzeug names its server beside moto's, and two names are an error to aiohttp in Python's development mode
+        patch.setattr("werkzeug.serving.WSGIRequestHandler.send_response", BaseHTTPRequestHandler.send_response_only)
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
