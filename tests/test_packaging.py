@@ -39,11 +39,12 @@ def source(tmp_path_factory) -> Path:
     return target
 
 
-@pytest.fixture
-def clean(tmp_path) -> Path:
-    """The Python of a new environment without this package, but with what it depends on."""
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> Path:
+    """The Python of a new environment without this package, but with what it depends on; each install ends another."""
+    folder = tmp_path_factory.mktemp("clean") / "env"
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     place = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True,

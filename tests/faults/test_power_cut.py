@@ -148,7 +148,7 @@ def test_what_the_power_leaves_of_compacting_is_the_old_or_the_new_memory(tmp_pa
 
 def hold(disk: Disk, scenario: str, draw: random.Random, at: Path) -> None:
     """Some moments, or all: what is found after each is a memory that has what was promised."""
-    moments = disk.moments if KILLS >= 200 else draw.sample(disk.moments, 20)
+    moments = disk.moments if KILLS >= 200 else draw.sample(disk.moments, 12)
     for moment in moments:
         for names in (moment.synced, moment.current):
             found = lay_out(disk.root, names, moment.contents, at)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from itertools import groupby
+
 import pytest
 import torch
 import torchvision
@@ -21,7 +24,17 @@ from torchvision.models.regnet import BlockParams
 
 import dualhook
 
-NAMES = torchvision.models.list_models(module=torchvision.models)
+LONG = pytest.mark.skipif(not os.environ.get("DUALHOOK_SWEEP"), reason="more of a family: DUALHOOK_SWEEP=1 runs it")
+FAMILIES = groupby(
+    torchvision.models.list_models(module=torchvision.models),
+    key=lambda name: torchvision.models.get_model_builder(name).__module__,
+)
+NAMES = [
+    name if not number else pytest.param(name, marks=LONG)
+    for _, family in FAMILIES
+    for number, name in enumerate(family)
+]
+"""The first of every family, and the others, which are as deep or wide as they are and built of the same code."""
 CLASSES = 709  # a prime that is the width of no layer
 BLOCKS = {
     "alexnet": ["classifier.1", "classifier.4"],

@@ -24,7 +24,7 @@ from dualhook.query import Composition, GroupSums, LayerQuery, Receipt, TopPatte
 from dualhook.query.parts import SealedRows
 from dualhook.records import FactorVectors, LayerSpec, Rows
 
-STEPS, BATCH = 40, 16
+STEPS, BATCH = 16, 16
 KINDS = ("threads", "processes", "dask")
 
 
