@@ -132,15 +132,16 @@ def moments_of(rows: Rows, slots: int, columns: int) -> Tensor:
 def norms_of(rows: Rows) -> tuple[Tensor, Tensor]:
     """``|g_s|^2`` [m] of every sample and step among the rows, and which of them each row belongs to [n]."""
     group, counts = _groups(rows)
-    squares = rows.output_grad.new_zeros(len(counts), dtype=torch.float64)
-    if int(counts.max()) == 1:
-        own = rows.output_grad.square().sum(1) * rows.key.square().sum(1)
-        return squares.index_add_(0, group, own.double()), group
-    for samples, k, d, slot in laid_out(rows, group, counts, lambda most: most * most):
-        met = (k @ k.mT) * (d @ d.mT)
-        if slot is not None:
-            met = met * (slot[:, :, None] == slot[:, None, :])
-        squares[samples] = met.double().sum((1, 2))
+    own = rows.output_grad.square().sum(1) * rows.key.square().sum(1)
+    squares = own.new_zeros(len(counts), dtype=torch.float64).index_add_(0, group, own.double())
+    for several, their, number, counted in _of_several(rows, group, counts):
+        found = squares[several]
+        for samples, k, d, slot in laid_out(their, number, counted, lambda most: most * most):
+            met = (k @ k.mT) * (d @ d.mT)
+            if slot is not None:
+                met = met * (slot[:, :, None] == slot[:, None, :])
+            found[samples] = met.double().sum((1, 2))
+        squares[several] = found
     return squares, group
 
 
@@ -155,12 +156,12 @@ def _by_slot(rows: Rows) -> Iterator[tuple[int, Rows]]:
 def _squared(rows: Rows) -> Tensor:
     """``sum_s g_s ∘ g_s`` [o, c]."""
     group, counts = _groups(rows)
-    if int(counts.max()) == 1:
-        return rows.output_grad.square().T @ rows.key.square()
     outputs, columns = rows.output_grad.shape[1], rows.key.shape[1]
-    found = rows.output_grad.new_zeros(outputs, columns)
-    for _, k, d, _ in laid_out(rows, group, counts, lambda most: outputs * columns):
-        found += (d.mT @ k).square().sum(0)
+    alone = rows.where(counts[group] == 1)
+    found = alone.output_grad.square().T @ alone.key.square()
+    for _, their, number, counted in _of_several(rows, group, counts):
+        for _, k, d, _ in laid_out(their, number, counted, lambda most: outputs * columns):
+            found += (d.mT @ k).square().sum(0)
     return found
 
 
@@ -170,6 +171,15 @@ def _groups(rows: Rows) -> tuple[Tensor, Tensor]:
         torch.stack([rows.step, rows.sample]), dim=1, return_inverse=True, return_counts=True
     )
     return group, counts
+
+
+def _of_several(rows: Rows, group: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, Rows, Tensor, Tensor]]:
+    """Once, if there are any, the samples of more than one row [m]: which, their rows, whose each is, how many each."""
+    several = (counts > 1).nonzero()[:, 0]
+    if len(several):
+        numbers = torch.full_like(counts, -1).index_put((several,), torch.arange(len(several)))
+        number = numbers[group]
+        yield several, rows.where(number >= 0), number[number >= 0], counts[several]
 
 
 def laid_out(
