@@ -204,14 +204,13 @@ def _groups(table: Table, column: str) -> int:
 
 def _is_short(table: Table, thing: Sequence[str], k: int, kept: int) -> bool:
     """Whether a ranking that is full names fewer than ``k`` samples of some query and layer."""
+    if not (table["rank"] == kept).any():
+        return False
     found: dict[tuple[int, str], set[tuple[int, ...]]] = {}
-    full = False
-    for row in table:
-        full = full or row["rank"] == kept
-        found.setdefault((row["query"], row["layer"]), set()).add(
-            tuple(row[name] for name in thing) if row["sample"] >= 0 else (row["pattern"],)
-        )
-    return full and any(len(own) < k for own in found.values())
+    names = ("query", "layer", "pattern", "sample", *thing)
+    for query, layer, pattern, sample, *which in zip(*(table[name].tolist() for name in names), strict=True):
+        found.setdefault((query, layer), set()).add(tuple(which) if sample >= 0 else (pattern,))
+    return any(len(own) < k for own in found.values())
 
 
 class _Names:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -63,18 +63,34 @@ def _met(
     source: RowSource, asked: Gradient, first: int, last: int, numbered: Callable[[Rows], Tensor], owner: Tensor
 ) -> _Met:
     """What a layer's rows of some steps make with every query."""
-    blocks = list(source.blocks(asked.spec.name, first_step=first, last_step=last, block_rows=2**30))
-    if not blocks:
-        none = torch.zeros(0, dtype=torch.int64)
-        return _Met(none, none.double(), none, none, none.double().reshape(0, len(asked.query)))
-    rows = extended(asked.spec, blocks[0].joined(*blocks[1:]))
-    square, group = norms_of(rows)
-    unit, units, known = numbered(rows), len(owner) + 1, int(owner.max()) + 1
-    key = torch.empty(len(square), dtype=torch.int64)
-    key[group] = rows.step * (known + 1) + torch.cat([owner, owner.new_tensor([known])])[unit]
-    pair, place = torch.unique(group * units + unit, return_inverse=True)
-    dots = -asked.in_few_pairs().met(rows, place, len(pair))
-    return _Met(key, square, pair % units, pair // units, dots)
+    asked, units, known = asked.in_few_pairs(), len(owner) + 1, int(owner.max()) + 1
+    owner = torch.cat([owner, owner.new_tensor([known])])
+    none = torch.zeros(0, dtype=torch.int64)
+    parts = [_Met(none, none.double(), none, none, none.double().reshape(0, len(asked.query)))]
+    before = 0
+    for block in _of_whole_steps(source.blocks(asked.spec.name, first_step=first, last_step=last, block_rows=2**30)):
+        rows = extended(asked.spec, block)
+        square, group = norms_of(rows)
+        unit = numbered(rows)
+        key = torch.empty(len(square), dtype=torch.int64)
+        key[group] = rows.step * (known + 1) + owner[unit]
+        pair, place = torch.unique(group * units + unit, return_inverse=True)
+        dots = -asked.met(rows, place, len(pair))
+        parts.append(_Met(key, square, pair % units, before + pair // units, dots))
+        before += len(square)
+    return _Met(*(torch.cat([getattr(part, own.name) for part in parts]) for own in fields(_Met)))
+
+
+def _of_whole_steps(blocks: Iterable[Rows]) -> Iterator[Rows]:
+    """Blocks in ascending order, those joined that share a step, as the blocks of several processes do."""
+    held: list[Rows] = []
+    for block in blocks:
+        if held and held[-1].step[-1] < block.step[0]:
+            yield held[0] if len(held) == 1 else held[0].joined(*held[1:])
+            held = []
+        held.append(block)
+    if held:
+        yield held[0] if len(held) == 1 else held[0].joined(*held[1:])
 
 
 def _chunks(source: RowSource, gradients: Sequence[Gradient], first: int, last: int) -> Iterator[tuple[int, int]]:

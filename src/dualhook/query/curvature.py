@@ -132,7 +132,7 @@ def moments_of(rows: Rows, slots: int, columns: int) -> Tensor:
 def norms_of(rows: Rows) -> tuple[Tensor, Tensor]:
     """``|g_s|^2`` [m] of every sample and step among the rows, and which of them each row belongs to [n]."""
     group, counts = _groups(rows)
-    own = rows.output_grad.square().sum(1) * rows.key.square().sum(1)
+    own = (torch.linalg.vector_norm(rows.output_grad, dim=1) * torch.linalg.vector_norm(rows.key, dim=1)).square()
     squares = own.new_zeros(len(counts), dtype=torch.float64).index_add_(0, group, own.double())
     for several, their, number, counted in _of_several(rows, group, counts):
         found = squares[several]
@@ -167,9 +167,8 @@ def _squared(rows: Rows) -> Tensor:
 
 def _groups(rows: Rows) -> tuple[Tensor, Tensor]:
     """Which sample and step each row is of [n], and how many rows these have [m]."""
-    _, group, counts = torch.unique(
-        torch.stack([rows.step, rows.sample]), dim=1, return_inverse=True, return_counts=True
-    )
+    numbers, sample = torch.unique(rows.sample, return_inverse=True)
+    _, group, counts = torch.unique(rows.step * len(numbers) + sample, return_inverse=True, return_counts=True)
     return group, counts
 
 

@@ -196,9 +196,11 @@ class _Lists:
         lists: dict[str, list[int]] = {}
         for name, (by, way) in LISTS.items():
             plain = by.removeprefix("abs_")
-            rank = [way * (row.get(by, abs(row[plain]))) for row in rows]
+            rank = [row[by] for row in rows] if by in rows[0] else [abs(row[plain]) for row in rows]
             chosen, seen = [], set()
-            order = [(-ahead, row.get("step", 0), n) for n, (ahead, row) in enumerate(zip(rank, rows, strict=True))]
+            order = [
+                (-way * value, row.get("step", 0), n) for n, (value, row) in enumerate(zip(rank, rows, strict=True))
+            ]
             for *_, n in sorted(order):
                 thing = self._thing(rows[n])
                 if thing not in seen:
