@@ -173,11 +173,13 @@ def _ask(
     totals = [Totals((name,)) for name in ("step", *shown)]
     answers = attention.gather(*ranked(), *totals, *summed)
     first, steps, rest = answers[:4], answers[4], answers[5:]
-    while any(_is_short(table, thing, k, kept) for table in first):
+    distinct = [_of_distinct(table, thing, k) for table in first]
+    while any(_is_short(own, k) and (table["rank"] == kept).any() for table, own in zip(first, distinct, strict=True)):
         kept *= 4
         first = attention.gather(*ranked())
+        distinct = [_of_distinct(table, thing, k) for table in first]
     by_column = {name: table for name, table in zip(shown, rest, strict=False) if _groups(table, name) <= MOST_BARS}
-    columns = {name: np.concatenate([table[name] for table in first]) for name in first[0].columns}
+    columns = {name: np.concatenate([table[name] for table in distinct]) for name in distinct[0].columns}
     return _Found(Table(columns), rest[len(shown)] if summed else None, steps, by_column)
 
 
@@ -202,15 +204,24 @@ def _groups(table: Table, column: str) -> int:
     return len(set(table[column].tolist()))
 
 
-def _is_short(table: Table, thing: Sequence[str], k: int, kept: int) -> bool:
-    """Whether a ranking that is full names fewer than ``k`` samples of some query and layer."""
-    if not (table["rank"] == kept).any():
-        return False
-    found: dict[tuple[int, str], set[tuple[int, ...]]] = {}
-    names = ("query", "layer", "pattern", "sample", *thing)
-    for query, layer, pattern, sample, *which in zip(*(table[name].tolist() for name in names), strict=True):
-        found.setdefault((query, layer), set()).add(tuple(which) if sample >= 0 else (pattern,))
-    return any(len(own) < k for own in found.values())
+def _of_distinct(table: Table, thing: Sequence[str], k: int) -> Table:
+    """The first ``k`` rows of each query and layer of a ranking that name different samples; unknown ones' all do."""
+    layer = np.unique(table["layer"], return_inverse=True)[1]
+    pattern = np.where(table["sample"] < 0, table["pattern"], -1)
+    _, first = np.unique(
+        np.stack([table["query"], layer, *(table[name] for name in thing), pattern]), axis=1, return_index=True
+    )
+    first.sort()
+    asked = table["query"][first] * (1 + layer.max(initial=0)) + layer[first]
+    order = asked.argsort(kind="stable")
+    begins = np.searchsorted(asked[order], asked[order])
+    chosen = np.sort(first[order[np.arange(len(order)) - begins < k]])
+    return Table({name: table[name][chosen] for name in table.columns})
+
+
+def _is_short(distinct: Table, k: int) -> bool:
+    """Whether fewer than ``k`` rows are of some query and layer."""
+    return len(distinct) < k * len(set(zip(distinct["query"].tolist(), distinct["layer"].tolist(), strict=True)))
 
 
 class _Names:
