@@ -92,6 +92,8 @@ def neighbours(*, penultimate: bool, signed: bool) -> Callable[[Run], Tensor]:
         if penultimate:
             train, queries = (features(run.model, inputs) for inputs in (train, queries))
         cosines = F.normalize(queries.flatten(1).float()) @ F.normalize(train.flatten(1).float()).T
+        if run.setting.of == "loss":  # which those that are like it have lowered
+            cosines = -cosines
         alike = data.query_targets[:, None] == data.targets[None]
         return torch.where(alike, cosines, -cosines) if signed else cosines
 
