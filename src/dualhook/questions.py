@@ -36,7 +36,8 @@ class Places:
     def that_matter(self) -> Places:
         """Only the places that each query's prediction depends on; all where it depends on none."""
         matter = self.direction.ne(0).any(-1)
-        matter |= ~matter.any(1, keepdim=True) if self.present is None else self.present & ~matter.any(1, keepdim=True)
+        of_none = ~matter.any(1, keepdim=True)
+        matter |= of_none if self.present is None else of_none & self.present
         order = matter.logical_not().long().argsort(dim=1, stable=True)[:, : int(matter.sum(1).max())]
         present = matter.gather(1, order)
         return Places(

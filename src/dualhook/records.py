@@ -170,7 +170,9 @@ class Rows:
         return self._each(lambda values: values.index_select(0, index))
 
     def joined(self, *others: Rows) -> Rows:
-        """These rows and those that follow them; a column that some lack is absent there."""
+        """These rows and those that follow them; a column that some lack is absent there. Alone, without a copy."""
+        if not others:
+            return self.unpacked()
         parts, columns = [part.unpacked() for part in (self, *others)], {}
         for name in dict.fromkeys(name for part in parts for name in part.columns):
             like = next(part.columns[name] for part in parts if name in part.columns)

@@ -86,11 +86,11 @@ def _of_whole_steps(blocks: Iterable[Rows]) -> Iterator[Rows]:
     held: list[Rows] = []
     for block in blocks:
         if held and held[-1].step[-1] < block.step[0]:
-            yield held[0] if len(held) == 1 else held[0].joined(*held[1:])
+            yield held[0].joined(*held[1:])
             held = []
         held.append(block)
     if held:
-        yield held[0] if len(held) == 1 else held[0].joined(*held[1:])
+        yield held[0].joined(*held[1:])
 
 
 def _chunks(source: RowSource, gradients: Sequence[Gradient], first: int, last: int) -> Iterator[tuple[int, int]]:

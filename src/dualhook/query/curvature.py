@@ -134,14 +134,11 @@ def norms_of(rows: Rows) -> tuple[Tensor, Tensor]:
     group, counts = _groups(rows)
     own = (torch.linalg.vector_norm(rows.output_grad, dim=1) * torch.linalg.vector_norm(rows.key, dim=1)).square()
     squares = own.new_zeros(len(counts), dtype=torch.float64).index_add_(0, group, own.double())
-    for several, their, number, counted in _of_several(rows, group, counts):
-        found = squares[several]
-        for samples, k, d, slot in laid_out(their, number, counted, lambda most: most * most):
-            met = (k @ k.mT) * (d @ d.mT)
-            if slot is not None:
-                met = met * (slot[:, :, None] == slot[:, None, :])
-            found[samples] = met.double().sum((1, 2))
-        squares[several] = found
+    for which, k, d, slot in _of_several(rows, group, counts, lambda most: most * most):
+        met = (k @ k.mT) * (d @ d.mT)
+        if slot is not None:
+            met = met * (slot[:, :, None] == slot[:, None, :])
+        squares[which] = met.double().sum((1, 2))
     return squares, group
 
 
@@ -159,9 +156,8 @@ def _squared(rows: Rows) -> Tensor:
     outputs, columns = rows.output_grad.shape[1], rows.key.shape[1]
     alone = rows.where(counts[group] == 1)
     found = alone.output_grad.square().T @ alone.key.square()
-    for _, their, number, counted in _of_several(rows, group, counts):
-        for _, k, d, _ in laid_out(their, number, counted, lambda most: outputs * columns):
-            found += (d.mT @ k).square().sum(0)
+    for _, k, d, _ in _of_several(rows, group, counts, lambda most: outputs * columns):
+        found += (d.mT @ k).square().sum(0)
     return found
 
 
@@ -172,13 +168,16 @@ def _groups(rows: Rows) -> tuple[Tensor, Tensor]:
     return group, counts
 
 
-def _of_several(rows: Rows, group: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, Rows, Tensor, Tensor]]:
-    """Once, if there are any, the samples of more than one row [m]: which, their rows, whose each is, how many each."""
+def _of_several(
+    rows: Rows, group: Tensor, counts: Tensor, size: Callable[[int], int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """The samples of more than one row as :func:`laid_out` lays them out, each time with their numbers [m]."""
     several = (counts > 1).nonzero()[:, 0]
     if len(several):
-        numbers = torch.full_like(counts, -1).index_put((several,), torch.arange(len(several)))
-        number = numbers[group]
-        yield several, rows.where(number >= 0), number[number >= 0], counts[several]
+        number = torch.full_like(counts, -1).index_put((several,), torch.arange(len(several)))[group]
+        is_of_them = number >= 0
+        for samples, k, d, slot in laid_out(rows.where(is_of_them), number[is_of_them], counts[several], size):
+            yield several[samples], k, d, slot
 
 
 def laid_out(

@@ -195,8 +195,8 @@ class _Lists:
         entries: list[list[Any]] = []
         lists: dict[str, list[int]] = {}
         for name, (by, way) in LISTS.items():
-            plain = by.removeprefix("abs_")
-            rank = [row[by] for row in rows] if by in rows[0] else [abs(row[plain]) for row in rows]
+            is_known = by in rows[0]
+            rank = [row[by] if is_known else abs(row[by.removeprefix("abs_")]) for row in rows]
             chosen, seen = [], set()
             order = [
                 (-way * value, row.get("step", 0), n) for n, (value, row) in enumerate(zip(rank, rows, strict=True))
