@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -175,8 +175,8 @@ def passages(samples: int = 1024, queries: int = 50) -> Data:
     return Data(inputs[:samples], targets[:samples], inputs[samples:], targets[samples:])
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+def sgd(parameters: Any, rate: float = 0.01) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=rate, momentum=0.9)
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -193,6 +193,7 @@ SETTINGS = {
     "cnn-adamw": replace(_mlp, model=cnn, optimizer=adamw),
     "paper-sgd": replace(_mlp, model=network),
     "paper-adamw": replace(_mlp, model=network, optimizer=adamw),
+    "text-sgd": replace(_text, optimizer=partial(sgd, rate=0.05)),
     "text-adamw": _text,
 }
 """What is trained; the first two are the small default."""

@@ -37,7 +37,9 @@ found.
 examples:
   dualhook attend runs/fmnist --model train:build_model --inputs images.npy
   dualhook attend runs/fmnist --model train:build_model --inputs images.npy \\
-      --by abs_weight --top 5 --layers fc1 fc2 --sum-by label --json""",
+      --by abs_weight --top 5 --layers fc1 fc2 --sum-by label --json
+  dualhook attend runs/lm --model runs/model --tokenizer runs/model \\
+      --text "And God said" --passages runs/tokens""",
     "influence": """\
 An estimate of what leaving a training sample out would change, by one of
   decayed       each training gradient met by the prediction's own, as far as later
@@ -58,12 +60,14 @@ example:
   dualhook suspects runs/fmnist -k 50""",
     "report": """\
 Predictions, the training samples that they attend to, totals and receipts on one
-page that needs no network. Without --images training samples are named by their
-dataset rows.
+page that needs no network. Without --images or --passages training samples are
+named by their dataset rows. Of a --text every token is asked.
 
-example:
+examples:
   dualhook report runs/fmnist --model train:build_model --inputs images.npy \\
-      --images train_images.npy --labels labels.npy -o report.html""",
+      --images train_images.npy --labels labels.npy -o report.html
+  dualhook report runs/lm --model runs/model --tokenizer runs/model \\
+      --text "And God said" --passages runs/tokens -o report.html""",
 }
 
 
@@ -149,14 +153,29 @@ def _compact_arguments(parser: _Parser) -> None:
 
 def _question_arguments(parser: _Parser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="MODULE:CALLABLE", help="builds the model when called without arguments"
-    )
-    parser.add_argument(
-        "--inputs",
+        "--model",
         required=True,
+        metavar="MODULE:CALLABLE",
+        help="builds the model when called without arguments; of a causal language model also the folder that its "
+        "save_pretrained has written",
+    )
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
+        "--inputs",
         type=Path,
         metavar="FILE",
         help="what the model is asked: .npy (one array, queries first) or .safetensors (tensors by argument name)",
+    )
+    asked.add_argument("--text", metavar="PROMPT", help="what a language model is asked (needs --tokenizer)")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="folder or name that AutoTokenizer.from_pretrained of transformers takes"
+    )
+    parser.add_argument(
+        "--passages",
+        type=Path,
+        metavar="DIR",
+        help="the tokenised training data, as its save_to_disk has written it: show the text around a token "
+        "(needs --tokenizer)",
     )
     parser.add_argument(
         "--weights",

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import dualhook
 from dualhook.arguments import parser
 from dualhook.errors import DualHookError
-from dualhook.given import build, fill, read_inputs, read_names, read_numbers, warn_of
+from dualhook.given import build, fill, read_inputs, read_names, read_numbers, read_passages, tokens_of, warn_of
 from dualhook.memory import DualMemory
 from dualhook.store import Damage, Layout, Manifest, inspected, located
 from dualhook.table import Table
@@ -110,13 +110,15 @@ def _damage(path: str) -> Sequence[Damage]:
 
 
 def _attend(options: argparse.Namespace) -> int:
-    memory = dualhook.load(options.path)
+    memory, passages = dualhook.load(options.path), _passages(options)
     model, inputs, left = _asked(memory, options)
     with _running(options):
         attention = memory.attend(model, inputs, **_settings(options))
     warn_of(left)
     with _progress(memory, "top patterns", attention.layers):
         answers = {"top": attention.top(options.top, by=options.by, largest=not options.smallest)}
+    if passages is not None:
+        answers["passages"] = passages.top(attention, options.top, by=options.by, largest=not options.smallest)
     if options.sum_by:
         with _progress(memory, f"totals by {options.sum_by}", attention.layers):
             answers["totals"] = attention.sum_by(options.sum_by)
@@ -129,13 +131,18 @@ def _attend(options: argparse.Namespace) -> int:
 
 
 def _influence(options: argparse.Namespace) -> int:
-    memory = dualhook.load(options.path)
+    memory, passages = dualhook.load(options.path), _passages(options)
+    if passages is not None and options.per != "token":
+        raise DualHookError("--passages shows the text around tokens: ask with --per token")
     model, inputs, left = _asked(memory, options)
     settings = {name: getattr(options, name) for name in ("target", "layers", "of", "method", "per")}
     with _progress(memory, f"influence, {options.method}", options.layers or memory.layers), _running(options):
         influence = memory.influence(model, inputs, cache=False if options.no_cache else None, **settings)
     warn_of(left)
     answers = {"top": influence.top(options.top), "bottom": influence.bottom(options.top)}
+    if passages is not None:
+        for end in ("top", "bottom"):
+            answers[end] = passages.top(influence, options.top, largest=end == "top")
     if options.sum_by:
         answers["totals"] = influence.sum_by(options.sum_by)
     if options.json:
@@ -159,7 +166,7 @@ def _suspects(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    memory = dualhook.load(options.path)
+    memory, passages = dualhook.load(options.path), _passages(options)
     images = None if options.images is None else read_numbers(options.images, "--images")
     labels = None if options.labels is None else read_numbers(options.labels, "--labels")
     classes = None if options.classes is None else read_names(options.classes)
@@ -170,6 +177,7 @@ def _report(options: argparse.Namespace) -> int:
             inputs,
             options.out,
             images=images,
+            passages=passages,
             labels=labels,
             classes=classes,
             column=options.column,
@@ -191,7 +199,13 @@ def _asked(memory: DualMemory, options: argparse.Namespace) -> tuple[nn.Module, 
     """The model, what it is asked, and what of it no file has filled."""
     model = build(options.model)
     left = fill(model, memory, options.weights)
+    if options.text is not None:
+        return model, tokens_of(options.text, options.tokenizer, model), left
     return model, read_inputs(options.inputs, model), left
+
+
+def _passages(options: argparse.Namespace) -> Any:
+    return None if options.passages is None else read_passages(options.passages, options.tokenizer)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -206,7 +220,8 @@ def _running(options: argparse.Namespace) -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         if isinstance(error, DualHookError):
             raise
-        raise DualHookError(f"{options.model} cannot be run on {options.inputs}: {error}") from error
+        asked = options.inputs if options.text is None else f"the text {options.text!r}"
+        raise DualHookError(f"{options.model} cannot be run on {asked}: {error}") from error
 
 
 def _compact(options: argparse.Namespace) -> int:

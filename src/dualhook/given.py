@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -18,14 +19,19 @@ from torch import Tensor, nn
 from dualhook.errors import DualHookError, LayerError
 from dualhook.memory import DualMemory
 
-__all__ = ["build", "fill", "read_inputs", "read_names", "read_numbers", "warn_of"]
+__all__ = ["build", "fill", "read_inputs", "read_names", "read_numbers", "read_passages", "tokens_of", "warn_of"]
 
 
 def build(spec: str) -> nn.Module:
-    """Call what ``module:callable`` names."""
+    """Call what ``module:callable`` names, or load the language model that lies in a folder."""
+    if (Path(spec) / "config.json").is_file():
+        return _pretrained(spec)
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
-        raise DualHookError(f"--model {spec}: expected MODULE:CALLABLE, such as train:build_model")
+        raise DualHookError(
+            f"--model {spec}: expected MODULE:CALLABLE, such as train:build_model, or a folder that save_pretrained "
+            "has written"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -38,6 +44,18 @@ def build(spec: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise DualHookError(f"--model {spec}: expected it to return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _pretrained(folder: str) -> nn.Module:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise DualHookError(f'--model {folder} needs transformers: pip install "dualhook[transformers]"') from error
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise DualHookError(f"--model {folder} cannot be loaded: {_first_line(error)}") from error
+    return model.eval()
 
 
 def fill(model: nn.Module, memory: DualMemory, weights: Path | None) -> list[str]:
@@ -75,6 +93,50 @@ def read_inputs(path: Path, model: nn.Module) -> Tensor | dict[str, Tensor]:
     raise DualHookError(
         f"--inputs {path}: expected a .npy file (one array), or .safetensors (named tensors as keyword arguments)"
     )
+
+
+def tokens_of(prompt: str, tokenizer: str | None, model: nn.Module) -> Tensor | dict[str, Tensor]:
+    """A prompt as the model takes it: by argument names, or the ids [1, token] alone."""
+    encoded = _tokenizer(tokenizer, "--text")(prompt, return_tensors="pt")
+    taken = inspect.signature(model.forward).parameters
+    found = {name: value for name, value in encoded.items() if name in taken}
+    return found if "input_ids" in found else encoded["input_ids"]
+
+
+def read_passages(path: Path, tokenizer: str | None) -> Any:
+    """The training text that patterns come from, to be shown: ``Passages`` of the integration of transformers."""
+    loaded = _tokenizer(tokenizer, "--passages")
+    try:
+        import datasets
+
+        from dualhook.integrations.transformers import Passages
+
+        found = datasets.load_from_disk(str(path))
+    except ImportError as error:
+        raise DualHookError(f"--passages needs {error.name}: pip install {error.name}") from error
+    except OSError as error:
+        raise DualHookError(f"--passages {path}: expected a folder that Dataset.save_to_disk has written") from error
+    if isinstance(found, dict):
+        listed = ", ".join(str(path / split) for split in found)
+        raise DualHookError(f"--passages {path} holds several splits: expected one of {listed}")
+    return Passages(found, loaded)
+
+
+def _tokenizer(given: str | None, needed_by: str) -> Any:
+    if given is None:
+        raise DualHookError(f"{needed_by} needs --tokenizer: the folder of the one that the model was trained with")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise DualHookError('--tokenizer needs transformers: pip install "dualhook[transformers]"') from error
+    try:
+        return AutoTokenizer.from_pretrained(given)
+    except (OSError, ValueError, KeyError) as error:
+        raise DualHookError(f"--tokenizer {given} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def read_numbers(path: Path, option: str) -> Tensor:

@@ -303,7 +303,7 @@ def _prompts(inputs: Any) -> list[list[int]]:
 
 def _facts(memory: DualMemory, attention: Attention, samples: int, method: str) -> dict[str, Any]:
     return {
-        "memory": memory.path.name,
+        "memory": "/".join(memory.path.parts[-2:]),
         "steps": memory.steps,
         "samples": samples,
         "patterns": [memory.patterns(layer) for layer in attention.layers],

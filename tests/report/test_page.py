@@ -262,7 +262,7 @@ def test_the_command_writes_the_same(run, tmp_path, monkeypatch, capsys):
     rebuilt.load_state_dict(memory.state_dict())  # as the command fills it
     expected = data_of(written((memory, rebuilt, images, queries), tmp_path, k=4))
     found = data_of(tmp_path / "page.html")
-    assert found["facts"].pop("memory") == "run"
+    assert found["facts"].pop("memory") == f"{tmp_path.name}/run"
     expected["facts"].pop("memory")
     assert found == expected
 

@@ -94,7 +94,7 @@ class Task:
 class Workers:
     """Who does the tasks of a pass, and on which device they compute.
 
-    ``executor`` None: threads of this process, as many as torch uses for one product.
+    ``executor`` None: threads of this process, twice as many as torch uses for one product.
     """
 
     executor: Executor | None = None
@@ -134,7 +134,8 @@ class Workers:
             if self.executor is not None:
                 results = _ordered(self.executor, tasks, IN_FLIGHT)
             elif threads > 1:
-                results = _ordered(stack.enter_context(ThreadPoolExecutor(threads)), tasks, 2 * threads)
+                workers = 2 * threads  # half of them may wait for the disk
+                results = _ordered(stack.enter_context(ThreadPoolExecutor(workers)), tasks, 2 * workers)
             else:
                 results = (task() for task in tasks)
             yield stack.enter_context(closing(results))
