@@ -3,7 +3,8 @@
 For one step with output gradients ``d`` [n, o], keys ``x`` [n, i] and coefficient ``C`` of the gradient ``dᵀ x``, the
 contribution of row n to a query ``x*`` along a direction ``u`` is ``-sum_oi u_o d_no C_oi x_ni x*_i``. Zeros of ``u``
 (units that a ReLU has switched off) and of ``x*`` are left out: most of the work is there. What is left of ``C`` meets
-the keys first: it has fewer outputs than the step has rows, so that the smaller tensors are multiplied one by one.
+the keys first: it has fewer outputs than the step has rows, so that the smaller tensors are multiplied one by one. The
+positions of a query are summed before that, into the gradient ``sum_p u_p x*_pᵀ``: many cost little more than one.
 """
 
 from __future__ import annotations
@@ -47,6 +48,23 @@ class _Query:
             return flat.view(len(self.direction), -1).mul_(self.query)
         own = coefficient if self.outputs is None else coefficient.index_select(0, self.outputs)
         return own * self.query if self.inputs is None else own.index_select(1, self.inputs).mul_(self.query)
+
+
+@dataclass
+class _Sequence:
+    """One query of several positions in a block: the ``inputs`` and ``outputs`` (None: all) that any of them fills."""
+
+    number: int
+    inputs: Tensor | None
+    outputs: Tensor | None
+    query: Tensor
+    direction: Tensor
+
+    def of(self, coefficient: Tensor) -> Tensor:
+        """What is left of the coefficients, times the gradient of the query [o, i]."""
+        own = coefficient if self.outputs is None else coefficient.index_select(0, self.outputs)
+        own = own if self.inputs is None else own.index_select(1, self.inputs)
+        return (self.direction.T @ self.query).mul_(own)
 
 
 class RowScores(Protocol):
@@ -149,6 +167,17 @@ class BlockScores:
         self.queries = queries
         self._chosen = chosen
         self._q, self._u, self._units, self._ndim = query, direction, units, ndim
+        self._pairs: Tensor | None = None
+        self._sequences: list[_Sequence] | None = None
+        if ndim == 1:
+            return
+        active = torch.nonzero(direction)  # [pairs, (query and position, output)]
+        if len(active) > int(direction.reshape(queries, -1, direction.shape[1]).any(1).sum()):
+            self._sequences = self._by_query()  # several positions of a query meet in an output
+            return
+        if active.shape[0] * query.shape[1] <= TOGETHER * len(direction):
+            self._pairs = active
+            return
         own = [
             _Query(k, inputs[k], _nonzero(u), query[k] if inputs[k] is None else query[k][inputs[k]], u)
             for k, u in enumerate(direction)
@@ -156,9 +185,6 @@ class BlockScores:
         for one in own:
             if one.outputs is not None:
                 one.direction = one.direction[one.outputs]
-        active = torch.nonzero(direction)  # [pairs, (query, output)]
-        together = active.shape[0] * query.shape[1] <= TOGETHER * len(direction)
-        self._pairs = active if together and ndim == 2 else None
         self._each = [one for one in own if len(one.direction) and len(one.query)]
         if sum(one.direction.numel() * one.query.numel() for one in self._each) <= FLAT:
             for one in self._each:
@@ -183,9 +209,32 @@ class BlockScores:
                 found = (u @ values @ d.T) * (q @ x.T)
             else:
                 found = (u @ d.T) * (q @ values.T @ x.T)
-        return found.reshape(self.queries, -1, found.shape[1]).sum(1).mul_(-scale)
+        return (found if len(found) == self.queries else self._summed(found)).mul_(-scale)
+
+    def _by_query(self) -> list[_Sequence]:
+        """The queries with the inputs and outputs that their positions fill."""
+        found = []
+        for k, (query, direction) in enumerate(
+            zip(self._q.chunk(self.queries), self._u.chunk(self.queries), strict=True)
+        ):
+            inputs, outputs = _nonzero(query.abs().sum(0)), _nonzero(direction.abs().sum(0))
+            query = query if inputs is None else query.index_select(1, inputs)
+            direction = direction if outputs is None else direction.index_select(1, outputs)
+            if query.numel() and direction.numel():
+                found.append(_Sequence(k, inputs, outputs, query, direction))
+        return found
+
+    def _summed(self, found: Tensor) -> Tensor:
+        """The sum over every query's positions [q, n]."""
+        return found.reshape(self.queries, -1, found.shape[1]).sum(1)
 
     def _elementwise(self, d: Tensor, x: Tensor, coefficient: Tensor) -> Tensor:
+        if self._sequences is not None:
+            found = d.new_zeros(self.queries, len(d))
+            for own in self._sequences:
+                met = own.of(coefficient) @ _columns(x, own.inputs, by_column=False).T  # [o, n]
+                torch.sum(met.mul_(_columns(d, own.outputs, by_column=False).T), 0, out=found[own.number])
+            return found
         found = d.new_zeros(len(self._u), len(d))
         if self._pairs is not None:
             query, outputs = self._pairs.unbind(1)
