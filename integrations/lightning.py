@@ -17,6 +17,7 @@ import inspect
 import os
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
     Args:
         path: directory of the memory; None keeps it in a temporary one that goes with the callback.
         layers: as in :func:`dualhook.instrument`, like all that follows.
-        dtype: dtype of the stored rows.
+        dtype: dtype of the stored rows, or of those of some layers.
         max_bytes: budget for patterns on disk.
         on_full: ``"fold"``, ``"stop"`` or ``"error"``.
         on_error: ``"warn"`` lets training go on when recording fails, ``"raise"`` stops both.
@@ -78,7 +79,7 @@ class DualMemoryCallback(_Callback):  # type: ignore[misc]
         path: str | os.PathLike[str] | None = None,
         *,
         layers: Any = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None,
         max_bytes: int | None = None,
         on_full: Literal["fold", "stop", "error"] | None = None,
         on_error: Literal["warn", "raise"] = "warn",

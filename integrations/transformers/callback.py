@@ -40,7 +40,7 @@ class DualMemoryCallback(TrainerCallback):
         path: directory of the memory.
         layers: which layers, as ``dualhook.instrument`` takes them; by default all that are linear, the head of a
             language model included.
-        dtype: dtype of the stored rows; default the one they were computed in.
+        dtype: dtype of the stored rows, or of those of some layers; default the one they were computed in.
         max_bytes: budget on disk; default half of what is free there.
         on_full: ``"fold"``, ``"stop"`` or ``"error"`` beyond the budget.
         on_error: when recording fails, ``"warn"`` lets training go on, ``"raise"`` stops both.
@@ -55,7 +55,7 @@ class DualMemoryCallback(TrainerCallback):
         path: str | os.PathLike[str],
         *,
         layers: Any = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Mapping[str, torch.dtype | None] | None = None,
         max_bytes: int | None = None,
         on_full: Literal["fold", "stop", "error"] | None = None,
         on_error: Literal["warn", "raise"] = "warn",

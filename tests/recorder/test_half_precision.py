@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 import dualhook
+from dualhook.errors import LayerError
 from dualhook.packing import pack_scaled
 
 SMALL = 1e-9  # a loss that is a mean over many tokens leaves gradients that float16 cannot hold
@@ -95,3 +97,49 @@ def test_the_largest_of_a_row_stay_what_they_are(tmp_path):
         optimizer.step()
     (rows,) = recorder.close()._store.blocks("0", last_step=1, block_rows=100)
     assert ((rows.output_grad != 0).sum(1) == 3).all()
+
+
+BY_LAYER = {"all": torch.float16, "linear": None, "conv*": torch.bfloat16}
+
+
+def test_layers_have_dtypes_of_their_own(tmp_path):
+    torch.manual_seed(0)
+    model = Small()
+    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", dtype=BY_LAYER, verbose=False)
+    stepper = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        words = torch.randint(0, 20, (6, 9))
+        stepper.zero_grad()
+        F.cross_entropy(model(words), words[:, 0] % 4).backward()
+        stepper.step()
+    sizes = {row["layer"]: row["bytes"] for row in recorder.estimate(torch.zeros(6, 9, dtype=torch.int64))}
+    memory = recorder.close()
+    (segment,) = (tmp_path / "m" / "segments").iterdir()
+    stored = {name: values.dtype for name, values in load_file(segment).items() if values.is_floating_point()}
+    assert {name: dtype for name, dtype in stored.items() if name.endswith("/key")} == {
+        "rows/embedding/key": torch.float16,
+        "rows/convolution/key": torch.bfloat16,
+        "rows/linear/key": torch.float32,
+    }
+    assert stored["rows/convolution/output_grad"] == torch.bfloat16
+    assert stored["rows/linear/output_grad"] == torch.float32
+    index = 3 * 8  # of step, sample and position
+    assert sizes["linear"] == 6 * (4 * (8 + 4) + index)
+    assert sizes["convolution"] == 6 * (2 * (16 * 9 + 8 * 7) + index + 2 * 8)
+    assert sizes["embedding"] == 6 * 9 * (2 * (1 + 16) + index + 4)
+    errors = {row["layer"]: row["error"] for row in memory.verify()}
+    assert errors["linear"] < errors["embedding"] < errors["convolution"] < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layers", "error", "says"),
+    [
+        (torch.int8, None, dualhook.DualHookError, "dtype=torch.int8: expected a floating-point torch.dtype"),
+        ({"linear": 16}, None, dualhook.DualHookError, "dtype=16 of 'linear': expected a floating-point torch.dtype"),
+        ({"lineer": torch.float16}, None, LayerError, "did you mean 'linear'"),
+        ({"embedding": torch.float16}, "linear", LayerError, "which layers= does not record"),
+    ],
+)
+def test_a_dtype_that_cannot_be_is_refused(dtype, layers, error, says):
+    with pytest.raises(error, match=says):
+        dualhook.instrument(Small(), layers=layers, dtype=dtype, verbose=False)

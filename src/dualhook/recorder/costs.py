@@ -27,22 +27,25 @@ NARROW = torch.bfloat16
 NAMED = 3  # kinds of layers that the words behind the table name
 
 
-def row_sizes(model: nn.Module, selection: Selection, dtype: torch.dtype | None) -> dict[str, int | None]:
-    """Bytes of one row of every layer, stored in ``dtype`` or the weight's own; None: it depends on the input."""
-    dtypes = _dtypes(model, dtype)
+def row_sizes(model: nn.Module, selection: Selection, stored_in: Mapping[str, torch.dtype]) -> dict[str, int | None]:
+    """Bytes of one row of every layer, ``stored_in`` or in the weight's own dtype; None: it depends on the input."""
+    dtypes = {**_dtypes(model, selection), **stored_in}
     widths = {spec: map_of(spec).row_width for spec in selection.specs}
     return {
-        spec.name: None if width is None else width * dtypes[spec.weight].itemsize + _index_bytes(spec)
+        spec.name: None if width is None else width * dtypes[spec.name].itemsize + _index_bytes(spec)
         for spec, width in widths.items()
     }
 
 
-def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torch.dtype | None, budget: int) -> Table:
+def estimate(
+    model: nn.Module, selection: Selection, inputs: Any, *, stored_in: Mapping[str, torch.dtype], budget: int
+) -> Table:
     """What one training step on ``inputs`` writes: columns layer, patterns, bytes."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.enable_grad(), observe(model, selection.layers) as calls:
         run_model(model, inputs)
-    dtypes, computed_in = _dtypes(model, dtype), _dtypes(model, None)
+    computed_in = _dtypes(model, selection)
+    dtypes = {**computed_in, **stored_in}
     patterns, sizes, narrow = [], {}, 0
     keys: dict[str, dict[str, Tensor]] = {}
     for spec in selection.specs:
@@ -50,16 +53,16 @@ def estimate(model: nn.Module, selection: Selection, inputs: Any, *, dtype: torc
         counts = [map_of(spec).counts(rows) for rows in seen]
         patterns.append(sum(len(r) if c is None else int(c.sum()) for r, c in zip(seen, counts, strict=True)))
         costs = [_cost(spec, rows) for rows in seen]
-        sizes[spec.name] = sum(numbers * dtypes[spec.weight].itemsize + index for numbers, index in costs)
+        sizes[spec.name] = sum(numbers * dtypes[spec.name].itemsize + index for numbers, index in costs)
         narrow += sum(numbers * NARROW.itemsize + index for numbers, index in costs)
         if len(seen) == 1:
             keys[spec.name] = {name: getattr(seen[0], name).cpu() for name in ("key", *COORDINATES)}
     sharing = shared_keys(keys)
-    shared = sum(keys[s.name]["key"].numel() * dtypes[s.weight].itemsize for s in selection.specs if s.name in sharing)
+    shared = sum(keys[s.name]["key"].numel() * dtypes[s.name].itemsize for s in selection.specs if s.name in sharing)
     heads = {
-        spec.name: (n * spec.out_features * dtypes[spec.weight].itemsize, own)
+        spec.name: (n * spec.out_features * dtypes[spec.name].itemsize, own)
         for spec, n in zip(selection.specs, patterns, strict=True)
-        if (own := computed_bytes(spec, n, computed_in[spec.weight].itemsize, dtypes[spec.weight].itemsize)) is not None
+        if (own := computed_bytes(spec, n, computed_in[spec.name].itemsize, dtypes[spec.name].itemsize)) is not None
     }
     instead = {f"dtype={NARROW}": narrow, "layers='head'": _of_head(model, sizes)}
     words = _words(sizes, inputs, budget, instead, shared, heads)
@@ -100,9 +103,10 @@ def _words(
     return "\n".join(words)
 
 
-def _dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """What rows are stored in, by their weight."""
-    return {name: dtype or parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
+def _dtypes(model: nn.Module, selection: Selection) -> dict[str, torch.dtype]:
+    """The dtype of each layer's weight."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {spec.name: parameters[spec.weight].dtype for spec in selection.specs}
 
 
 def _index_bytes(spec: LayerSpec) -> int:

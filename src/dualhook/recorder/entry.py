@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from dualhook.recorder.front import OPEN, Recorder
 from dualhook.recorder.ranks import Ranks, ranks_of
 from dualhook.recorder.resuming import resumed
 from dualhook.recorder.scope import TemporaryRoot
-from dualhook.recorder.settings import HeadGrads, OnError, OnFull, refuse
+from dualhook.recorder.settings import HeadGrads, OnError, OnFull, RowDtype, refuse
 from dualhook.store import Layout, Manifest, WriterLock
 
 __all__ = ["instrument"]
@@ -34,7 +34,7 @@ def instrument(
     *,
     layers: LayerChoice | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: RowDtype | None = None,
     max_bytes: int | None = None,
     on_full: OnFull | None = None,
     on_error: OnError = "warn",
@@ -63,6 +63,8 @@ def instrument(
         dtype: dtype of the stored rows; default the one they were computed in (lossless). ``torch.float16`` keeps
             output gradients with a scale per row, so that small ones are not lost, and is the more exact of the 16-bit
             ones; keys have to stay below 65,504. Keys that ``head_grads`` are computed from keep the dtype they had.
+            Or layer by layer, by names, globs and presets: ``{"all": torch.float16, "head": None}``, of which the last
+            that names a layer counts, and None is as computed.
         max_bytes: budget for patterns on disk; default half of what is free there.
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
             exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop. Default
@@ -97,8 +99,6 @@ def instrument(
     inner = unwrapped(model)
     if tapped(inner):
         raise LayerError(f"this {type(inner).__name__} is already instrumented: close() its recorder first")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype for the stored rows, or None")
     if on_full not in (None, "fold", "stop", "error"):
         raise DualHookError(f"on_full={on_full!r}: expected 'fold', 'stop' or 'error'")
     if on_error not in ("warn", "raise"):
@@ -113,6 +113,7 @@ def instrument(
         if not isinstance(one, Optimizer):
             raise DualHookError(f"optimizer={type(one).__name__}: expected a torch.optim.Optimizer or several")
     selection = select_layers(inner, layers)
+    stored_in = _stored_in(inner, selection, dtype)
     for one in given:
         refuse(innermost(one), (p for tapped in selection.layers for p in tapped.module.parameters(recurse=False)))
     ranks = ranks_of(model, [tapped.module for tapped in selection.layers], group)
@@ -136,13 +137,29 @@ def instrument(
             _create(layout, selection, ranks, lock, overwrite=overwrite)
         budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
         return Recorder(
-            inner, selection, layout, optimizers=given, dtype=dtype, budget=budget,
+            inner, selection, layout, optimizers=given, stored_in=stored_in, budget=budget,
             on_full=on_full or ("stop" if ranks.several else "fold"), on_error=on_error, head_grads=head_grads,
             ranks=ranks, verbose=verbose, lock=lock, temporary=temporary, resumed_at=resumed_at,
         )  # fmt: skip
     except BaseException:
         lock.release()
         raise
+
+
+def _stored_in(model: nn.Module, selection: Selection, dtype: RowDtype | None) -> dict[str, torch.dtype]:
+    """The dtype of each layer's stored rows, where it is not the one they are computed in."""
+    names, found = [spec.name for spec in selection.specs], dict[str, torch.dtype | None]()
+    for wanted, own in dtype.items() if isinstance(dtype, Mapping) else [(None, dtype)]:
+        if own is not None and not (isinstance(own, torch.dtype) and own.is_floating_point):
+            of_which = "" if wanted is None else f" of {wanted!r}"
+            raise DualHookError(
+                f"dtype={own}{of_which}: expected a floating-point torch.dtype for the stored rows, or None"
+            )
+        chosen = names if wanted is None else [spec.name for spec in select_layers(model, wanted).specs]
+        if not set(chosen) & set(names):
+            raise LayerError(f"dtype= names {wanted!r}, which layers= does not record: expected some of {names}")
+        found |= {name: own for name in chosen if name in names}
+    return {name: own for name, own in found.items() if own is not None}
 
 
 def _create(layout: Layout, selection: Selection, ranks: Ranks, lock: WriterLock, *, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,7 +73,7 @@ class Recorder:
         layout: Layout,
         *,
         optimizers: Sequence[Optimizer],
-        dtype: torch.dtype | None,
+        stored_in: Mapping[str, torch.dtype],
         budget: int,
         on_full: OnFull,
         on_error: OnError,
@@ -86,7 +86,7 @@ class Recorder:
     ) -> None:
         self._model = model
         self._layout = layout
-        self._dtype = dtype
+        self._stored_in = stored_in
         self._budget = budget
         self._on_full = on_full
         self._on_error = on_error
@@ -110,8 +110,8 @@ class Recorder:
         self._guard = Guard(self._failed)
         # the model's hooks hold the book, the book the recorder: it lives as long as the model, whoever holds it
         self._book = StepBook(
-            selection, self._writer, ranks=ranks, dtype=dtype, heads=Heads(head_grads, dtype), on_step=self._on_step,
-            guard=self._guard,
+            selection, self._writer, ranks=ranks, stored_in=stored_in, heads=Heads(head_grads, stored_in),
+            on_step=self._on_step, guard=self._guard,
         )  # fmt: skip
         if resumed_at is not None:
             self._writer.go_on()
@@ -216,7 +216,7 @@ class Recorder:
             rule = rule_for(name)
             synced = f", {LOOKAHEAD}" if self._book.layers.watched[parameter].synchronized else ""
             rules[parameter] = f"{rule.name}{synced} ({rule.exactness.value})"
-        sizes = row_sizes(self._model, self._first.selection, self._dtype)
+        sizes = row_sizes(self._model, self._first.selection, self._stored_in)
         return coverage_table(self._model, self._first.selection, rules, sizes, self._book.pending.heads.forms)
 
     def estimate(self, inputs: Any) -> Table:
@@ -226,7 +226,7 @@ class Recorder:
         (rows whose output gradient turns out zero will be dropped), bytes; below in words bytes a step and a token
         (of whole numbers [b, n]) or sample, what takes most of them, and what would take less.
         """
-        return estimate(self._model, self._first.selection, inputs, dtype=self._dtype, budget=self._budget)
+        return estimate(self._model, self._first.selection, inputs, stored_in=self._stored_in, budget=self._budget)
 
     def flush(self) -> None:
         """Put everything recorded so far on disk, so that ``dualhook.load`` sees it; for between two steps.

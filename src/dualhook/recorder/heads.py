@@ -57,9 +57,9 @@ class Heads:
     that it takes, a matrix for every step, are clearly smaller. Others are kept whole, or by their largest numbers.
     """
 
-    def __init__(self, choice: HeadGrads, dtype: torch.dtype | None) -> None:
+    def __init__(self, choice: HeadGrads, stored_in: Mapping[str, torch.dtype]) -> None:
         self._choice = choice
-        self._dtype = dtype
+        self._stored_in = stored_in
         self._heads: dict[str, Head] = {}
         self.forms: dict[str, str] = {}
         """How every wide layer's output gradients are kept, in words."""
@@ -83,7 +83,7 @@ class Heads:
         head.rows += len(rows)
         if is_first and (is_open or not head.has_been):
             itemsize = rows.key.element_size()
-            stored_in = itemsize if self._dtype is None else self._dtype.itemsize
+            stored_in = self._stored_in.get(spec.name, rows.key.dtype).itemsize
             usual = max(head.usual, float(head.rows))
             head.is_computed = computed_bytes(spec, usual, itemsize, stored_in) is not None
         if head.is_computed and not head.why_whole:

@@ -27,13 +27,13 @@ PENDING_BYTES = 2**31  # of all rows that no step has used yet
 class Pending:
     """Takes rows as they accumulate, by layer, until a step commits them or their gradient is zeroed."""
 
-    def __init__(self, writer: Writer, ranks: Ranks, dtype: torch.dtype | None, heads: Heads) -> None:
+    def __init__(self, writer: Writer, ranks: Ranks, stored_in: Mapping[str, torch.dtype], heads: Heads) -> None:
         self.seen = False
         """Whether any row has ever come."""
         self.heads = heads
         self._writer = writer
         self._ranks = ranks
-        self._dtype = dtype
+        self._stored_in = stored_in
         self._staging = Staging(self._keep_whole)
         self._waited: dict[str, int] = {}  # steps for which a layer's rows have been waiting
 
@@ -54,7 +54,7 @@ class Pending:
             self._keep_packed(layer, rows, kept)
             return
         if self._staging.takes(rows):
-            self._staging.put(layer, rows, rows.key.dtype if self._is_scaled(rows) else self._dtype or rows.key.dtype)
+            self._staging.put(layer, rows, rows.key.dtype if self._is_scaled(layer, rows) else self._dtype(layer, rows))
             return
         if rows.key.device.type != "cpu":
             slot = None if rows.slot is None else rows.slot.cpu()
@@ -92,14 +92,18 @@ class Pending:
             return []
         return [layer for layer, steps in self._waited.items() if steps >= PATIENCE]
 
-    def _is_scaled(self, rows: Rows) -> bool:
+    def _dtype(self, layer: str, rows: Rows) -> torch.dtype:
+        """What rows of a layer are stored in."""
+        return self._stored_in.get(layer, rows.key.dtype)
+
+    def _is_scaled(self, layer: str, rows: Rows) -> bool:
         """Whether rows are kept in 16 bits with a scale, which they have not been computed in."""
-        return self._dtype == torch.float16 != rows.output_grad.dtype
+        return self._stored_in.get(layer) == torch.float16 != rows.output_grad.dtype
 
     def _keep_whole(self, layer: str, rows: Rows, kept: Tensor | None) -> None:
-        if self._is_scaled(rows):
+        if self._is_scaled(layer, rows):
             rows = replace(rows, output_grad=rows.output_grad[:, :0], packed=pack_scaled(rows.output_grad))
-        self._keep(layer, rows, kept, self._dtype)
+        self._keep(layer, rows, kept, self._stored_in.get(layer))
 
     def _keep(self, layer: str, rows: Rows, kept: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         """Copy rows, or those of an index ``kept`` [m], to where they will be written from, as ``dtype``."""
@@ -124,8 +128,8 @@ class Pending:
             packed, dtype = replace(packed, weight=packed.weight.cpu()), rows.key.dtype
             kept = packed.used_rows() if kept is None else kept
         else:
-            dtype = self._dtype or rows.key.dtype
-            if not self._is_scaled(rows):  # a few numbers need no scale
+            dtype = self._dtype(layer, rows)
+            if not self._is_scaled(layer, rows):  # a few numbers need no scale
                 packed = replace(packed, value=packed.value.to(dtype))
         key, empty = rows.key.cpu(), rows.output_grad.cpu()
         self._keep(layer, replace(rows, key=key, output_grad=empty, packed=packed), kept, dtype)

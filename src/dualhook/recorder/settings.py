@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 from dualhook.errors import RuleError
 from dualhook.optimizers import Rule
 
-__all__ = ["HeadGrads", "OnError", "OnFull", "loss_scale_of", "numbers_of", "refuse"]
+__all__ = ["HeadGrads", "OnError", "OnFull", "RowDtype", "loss_scale_of", "numbers_of", "refuse"]
 
 OnFull = Literal["fold", "stop", "error"]
 OnError = Literal["warn", "raise"]
 HeadGrads = Literal["computed", "dense"] | int
+RowDtype = torch.dtype | Mapping[str, torch.dtype | None]
 
 
 def refuse(optimizer: Optimizer, parameters: Iterable[nn.Parameter | None]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class StepBook:
         writer: Writer,
         *,
         ranks: Ranks,
-        dtype: torch.dtype | None,
+        stored_in: Mapping[str, torch.dtype],
         heads: Heads,
         on_step: Callable[[int], None],
         guard: Guard,
@@ -62,7 +62,7 @@ class StepBook:
         self.batch_since = 0
         self.trained_by: dict[str, str] = {}
         """The class of the optimiser that holds each parameter, as far as it has been seen."""
-        self.pending = Pending(writer, ranks, dtype, heads)
+        self.pending = Pending(writer, ranks, stored_in, heads)
         self._on_step = on_step
         self.layers = Layers(selection, self)
         self.measuring = Measuring(ranks, writer, self.layers.probes())
