@@ -275,10 +275,12 @@ def _of_places(places: Places, size: int, may_be_flat: bool) -> tuple[Tensor, Te
 
 def used_rows(output_grad: Tensor) -> Tensor | None:
     """Which rows [n, o] are not exactly zero, as an index on the CPU; None: all. The others add nothing to a weight."""
-    zero = np.flatnonzero((output_grad[:, :1] == 0).all(1).numpy())
-    for most in (MANY, output_grad.shape[1]):
+    shift = int(output_grad.dtype == torch.bfloat16)  # numpy has no such numbers: their bits but for the sign
+    numbers = (output_grad.view(torch.int16) if shift else output_grad).numpy()
+    zero = np.arange(len(numbers))
+    for most in (1, MANY, numbers.shape[1]):
+        seen = numbers[zero, :most]
+        zero = zero[~(seen << shift if shift else seen).any(1)]
         if not len(zero):
             return None
-        seen = output_grad[:, :most].index_select(0, torch.from_numpy(zero))
-        zero = zero[(seen == 0).all(1).numpy()]
-    return torch.from_numpy(np.delete(np.arange(len(output_grad)), zero)) if len(zero) else None
+    return torch.from_numpy(np.delete(np.arange(len(numbers)), zero))
