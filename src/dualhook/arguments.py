@@ -31,7 +31,7 @@ examples:
   dualhook compact runs/fmnist --dtype float16 --min-share 1e-5""",
     "attend": """\
 The model's recorded layers get the weights that the memory holds after the last
-step, everything else those of --weights. Modules in the current directory are
+step, everything else those of --weights, or of the folder it is loaded from. Modules in the current directory are
 found.
 
 examples:
@@ -61,7 +61,7 @@ example:
     "report": """\
 Predictions, the training samples that they attend to, totals and receipts on one
 page that needs no network. Without --images or --passages training samples are
-named by their dataset rows. Of a --text every token is asked.
+named by their dataset rows. Of a --text every token is asked about.
 
 examples:
   dualhook report runs/fmnist --model train:build_model --inputs images.npy \\
@@ -166,7 +166,9 @@ def _question_arguments(parser: _Parser) -> None:
         metavar="FILE",
         help="what the model is asked: .npy (one array, queries first) or .safetensors (tensors by argument name)",
     )
-    asked.add_argument("--text", metavar="PROMPT", help="what a language model is asked (needs --tokenizer)")
+    asked.add_argument(
+        "--text", metavar="PROMPT", help="what a language model is asked, about its last token (needs --tokenizer)"
+    )
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="folder or name that AutoTokenizer.from_pretrained of transformers takes"
     )
@@ -231,8 +233,7 @@ def _influence_arguments(parser: _Parser) -> None:
     parser.add_argument(
         "--per",
         choices=UNITS,
-        default="sample",
-        help="what has an influence: samples, or their tokens (default: sample)",
+        help="what has an influence: samples, or their tokens (default: sample; with --passages token)",
     )
     parser.add_argument(
         "--top", type=int, default=10, metavar="K", help="of those that raised and that lowered it most (default: 10)"

@@ -19,7 +19,17 @@ from tqdm import tqdm
 import dualhook
 from dualhook.arguments import parser
 from dualhook.errors import DualHookError
-from dualhook.given import build, fill, read_inputs, read_names, read_numbers, read_passages, tokens_of, warn_of
+from dualhook.given import (
+    build,
+    fill,
+    is_folder,
+    read_inputs,
+    read_names,
+    read_numbers,
+    read_passages,
+    tokens_of,
+    warn_of,
+)
 from dualhook.memory import DualMemory
 from dualhook.store import Damage, Layout, Manifest, inspected, located
 from dualhook.table import Table
@@ -118,7 +128,8 @@ def _attend(options: argparse.Namespace) -> int:
     with _progress(memory, "top patterns", attention.layers):
         answers = {"top": attention.top(options.top, by=options.by, largest=not options.smallest)}
     if passages is not None:
-        answers["passages"] = passages.top(attention, options.top, by=options.by, largest=not options.smallest)
+        with _progress(memory, "passages", attention.layers):
+            answers["passages"] = passages.top(attention, options.top, by=options.by, largest=not options.smallest)
     if options.sum_by:
         with _progress(memory, f"totals by {options.sum_by}", attention.layers):
             answers["totals"] = attention.sum_by(options.sum_by)
@@ -132,17 +143,19 @@ def _attend(options: argparse.Namespace) -> int:
 
 def _influence(options: argparse.Namespace) -> int:
     memory, passages = dualhook.load(options.path), _passages(options)
-    if passages is not None and options.per != "token":
-        raise DualHookError("--passages shows the text around tokens: ask with --per token")
+    if passages is not None and options.per == "sample":
+        raise DualHookError("--passages shows the text around tokens: expected --per token, which is then the default")
+    options.per = options.per or ("sample" if passages is None else "token")
     model, inputs, left = _asked(memory, options)
     settings = {name: getattr(options, name) for name in ("target", "layers", "of", "method", "per")}
     with _progress(memory, f"influence, {options.method}", options.layers or memory.layers), _running(options):
         influence = memory.influence(model, inputs, cache=False if options.no_cache else None, **settings)
     warn_of(left)
-    answers = {"top": influence.top(options.top), "bottom": influence.bottom(options.top)}
-    if passages is not None:
-        for end in ("top", "bottom"):
-            answers[end] = passages.top(influence, options.top, largest=end == "top")
+    if passages is None:
+        answers = {"top": influence.top(options.top), "bottom": influence.bottom(options.top)}
+    else:
+        ends = {"top": True, "bottom": False}
+        answers = {name: passages.top(influence, options.top, largest=largest) for name, largest in ends.items()}
     if options.sum_by:
         answers["totals"] = influence.sum_by(options.sum_by)
     if options.json:
@@ -178,6 +191,7 @@ def _report(options: argparse.Namespace) -> int:
             options.out,
             images=images,
             passages=passages,
+            positions=_every_token(inputs) if options.text is not None else None,
             labels=labels,
             classes=classes,
             column=options.column,
@@ -199,13 +213,24 @@ def _asked(memory: DualMemory, options: argparse.Namespace) -> tuple[nn.Module, 
     """The model, what it is asked, and what of it no file has filled."""
     model = build(options.model)
     left = fill(model, memory, options.weights)
+    if is_folder(options.model):
+        left = []
     if options.text is not None:
         return model, tokens_of(options.text, options.tokenizer, model), left
     return model, read_inputs(options.inputs, model), left
 
 
+def _every_token(inputs: Any) -> range:
+    ids = inputs if isinstance(inputs, torch.Tensor) else inputs["input_ids"]
+    return range(ids.shape[1])
+
+
 def _passages(options: argparse.Namespace) -> Any:
-    return None if options.passages is None else read_passages(options.passages, options.tokenizer)
+    if options.passages is not None:
+        return read_passages(options.passages, options.tokenizer)
+    if options.tokenizer is not None and options.text is None:
+        raise DualHookError("--tokenizer is for a --text or --passages: expected one of them")
+    return None
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

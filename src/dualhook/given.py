@@ -19,13 +19,23 @@ from torch import Tensor, nn
 from dualhook.errors import DualHookError, LayerError
 from dualhook.memory import DualMemory
 
-__all__ = ["build", "fill", "read_inputs", "read_names", "read_numbers", "read_passages", "tokens_of", "warn_of"]
+__all__ = [
+    "build",
+    "fill",
+    "is_folder",
+    "read_inputs",
+    "read_names",
+    "read_numbers",
+    "read_passages",
+    "tokens_of",
+    "warn_of",
+]
 
 
 def build(spec: str) -> nn.Module:
     """Call what ``module:callable`` names, or load the language model that lies in a folder."""
-    if (Path(spec) / "config.json").is_file():
-        return _pretrained(spec)
+    if is_folder(spec):
+        return _pretrained("AutoModelForCausalLM", spec, "--model").eval()  # type: ignore[no-any-return]
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise DualHookError(
@@ -46,16 +56,9 @@ def build(spec: str) -> nn.Module:
     return model
 
 
-def _pretrained(folder: str) -> nn.Module:
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise DualHookError(f'--model {folder} needs transformers: pip install "dualhook[transformers]"') from error
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise DualHookError(f"--model {folder} cannot be loaded: {_first_line(error)}") from error
-    return model.eval()
+def is_folder(model: str) -> bool:
+    """Whether a model is a folder that transformers has written, with all its weights."""
+    return (Path(model) / "config.json").is_file()
 
 
 def fill(model: nn.Module, memory: DualMemory, weights: Path | None) -> list[str]:
@@ -99,7 +102,11 @@ def tokens_of(prompt: str, tokenizer: str | None, model: nn.Module) -> Tensor | 
     """A prompt as the model takes it: by argument names, or the ids [1, token] alone."""
     encoded = _tokenizer(tokenizer, "--text")(prompt, return_tensors="pt")
     taken = inspect.signature(model.forward).parameters
-    found = {name: value for name, value in encoded.items() if name in taken}
+    # token types are left out: models that were trained without them may add an embedding for each
+    found = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
+    if all(own.kind in (own.VAR_POSITIONAL, own.VAR_KEYWORD) for own in taken.values()):
+        return found
+    found = {name: value for name, value in found.items() if name in taken}
     return found if "input_ids" in found else encoded["input_ids"]
 
 
@@ -110,12 +117,14 @@ def read_passages(path: Path, tokenizer: str | None) -> Any:
         import datasets
 
         from dualhook.integrations.transformers import Passages
-
-        found = datasets.load_from_disk(str(path))
     except ImportError as error:
-        raise DualHookError(f"--passages needs {error.name}: pip install {error.name}") from error
-    except OSError as error:
-        raise DualHookError(f"--passages {path}: expected a folder that Dataset.save_to_disk has written") from error
+        raise DualHookError(f"--passages needs datasets and transformers: {error}") from error
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # of whatever lies there
+        raise DualHookError(
+            f"--passages {path}: expected a folder that Dataset.save_to_disk has written ({_first_line(error)})"
+        ) from error
     if isinstance(found, dict):
         listed = ", ".join(str(path / split) for split in found)
         raise DualHookError(f"--passages {path} holds several splits: expected one of {listed}")
@@ -125,18 +134,23 @@ def read_passages(path: Path, tokenizer: str | None) -> Any:
 def _tokenizer(given: str | None, needed_by: str) -> Any:
     if given is None:
         raise DualHookError(f"{needed_by} needs --tokenizer: the folder of the one that the model was trained with")
+    return _pretrained("AutoTokenizer", given, "--tokenizer")
+
+
+def _pretrained(kind: str, given: str, option: str) -> Any:
+    """What a class of transformers loads from a folder or name."""
     try:
-        from transformers import AutoTokenizer
+        import transformers
     except ImportError as error:
-        raise DualHookError('--tokenizer needs transformers: pip install "dualhook[transformers]"') from error
+        raise DualHookError(f'{option} {given} needs transformers: pip install "dualhook[transformers]"') from error
     try:
-        return AutoTokenizer.from_pretrained(given)
-    except (OSError, ValueError, KeyError) as error:
-        raise DualHookError(f"--tokenizer {given} cannot be loaded: {_first_line(error)}") from error
+        return getattr(transformers, kind).from_pretrained(given)
+    except Exception as error:  # configurations, weights and quantisers of all sorts
+        raise DualHookError(f"{option} {given} cannot be loaded: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def read_numbers(path: Path, option: str) -> Tensor:

@@ -115,14 +115,29 @@ def test_a_prompt_attends_to_passages(run, asked):
 def test_a_model_that_takes_ids_alone_gets_them(asked, folder):
     _, model, inputs, _ = asked
     assert torch.equal(tokens_of(PROMPT, str(folder / "tokenizer"), torch.nn.Embedding(280, 2)), inputs["input_ids"])
-    taken = tokens_of(PROMPT, str(folder / "tokenizer"), model)
-    assert taken.keys() == {"input_ids", "attention_mask"}
+
+    class Wrapped(torch.nn.Module):
+        def forward(self, *given, **named):
+            return model(*given, **named)
+
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    before = settings.read_text("utf-8")
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    settings.write_text(json.dumps(json.loads(before) | names), "utf-8")
+    try:
+        for one in (model, Wrapped()):  # GPT-2 would add an embedding for each token's type
+            assert tokens_of(PROMPT, str(folder / "tokenizer"), one).keys() == {"input_ids", "attention_mask"}
+    finally:
+        settings.write_text(before, "utf-8")
 
 
-def test_a_folder_is_a_model_too(run):
-    status, out, _ = run("attend", *PASSAGES, "--json", model="model")  # transformers draws a bar
-    assert status == 0
-    assert out == run("attend", *PASSAGES, "--json")[1]
+def test_a_folder_is_a_model_too(run, capsys):
+    asked = ("--model", "model", "--text", PROMPT, *PASSAGES, "--json")  # without --weights: they are in the folder
+    expected = run("attend", *PASSAGES, "--json")[1]
+    assert main(["attend", "run", *asked]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert "warning" not in err  # transformers draws a bar
     (broken := Path("broken")).mkdir()
     (broken / "config.json").write_text("{}")
     status, _, err = run("attend", *PASSAGES, model="broken")
@@ -133,11 +148,16 @@ def test_a_folder_is_a_model_too(run):
 @pytest.mark.parametrize("method", ["cosine", "contribution"])
 def test_influence_of_passages(run, asked, method):
     memory, model, inputs, passages = asked
-    status, out, err = run("influence", *PASSAGES, "--per", "token", "--method", method, "--top", "2", "--json")
+    status, out, err = run("influence", *PASSAGES, "--method", method, "--top", "2", "--json")
     influence = memory.influence(model, **inputs, per="token", method=method)
     assert (status, err) == (0, "")
     same_rows(json.loads(out)["top"], passages.top(influence, 2))
     same_rows(json.loads(out)["bottom"], passages.top(influence, 2, largest=False))
+
+
+def test_without_passages_every_token_is_asked_too(run, asked, folder):
+    assert run("report", *TOKENIZER, "-o", "rows.html")[0] == 0
+    assert (folder / "rows.html").read_text("utf-8").count('"name":"query ') == asked[2]["input_ids"].shape[1]
 
 
 def test_a_page_of_text(run, asked, folder):
@@ -157,7 +177,8 @@ def test_a_page_of_text(run, asked, folder):
         (("attend", "--tokenizer", "tokens"), "--tokenizer tokens cannot be loaded"),
         (("attend", *TOKENIZER, "--passages", "nowhere"), "expected a folder that Dataset.save_to_disk has written"),
         (("attend", *TOKENIZER, "--passages", "splits"), "expected one of splits/train, splits/test"),
-        (("influence", *PASSAGES), "ask with --per token"),
+        (("attend", *TOKENIZER, "--passages", "model"), "expected a folder that Dataset.save_to_disk has written"),
+        (("influence", *PASSAGES, "--per", "sample"), "expected --per token"),
         (("attend", "--inputs", "x.npy", *TOKENIZER), "not allowed with argument"),
     ],
 )

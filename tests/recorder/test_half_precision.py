@@ -134,8 +134,9 @@ def test_layers_have_dtypes_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "layers", "error", "says"),
     [
-        (torch.int8, None, dualhook.DualHookError, "dtype=torch.int8: expected a floating-point torch.dtype"),
-        ({"linear": 16}, None, dualhook.DualHookError, "dtype=16 of 'linear': expected a floating-point torch.dtype"),
+        (torch.int8, None, dualhook.DualHookError, "dtype=torch.int8: expected torch.float64, float32"),
+        ({"linear": 16}, None, dualhook.DualHookError, "dtype=16 of 'linear': expected torch.float64, float32"),
+        (torch.float8_e5m2, None, dualhook.DualHookError, "expected torch.float64, float32"),
         ({"lineer": torch.float16}, None, LayerError, "did you mean 'linear'"),
         ({"embedding": torch.float16}, "linear", LayerError, "which layers= does not record"),
     ],
@@ -143,3 +144,43 @@ def test_layers_have_dtypes_of_their_own(tmp_path):
 def test_a_dtype_that_cannot_be_is_refused(dtype, layers, error, says):
     with pytest.raises(error, match=says):
         dualhook.instrument(Small(), layers=layers, dtype=dtype, verbose=False)
+
+
+@pytest.mark.parametrize("head", [None, torch.bfloat16])
+def test_uses_of_one_weight_have_dtypes_of_their_own(tmp_path, head):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(12, 6), nn.Linear(6, 12, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, words):
+            return self.head(torch.tanh(self.embedding(words)))
+
+    torch.manual_seed(0)
+    model, dtype = Tied(), {"all": torch.float16, "head": head}
+    recorder = dualhook.instrument(model, tmp_path / "m", layers="all", dtype=dtype, verbose=False)
+    F.cross_entropy(model(torch.arange(12)), torch.arange(12).flip(0)).backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    memory = recorder.close()
+    (segment,) = (tmp_path / "m" / "segments").iterdir()
+    stored = {name: values.dtype for name, values in load_file(segment).items() if name.endswith("/key")}
+    assert stored == {"rows/embedding/key": torch.float16, "rows/head/key": head or torch.float32}
+    assert memory.verify().max_error < 1e-2
+
+
+def test_keys_in_other_dtypes_are_not_counted_as_shared(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 4), nn.Linear(64, 4)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    words = []
+    for dtype in (None, {"a": torch.bfloat16}):
+        recorder = dualhook.instrument(Two(), tmp_path / str(len(words)), dtype=dtype, verbose=False)
+        words.append(str(recorder.estimate(torch.randn(8, 64))))
+        recorder.close()
+    assert ["stored once" in one for one in words] == [True, False]

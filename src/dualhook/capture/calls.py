@@ -275,6 +275,7 @@ def _of_places(places: Places, size: int, may_be_flat: bool) -> tuple[Tensor, Te
 
 def used_rows(output_grad: Tensor) -> Tensor | None:
     """Which rows [n, o] are not exactly zero, as an index on the CPU; None: all. The others add nothing to a weight."""
+    output_grad = output_grad.detach().resolve_neg()
     shift = int(output_grad.dtype == torch.bfloat16)  # numpy has no such numbers: their bits but for the sign
     numbers = (output_grad.view(torch.int16) if shift else output_grad).numpy()
     zero = np.arange(len(numbers))

@@ -65,12 +65,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def select_layers(model: nn.Module, layers: LayerChoice | None) -> Selection:
+def select_layers(model: nn.Module, layers: LayerChoice | None, *, with_uses: bool = True) -> Selection:
     """The linear maps of ``model`` that ``layers`` names.
 
     ``layers`` is None (linear layers and what is like them), a name, a glob, a module type, a predicate
     ``(name, module) -> bool``, a preset, or several names, globs, types and presets. Uses of one weight are chosen
-    together. A layer or module that the model itself calls so wins over a preset:
+    together, unless without ``with_uses``. A layer or module that the model itself calls so wins over a preset:
 
     - ``"all"``: convolutions, embeddings, recurrent and expert weights too.
     - ``"head"``: the last linear layer.
@@ -95,8 +95,9 @@ def select_layers(model: nn.Module, layers: LayerChoice | None) -> Selection:
             + (f" ({why})" if why else "")
         )
     chosen = _chosen(model, usable, layers, reasons)
-    weights = {usable[name].spec.weight for name in chosen}
-    chosen = {name for name, tapped in usable.items() if tapped.spec.weight in weights}
+    if with_uses:
+        weights = {usable[name].spec.weight for name in chosen}
+        chosen = {name for name, tapped in usable.items() if tapped.spec.weight in weights}
     why = "recorded when asked for by layers=" if layers is None else "not chosen by layers="
     reasons |= {name: why for name in usable if name not in chosen}
     return Selection(_shared([usable[name] for name in usable if name in chosen], reasons), reasons)

@@ -4,13 +4,14 @@ For one step with output gradients ``d`` [n, o], keys ``x`` [n, i] and coefficie
 contribution of row n to a query ``x*`` along a direction ``u`` is ``-sum_oi u_o d_no C_oi x_ni x*_i``. Zeros of ``u``
 (units that a ReLU has switched off) and of ``x*`` are left out: most of the work is there. What is left of ``C`` meets
 the keys first: it has fewer outputs than the step has rows, so that the smaller tensors are multiplied one by one. The
-positions of a query are summed before that, into the gradient ``sum_p u_p x*_pᵀ``: many cost little more than one.
+positions of a query are summed before that, into the gradient ``sum_p u_p x*_pᵀ``, where many of them meet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -25,7 +26,8 @@ __all__ = ["BlockScores", "ReplayQuestion", "ReplayScores", "RowScores"]
 
 DENSE = 0.75  # share of non-zeros above which picking them costs more than it saves
 TOGETHER = 2**14  # coefficients a query, all inputs counted, up to which queries are answered in one product
-FLAT = 2**22  # coefficients of a block, all queries counted, up to which their places are kept
+MEETING = 2**13  # the same that positions of a query have in common, from which on they are summed first
+FLAT = 2**22  # coefficients of a block, all queries counted, up to which their places, or gradients, are kept
 TRANSPOSED = 4  # queries from which it pays to have keys by input
 
 
@@ -59,12 +61,18 @@ class _Sequence:
     outputs: Tensor | None
     query: Tensor
     direction: Tensor
+    gradient: Tensor | None = None
+    """Of the query, ``directionᵀ query`` [o, i]; None: to be made when it is asked for."""
+
+    def made(self) -> Tensor:
+        """The gradient."""
+        return self.direction.T @ self.query
 
     def of(self, coefficient: Tensor) -> Tensor:
-        """What is left of the coefficients, times the gradient of the query [o, i]."""
+        """What is left of the coefficients, times the gradient [o, i]."""
         own = coefficient if self.outputs is None else coefficient.index_select(0, self.outputs)
         own = own if self.inputs is None else own.index_select(1, self.inputs)
-        return (self.direction.T @ self.query).mul_(own)
+        return own * self.gradient if self.gradient is not None else self.made().mul_(own)
 
 
 class RowScores(Protocol):
@@ -99,7 +107,10 @@ class ReplayScores:
         self._query = query.reshape(-1, query.shape[-1])
         self._direction = direction.reshape(-1, direction.shape[-1])
         self._slot = None if slot is None else slot.reshape(-1)
-        self._inputs = [_nonzero(one) for one in self._query]
+
+    @cached_property
+    def _inputs(self) -> list[Tensor | None]:
+        return [_nonzero(one) for one in self._query]
 
     def flat(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Queries [q · p, i] and directions [q · p, o]."""
@@ -117,18 +128,20 @@ class ReplayScores:
         """Ready for a block of output units of a share."""
         query, direction = self._query.to(dtype), self._direction[:, units].to(dtype)
         if self._slot is None:
-            return BlockScores(int(self.shape[0]), query, direction, self._inputs, units, 1 if share.is_bias else 2)
+            ndim = 1 if share.is_bias else 2
+            return BlockScores(int(self.shape[0]), query, direction, lambda: self._inputs, units, ndim)
         # only what the queries fill matters, unless a matrix mixes the columns
         used = torch.unique(self._slot) if share.separable else torch.arange(self._slots)
         used = used[used >= 0]
         query = torch.ones_like(query[:, :1]) if share.is_bias else query
         wide = spread(query, self._slot, used)
-        inputs = [_nonzero(one) for one in wide]
         columns = None
         if share.separable:
             columns = (used[:, None] * query.shape[1] + torch.arange(query.shape[1])).reshape(-1)
         chosen = Chosen(used, query.shape[1], columns, share.is_bias)
-        return BlockScores(int(self.shape[0]), wide, direction, inputs, units, 2, chosen)
+        return BlockScores(
+            int(self.shape[0]), wide, direction, lambda: [_nonzero(one) for one in wide], units, 2, chosen
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,7 @@ class BlockScores:
         queries: int,
         query: Tensor,
         direction: Tensor,
-        inputs: list[Tensor | None],
+        filled: Callable[[], list[Tensor | None]],
         units: slice,
         ndim: int,
         chosen: Chosen | None = None,
@@ -172,12 +185,14 @@ class BlockScores:
         if ndim == 1:
             return
         active = torch.nonzero(direction)  # [pairs, (query and position, output)]
-        if len(active) > int(direction.reshape(queries, -1, direction.shape[1]).any(1).sum()):
-            self._sequences = self._by_query()  # several positions of a query meet in an output
+        apart = int(direction.reshape(queries, -1, direction.shape[1]).any(1).sum())  # positions that meet count once
+        if (len(active) - apart) * query.shape[1] > MEETING * queries:
+            self._sequences = self._by_query()
             return
         if active.shape[0] * query.shape[1] <= TOGETHER * len(direction):
             self._pairs = active
             return
+        inputs = filled()
         own = [
             _Query(k, inputs[k], _nonzero(u), query[k] if inputs[k] is None else query[k][inputs[k]], u)
             for k, u in enumerate(direction)
@@ -222,6 +237,9 @@ class BlockScores:
             direction = direction if outputs is None else direction.index_select(1, outputs)
             if query.numel() and direction.numel():
                 found.append(_Sequence(k, inputs, outputs, query, direction))
+        if sum(own.direction.shape[1] * own.query.shape[1] for own in found) <= FLAT:
+            for own in found:
+                own.gradient = own.made()
         return found
 
     def _summed(self, found: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class Task:
 class Workers:
     """Who does the tasks of a pass, and on which device they compute.
 
-    ``executor`` None: threads of this process, twice as many as torch uses for one product.
+    ``executor`` None: threads of this process, twice as many as torch uses for one product; this one where that is 1.
     """
 
     executor: Executor | None = None

@@ -57,8 +57,9 @@ def estimate(
         narrow += sum(numbers * NARROW.itemsize + index for numbers, index in costs)
         if len(seen) == 1:
             keys[spec.name] = {name: getattr(seen[0], name).cpu() for name in ("key", *COORDINATES)}
+            keys[spec.name]["key"] = keys[spec.name]["key"].to(dtypes[spec.name])
     sharing = shared_keys(keys)
-    shared = sum(keys[s.name]["key"].numel() * dtypes[s.name].itemsize for s in selection.specs if s.name in sharing)
+    shared = sum(keys[s.name]["key"].nbytes for s in selection.specs if s.name in sharing)
     heads = {
         spec.name: (n * spec.out_features * dtypes[spec.name].itemsize, own)
         for spec, n in zip(selection.specs, patterns, strict=True)

@@ -150,12 +150,14 @@ def _stored_in(model: nn.Module, selection: Selection, dtype: RowDtype | None) -
     """The dtype of each layer's stored rows, where it is not the one they are computed in."""
     names, found = [spec.name for spec in selection.specs], dict[str, torch.dtype | None]()
     for wanted, own in dtype.items() if isinstance(dtype, Mapping) else [(None, dtype)]:
-        if own is not None and not (isinstance(own, torch.dtype) and own.is_floating_point):
+        if own not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
             of_which = "" if wanted is None else f" of {wanted!r}"
             raise DualHookError(
-                f"dtype={own}{of_which}: expected a floating-point torch.dtype for the stored rows, or None"
+                f"dtype={own}{of_which}: expected torch.float64, float32, float16 or bfloat16 for stored rows, or None"
             )
-        chosen = names if wanted is None else [spec.name for spec in select_layers(model, wanted).specs]
+        chosen = names
+        if wanted is not None:
+            chosen = [spec.name for spec in select_layers(model, wanted, with_uses=False).specs]
         if not set(chosen) & set(names):
             raise LayerError(f"dtype= names {wanted!r}, which layers= does not record: expected some of {names}")
         found |= {name: own for name in chosen if name in names}
