@@ -5,6 +5,7 @@
     python examples/language_model.py --model lstm --carry-state   # its state goes on from window to window
     python examples/language_model.py --text FILE --prompt "Once upon"    # a text of your own, one passage a line
     python examples/language_model.py --full                       # larger and on all of the text, some gigabytes
+    python examples/language_model.py --out runs/lm                # kept, with what `dualhook report` asks it with
 
 By default it takes less than a minute and trains on the first verses of the King James text that ships with dualhook.
 What dualhook needs is marked with ``# (1)`` to ``# (3)``; the rest is ordinary training.
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from dualhook.integrations.transformers import DualMemoryCallback, Passages, explain
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -98,6 +100,19 @@ def main() -> None:
                 model, tokenizer, memory, prompts[0], max_new_tokens=4, k=2, passages=Passages(rows, tokenizer, width=8)
             )
             print("", "The same of every token that the model writes:", written, sep="\n")
+            if options.out:
+                keep(model, tokenizer, rows, out)
+
+
+def keep(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, rows: Rows, out: Path) -> None:
+    """What the command line asks with: the model with its tokenizer, and the tokens that it was trained on."""
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    Dataset.from_list(rows).save_to_disk(out / "tokens")
+    print(
+        f"\nFrom a shell: dualhook report {out / 'memory'} --model {out / 'model'} --tokenizer {out / 'model'} "
+        f'--text "And God said" --passages {out / "tokens"} -o report.html'
+    )
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ examples:
   dualhook compact runs/fmnist --dtype float16 --min-share 1e-5""",
     "attend": """\
 The model's recorded layers get the weights that the memory holds after the last
-step, everything else those of --weights, or of the folder it is loaded from. Modules in the current directory are
-found.
+step, everything else those of --weights, or of the folder that it is loaded from.
+Modules in the current directory are found.
 
 examples:
   dualhook attend runs/fmnist --model train:build_model --inputs images.npy
