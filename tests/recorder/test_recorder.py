@@ -139,10 +139,10 @@ def test_path_that_holds_something(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"dtype": torch.int8}, "expected a floating-point torch.dtype"),
+        ({"dtype": torch.int8}, "expected torch.float64, float32"),
         ({"on_full": "panic"}, "expected 'fold', 'stop' or 'error'"),
         ({"max_bytes": 0}, "expected a number of bytes above 0"),
-        ({"dtype": "float16"}, "expected a floating-point torch.dtype"),
+        ({"dtype": "float16"}, "expected torch.float64, float32"),
         ({"max_bytes": "1GB"}, "expected a number of bytes above 0"),
         ({"optimizer": "sgd"}, "expected a torch.optim.Optimizer"),
         ({"optimizer": 5}, "expected a torch.optim.Optimizer"),
