@@ -303,7 +303,7 @@ def _prompts(inputs: Any) -> list[list[int]]:
 
 def _facts(memory: DualMemory, attention: Attention, samples: int, method: str) -> dict[str, Any]:
     return {
-        "memory": "/".join(memory.path.parts[-2:]),
+        "memory": "/".join(str(memory.path).replace(os.sep, "/").rsplit("/", 2)[-2:]),
         "steps": memory.steps,
         "samples": samples,
         "patterns": [memory.patterns(layer) for layer in attention.layers],

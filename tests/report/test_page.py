@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -265,6 +266,13 @@ def test_the_command_writes_the_same(run, tmp_path, monkeypatch, capsys):
     assert found["facts"].pop("memory") == f"{tmp_path.name}/run"
     expected["facts"].pop("memory")
     assert found == expected
+
+
+def test_a_memory_behind_a_url_has_a_page_too(run, tmp_path):
+    memory, model, images, queries = run
+    fsspec.filesystem("memory").put(str(memory.path), "memory://pages/run", recursive=True)
+    remote = dualhook.load("memory://pages/run")
+    assert data_of(written((remote, model, images, queries), tmp_path))["facts"]["memory"] == "pages/run"
 
 
 class Text:
