@@ -22,7 +22,7 @@ from dualhook.errors import DualHookError
 from dualhook.given import (
     build,
     fill,
-    is_folder,
+    is_saved_model,
     read_inputs,
     read_names,
     read_numbers,
@@ -145,11 +145,11 @@ def _influence(options: argparse.Namespace) -> int:
     memory, passages = dualhook.load(options.path), _passages(options)
     if passages is not None and options.per == "sample":
         raise DualHookError("--passages shows the text around tokens: expected --per token, which is then the default")
-    options.per = options.per or ("sample" if passages is None else "token")
+    per: Any = options.per or ("sample" if passages is None else "token")
     model, inputs, left = _asked(memory, options)
-    settings = {name: getattr(options, name) for name in ("target", "layers", "of", "method", "per")}
+    settings = {name: getattr(options, name) for name in ("target", "layers", "of", "method")}
     with _progress(memory, f"influence, {options.method}", options.layers or memory.layers), _running(options):
-        influence = memory.influence(model, inputs, cache=False if options.no_cache else None, **settings)
+        influence = memory.influence(model, inputs, per=per, cache=False if options.no_cache else None, **settings)
     warn_of(left)
     if passages is None:
         answers = {"top": influence.top(options.top), "bottom": influence.bottom(options.top)}
@@ -213,7 +213,7 @@ def _asked(memory: DualMemory, options: argparse.Namespace) -> tuple[nn.Module, 
     """The model, what it is asked, and what of it no file has filled."""
     model = build(options.model)
     left = fill(model, memory, options.weights)
-    if is_folder(options.model):
+    if is_saved_model(options.model):  # which has filled everything
         left = []
     if options.text is not None:
         return model, tokens_of(options.text, options.tokenizer, model), left

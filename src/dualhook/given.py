@@ -22,7 +22,7 @@ from dualhook.memory import DualMemory
 __all__ = [
     "build",
     "fill",
-    "is_folder",
+    "is_saved_model",
     "read_inputs",
     "read_names",
     "read_numbers",
@@ -34,7 +34,7 @@ __all__ = [
 
 def build(spec: str) -> nn.Module:
     """Call what ``module:callable`` names, or load the language model that lies in a folder."""
-    if is_folder(spec):
+    if is_saved_model(spec):
         return _pretrained("AutoModelForCausalLM", spec, "--model").eval()  # type: ignore[no-any-return]
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
@@ -56,8 +56,8 @@ def build(spec: str) -> nn.Module:
     return model
 
 
-def is_folder(model: str) -> bool:
-    """Whether a model is a folder that transformers has written, with all its weights."""
+def is_saved_model(model: str) -> bool:
+    """Whether a model is given as the folder that its ``save_pretrained`` has written, with all its weights."""
     return (Path(model) / "config.json").is_file()
 
 

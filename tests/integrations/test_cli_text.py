@@ -31,6 +31,13 @@ def build():
 """
 
 
+def built():
+    """The model of that module."""
+    found: dict = {}
+    exec(MODELS, found)
+    return found["build"]()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A memory ``run`` with its tokenizer, its tokenised texts, and the weights that it does not hold."""
@@ -45,10 +52,8 @@ def folder(tmp_path_factory):
     tokens.save_to_disk(folder / "tokens")
     datasets.DatasetDict({"train": tokens, "test": tokens}).save_to_disk(folder / "splits")
     (folder / "text_models.py").write_text(MODELS, encoding="utf-8")
-    found: dict = {}
-    exec(MODELS, found)
     torch.manual_seed(0)
-    model = found["build"]()
+    model = built()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = dualhook.instrument(model, folder / "run", layers=["mlp", "head"], verbose=False)
     for _ in range(3):
@@ -87,9 +92,7 @@ PASSAGES = (*TOKENIZER, "--passages", "tokens")
 def asked(folder):
     """The memory, the model, what the tokenizer makes of the prompt, and the passages."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
-    found: dict = {}
-    exec(MODELS, found)
-    model = found["build"]()
+    model = built()
     memory = dualhook.load(folder / "run")
     for values in (load_file(folder / "weights.safetensors"), memory.state_dict()):
         model.load_state_dict(values, strict=False)

@@ -33,46 +33,46 @@ TRANSPOSED = 4  # queries from which it pays to have keys by input
 
 @dataclass
 class _Query:
-    """One query in a block: its non-zero ``inputs`` and ``outputs`` (None: all), and their values."""
+    """One query in a block: the ``inputs`` and ``outputs`` that it fills (None: all), and its values there."""
 
     number: int
     inputs: Tensor | None
     outputs: Tensor | None
     query: Tensor
     direction: Tensor
+
+    def part_of(self, coefficient: Tensor) -> Tensor:
+        """What is left of the coefficients [o, i]."""
+        own = coefficient if self.outputs is None else coefficient.index_select(0, self.outputs)
+        return own if self.inputs is None else own.index_select(1, self.inputs)
+
+
+@dataclass
+class _Position(_Query):
+    """A query [i] of one position, with its direction [o]."""
+
     entries: Tensor | None = None
     """Where they meet in the coefficients, laid out flat."""
 
     def of(self, coefficient: Tensor) -> Tensor:
-        """What is left of the coefficients, times the query [o, i]; not to be written to."""
-        if self.entries is not None:
-            flat = coefficient.view(-1).index_select(0, self.entries)
-            return flat.view(len(self.direction), -1).mul_(self.query)
-        own = coefficient if self.outputs is None else coefficient.index_select(0, self.outputs)
-        return own * self.query if self.inputs is None else own.index_select(1, self.inputs).mul_(self.query)
+        """What is left of the coefficients, times the query [o, i]."""
+        if self.entries is None:
+            return self.part_of(coefficient) * self.query
+        flat = coefficient.view(-1).index_select(0, self.entries)
+        return flat.view(len(self.direction), -1).mul_(self.query)
 
 
 @dataclass
-class _Sequence:
-    """One query of several positions in a block: the ``inputs`` and ``outputs`` (None: all) that any of them fills."""
+class _Sequence(_Query):
+    """A query [p, i] of several positions, with its directions [p, o]."""
 
-    number: int
-    inputs: Tensor | None
-    outputs: Tensor | None
-    query: Tensor
-    direction: Tensor
     gradient: Tensor | None = None
-    """Of the query, ``directionᵀ query`` [o, i]; None: to be made when it is asked for."""
-
-    def made(self) -> Tensor:
-        """The gradient."""
-        return self.direction.T @ self.query
+    """``directionᵀ query`` [o, i]; None: it is made each time."""
 
     def of(self, coefficient: Tensor) -> Tensor:
         """What is left of the coefficients, times the gradient [o, i]."""
-        own = coefficient if self.outputs is None else coefficient.index_select(0, self.outputs)
-        own = own if self.inputs is None else own.index_select(1, self.inputs)
-        return own * self.gradient if self.gradient is not None else self.made().mul_(own)
+        gradient = self.direction.T @ self.query if self.gradient is None else self.gradient
+        return self.part_of(coefficient) * gradient
 
 
 class RowScores(Protocol):
@@ -187,22 +187,22 @@ class BlockScores:
         active = torch.nonzero(direction)  # [pairs, (query and position, output)]
         apart = int(direction.reshape(queries, -1, direction.shape[1]).any(1).sum())  # positions that meet count once
         if (len(active) - apart) * query.shape[1] > MEETING * queries:
-            self._sequences = self._by_query()
+            self._sequences = self._as_sequences()
             return
         if active.shape[0] * query.shape[1] <= TOGETHER * len(direction):
             self._pairs = active
             return
         inputs = filled()
         own = [
-            _Query(k, inputs[k], _nonzero(u), query[k] if inputs[k] is None else query[k][inputs[k]], u)
+            _Position(k, inputs[k], _nonzero(u), query[k] if inputs[k] is None else query[k][inputs[k]], u)
             for k, u in enumerate(direction)
         ]
         for one in own:
             if one.outputs is not None:
                 one.direction = one.direction[one.outputs]
-        self._each = [one for one in own if len(one.direction) and len(one.query)]
-        if sum(one.direction.numel() * one.query.numel() for one in self._each) <= FLAT:
-            for one in self._each:
+        self._positions = [one for one in own if len(one.direction) and len(one.query)]
+        if sum(one.direction.numel() * one.query.numel() for one in self._positions) <= FLAT:
+            for one in self._positions:
                 if one.inputs is not None and one.outputs is not None:
                     one.entries = (one.outputs[:, None] * query.shape[1] + one.inputs).reshape(-1).int()
 
@@ -212,7 +212,7 @@ class BlockScores:
         x = (rows.key if self._chosen is None else self._chosen.keys(rows)).to(u.dtype)
         if self._ndim == 1:
             found = (u * values) @ d.T
-            found = found if rows.constant is None else found * rows.constant.to(found.dtype)
+            found = self._summed(found if rows.constant is None else found * rows.constant.to(found.dtype))
         elif isinstance(values, Tensor) and side == "elementwise":
             columns = None if self._chosen is None else self._chosen.columns
             found = self._elementwise(d, x, values if columns is None else values.index_select(1, columns))
@@ -224,9 +224,10 @@ class BlockScores:
                 found = (u @ values @ d.T) * (q @ x.T)
             else:
                 found = (u @ d.T) * (q @ values.T @ x.T)
-        return (found if len(found) == self.queries else self._summed(found)).mul_(-scale)
+            found = self._summed(found)
+        return found.mul_(-scale)
 
-    def _by_query(self) -> list[_Sequence]:
+    def _as_sequences(self) -> list[_Sequence]:
         """The queries with the inputs and outputs that their positions fill."""
         found = []
         for k, (query, direction) in enumerate(
@@ -239,7 +240,7 @@ class BlockScores:
                 found.append(_Sequence(k, inputs, outputs, query, direction))
         if sum(own.direction.shape[1] * own.query.shape[1] for own in found) <= FLAT:
             for own in found:
-                own.gradient = own.made()
+                own.gradient = own.direction.T @ own.query
         return found
 
     def _summed(self, found: Tensor) -> Tensor:
@@ -248,21 +249,30 @@ class BlockScores:
 
     def _elementwise(self, d: Tensor, x: Tensor, coefficient: Tensor) -> Tensor:
         if self._sequences is not None:
-            found = d.new_zeros(self.queries, len(d))
-            for own in self._sequences:
-                met = own.of(coefficient) @ _columns(x, own.inputs, by_column=False).T  # [o, n]
-                torch.sum(met.mul_(_columns(d, own.outputs, by_column=False).T), 0, out=found[own.number])
-            return found
-        found = d.new_zeros(len(self._u), len(d))
+            return self._by_sequence(self._sequences, d, x, coefficient)
         if self._pairs is not None:
-            query, outputs = self._pairs.unbind(1)
-            met = (coefficient.index_select(0, outputs) * self._q.index_select(0, query)) @ x.T  # [pairs, n]
-            met *= d.T.index_select(0, outputs)
-            return found.index_add_(0, query, met.mul_(self._u[query, outputs, None]))
-        many = len(self._each) >= TRANSPOSED
+            return self._summed(self._by_pair(self._pairs, d, x, coefficient))
+        return self._summed(self._by_position(d, x, coefficient))
+
+    def _by_sequence(self, sequences: Sequence[_Sequence], d: Tensor, x: Tensor, coefficient: Tensor) -> Tensor:
+        found = d.new_zeros(self.queries, len(d))
+        for one in sequences:
+            met = one.of(coefficient) @ _columns(x, one.inputs, by_column=False).T  # [o, n]
+            torch.sum(met.mul_(_columns(d, one.outputs, by_column=False).T), 0, out=found[one.number])
+        return found
+
+    def _by_pair(self, pairs: Tensor, d: Tensor, x: Tensor, coefficient: Tensor) -> Tensor:
+        query, outputs = pairs.unbind(1)
+        met = (coefficient.index_select(0, outputs) * self._q.index_select(0, query)) @ x.T  # [pairs, n]
+        met *= d.T.index_select(0, outputs)
+        return d.new_zeros(len(self._u), len(d)).index_add_(0, query, met.mul_(self._u[query, outputs, None]))
+
+    def _by_position(self, d: Tensor, x: Tensor, coefficient: Tensor) -> Tensor:
+        found = d.new_zeros(len(self._u), len(d))
+        many = len(self._positions) >= TRANSPOSED
         if many:
             x, d = x.T.contiguous().T, d.T.contiguous().T
-        for one in self._each:
+        for one in self._positions:
             met = one.of(coefficient) @ _columns(x, one.inputs, many).T  # [o, n]
             met *= _columns(d, one.outputs, many).T
             torch.mv(met.T, one.direction, out=found[one.number])

@@ -56,8 +56,8 @@ def estimate(
         sizes[spec.name] = sum(numbers * dtypes[spec.name].itemsize + index for numbers, index in costs)
         narrow += sum(numbers * NARROW.itemsize + index for numbers, index in costs)
         if len(seen) == 1:
-            keys[spec.name] = {name: getattr(seen[0], name).cpu() for name in ("key", *COORDINATES)}
-            keys[spec.name]["key"] = keys[spec.name]["key"].to(dtypes[spec.name])
+            keys[spec.name] = {name: getattr(seen[0], name).cpu() for name in COORDINATES}
+            keys[spec.name]["key"] = seen[0].key.to("cpu", dtypes[spec.name])
     sharing = shared_keys(keys)
     shared = sum(keys[s.name]["key"].nbytes for s in selection.specs if s.name in sharing)
     heads = {
