@@ -4,7 +4,7 @@ The network of the paper (784-800-800-10, batch 128), recorded by dualhook and b
 references to all tensors kept in Python lists, and one float16 pickle per layer and step. All ways take turns in
 blocks of steps within one process, so that a machine that changes its speed changes it for all.
 
-    python benchmarks/capture.py [--rounds 12] [--block 25] [--threads N]
+    python benchmarks/capture.py [--rounds 12] [--block 25] [--threads N] [--device cuda] [--width 800] [--batch 128]
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ from turns import in_turns, spread
 import dualhook
 from dualhook.demo import network
 
-BATCH = 128
-
 
 class Way:
     """A model in training under one way of recording; :meth:`steps` runs some steps and returns the seconds each."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
         torch.manual_seed(0)
-        self.model = network()
+        self.model = make()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=3e-3)
         self.count = 0
 
@@ -47,6 +45,8 @@ class Way:
             self.optimizer.step()
             self.count += 1
             self.after_step()
+        if batches[0][0].is_cuda:
+            torch.cuda.synchronize()
         return (time.perf_counter() - started) / len(batches)
 
     def after_step(self) -> None:
@@ -65,8 +65,8 @@ class Way:
 class Recorded(Way):
     """The one line of this package."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
+    def __init__(self, make: Callable[[], nn.Module], folder: Path, dtype: torch.dtype | None = None) -> None:
+        super().__init__(make)
         self.recorder = dualhook.instrument(self.model, folder / f"memory-{dtype}", dtype=dtype, verbose=False)
 
     def bytes_per_step(self) -> float:
@@ -80,8 +80,8 @@ class Recorded(Way):
 class Hooked(Way):
     """Forward and full backward hooks that keep the tensors they see."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__(make)
         self.linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         self.rows: list[list[Tensor]] = [[] for _ in self.linears]
         for number, module in enumerate(self.linears):
@@ -108,15 +108,15 @@ class Lists(Hooked):
 class Pickles(Hooked):
     """One float16 pickle per layer and step."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
+    def __init__(self, make: Callable[[], nn.Module], folder: Path) -> None:
+        super().__init__(make)
         self.folder = folder / "pickles"
         self.folder.mkdir()
 
     def after_step(self) -> None:
         for number, rows in enumerate(self.rows):
             with (self.folder / f"{self.count:06d}-{number}.pkl").open("wb") as file:
-                pickle.dump([row.half().numpy() for row in rows], file)
+                pickle.dump([row.half().cpu().numpy() for row in rows], file)
             rows.clear()
 
     def bytes_per_step(self) -> float:
@@ -128,21 +128,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--block", type=int, default=25, help="steps of one way before the next one's turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--width", type=int, default=800, help="of the two hidden layers")
+    parser.add_argument("--batch", type=int, default=128)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    batch, width, device = arguments.batch, arguments.width, torch.device(arguments.device)
+
+    def make() -> nn.Module:
+        return network(width).to(device)
+
     folder = Path(tempfile.mkdtemp(prefix="dualhook-benchmark-"))
     try:
         ways = {
-            "bare": Way(),
-            "dualhook": Recorded(folder),
-            "dualhook, bfloat16 rows": Recorded(folder, torch.bfloat16),
-            "tensors in lists": Lists(),
-            "float16 pickles": Pickles(folder),
+            "bare": Way(make),
+            "dualhook": Recorded(make, folder),
+            "dualhook, bfloat16 rows": Recorded(make, folder, torch.bfloat16),
+            "tensors in lists": Lists(make),
+            "float16 pickles": Pickles(make, folder),
         }
         torch.manual_seed(1)
         # as sparse as the data set's images
-        batches = [(torch.rand(BATCH, 784) * (torch.rand(BATCH, 784) > 0.5), torch.randint(0, 10, (BATCH,)))
+        batches = [(torch.rand(batch, 784) * (torch.rand(batch, 784) > 0.5), torch.randint(0, 10, (batch,)))
                    for _ in range(arguments.block)]  # fmt: skip
+        batches = [(x.to(device), y.to(device)) for x, y in batches]
 
         def block(way: Way) -> float:
             spent = way.steps(batches)
@@ -151,7 +160,9 @@ def main() -> None:
 
         seconds = in_turns({name: partial(block, way) for name, way in ways.items()}, arguments.rounds)
         threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
-        print(f"784-800-800-10, batch {BATCH}, {arguments.rounds} rounds of {arguments.block} steps each, {threads}")
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+        size = f"784-{width}-{width}-10, batch {batch}"
+        print(f"{size}, {arguments.rounds} rounds of {arguments.block} steps each, {where}")
         print(f"{'way of recording':<26}{'ms/step':>9}{'ratio to bare':>26}{'MB/step':>10}")
         for name, way in ways.items():
             ratio = spread(seconds[name], seconds["bare"])

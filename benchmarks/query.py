@@ -4,13 +4,14 @@ The paper's network (784-800-800-10) is trained on Fashion-MNIST images and reco
 gradients 800 wide) and fc3 (output gradients 10 wide) are asked from disk, through the page cache. torch multiplies the
 same keys, which it has in memory, chunk by chunk in float32, takes the top 10 of each and merges. All ways take turns.
 
-Ceilings, measured in the same run: read bandwidth (float32 numbers in memory, summed up), matmul in float32 and
+Ceilings, measured in the same run: read bandwidth (float32 numbers in memory, summed up, or with ``--device`` brought
+there), matmul in float32 and
 bfloat16. Bytes are those of the keys and output gradients that a question has to see, operations those of its products.
 ``bfloat16`` says whether a pre-selection in 16 bits could pay: not where it is slower than float32, as on every x86
 processor without AMX or AVX512-BF16. recall is the share of the ten named whose float64 product is not below that of
 the true tenth, by more than its rounding in float32.
 
-    python benchmarks/query.py [--patterns 200000] [--queries 1 32 256] [--rounds 5] [--threads 1] [--clock wall]
+    python benchmarks/query.py [--patterns 200000] [--queries 1 32 256] [--rounds 5] [--threads 1] [--device cuda]
 """
 
 from __future__ import annotations
@@ -59,13 +60,13 @@ class Ceilings:
     bfloat16: float
 
     @classmethod
-    def measured(cls, keys: Tensor, rounds: int) -> Ceilings:
-        def fastest(do: Callable[[], object]) -> float:
-            return min(seconds(do) for _ in range(rounds))
+    def measured(cls, keys: Tensor, rounds: int, device: torch.device) -> Ceilings:
+        def fastest(do: Callable[[], Tensor]) -> float:
+            return min(seconds(lambda: do().flatten()[0].item()) for _ in range(rounds + 1))
 
-        wide, small = torch.randn(2048, 2048), torch.randn(512, 512).bfloat16()
+        wide, small = torch.randn(2048, 2048, device=device), torch.randn(512, 512, device=device).bfloat16()
         return cls(
-            keys.nbytes / fastest(lambda: keys.sum()),
+            keys.nbytes / fastest((lambda: keys.sum()) if device.type == "cpu" else lambda: keys.to(device)),
             2 * 2048**3 / fastest(lambda: wide @ wide),
             2 * 512**3 / fastest(lambda: small @ small),
         )
@@ -83,22 +84,25 @@ def in_memory(path: Path, layer: str) -> Tensor:
 
 
 def top_of_torch(keys: Tensor, query: Tensor, k: int = K) -> Tensor:
-    """The patterns [q, k] with the largest products."""
-    best, where = torch.zeros(len(query), 0, dtype=query.dtype), torch.zeros(len(query), 0, dtype=torch.int64)
+    """The patterns [q, k] with the largest products, which are made where the query is."""
+    best = torch.zeros(len(query), 0, dtype=query.dtype, device=query.device)
+    where = torch.zeros(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(keys), CHUNK):
-        chunk = keys[start : start + CHUNK].to(query.dtype)
+        chunk = keys[start : start + CHUNK].to(query)
         found, index = (query @ chunk.T).topk(min(k, len(chunk)), dim=1)
         best, where = torch.cat([best, found], 1), torch.cat([where, index + start], 1)
         best, order = best.topk(min(k, best.shape[1]), dim=1)
         where = where.gather(1, order)
-    return where
+    return where.cpu()
 
 
 class Bench:
     """One layer's questions, in turns with torch."""
 
-    def __init__(self, memory: dualhook.DualMemory, model: torch.nn.Module, layer: str, ceilings: Ceilings) -> None:
-        self.memory, self.model, self.layer, self.ceilings = memory, model, layer, ceilings
+    def __init__(
+        self, memory: dualhook.DualMemory, model: torch.nn.Module, layer: str, ceilings: Ceilings, device: torch.device
+    ) -> None:
+        self.memory, self.model, self.layer, self.ceilings, self.device = memory, model, layer, ceilings, device
         self.keys = in_memory(memory.path, layer)
         self.outputs = dict(model.named_modules())[layer].out_features
 
@@ -107,17 +111,17 @@ class Bench:
         memory, model, layer = self.memory, self.model, self.layer
         with torch.no_grad():
             query = model[: list(dict(model.named_children())).index(layer)](images)
-        known = memory.attend(model, images, layers=layer)
+        known = memory.attend(model, images, layers=layer, device=self.device)
         named = known.top(K, by="weight")  # from here on its receipt is known
 
         def first() -> float:
-            fresh = memory.attend(model, images, layers=layer)
+            fresh = memory.attend(model, images, layers=layer, device=self.device)
             return seconds(lambda: fresh.top(K))
 
         products = {"torch, keys in memory": 1, "top(10, by='weight')": 1, "top(10)": 2, "sum_by('label')": 2}
         products["the first top(10), with receipt"] = 3
         ways = {
-            "torch, keys in memory": lambda: seconds(lambda: top_of_torch(self.keys, query)),
+            "torch, keys in memory": lambda: seconds(lambda: top_of_torch(self.keys, query.to(self.device))),
             "top(10, by='weight')": lambda: seconds(lambda: known.top(K, by="weight")),
             "top(10)": lambda: seconds(lambda: known.top(K)),
             "sum_by('label')": lambda: seconds(lambda: known.sum_by("label")),
@@ -158,6 +162,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=["fc2", "fc3"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", type=torch.device, default="cpu", help="where products are made")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: the steadier on a busy machine")
     parser.add_argument("--out", type=Path, help="keep the memory here; one that is there is asked as it is")
     arguments = parser.parse_args()
@@ -175,11 +180,11 @@ def main() -> None:
         memory = dualhook.load(folder / "memory")
         ceilings: Ceilings | None = None
         for layer in arguments.layers:
-            ceilings = ceilings or Ceilings.measured(in_memory(memory.path, layer), arguments.rounds)
-            bench = Bench(memory, model, layer, ceilings)
+            ceilings = ceilings or Ceilings.measured(in_memory(memory.path, layer), arguments.rounds, arguments.device)
+            bench = Bench(memory, model, layer, ceilings, arguments.device)
             if layer == arguments.layers[0]:
                 print(
-                    f"threads {arguments.threads}, {arguments.clock} time; "
+                    f"{arguments.device}, threads {arguments.threads}, {arguments.clock} time; "
                     f"ceilings: read {ceilings.bandwidth / 1e9:.1f} GB/s, matmul "
                     f"{ceilings.float32 / 1e9:.1f} GF/s in float32, {ceilings.bfloat16 / 1e9:.1f} GF/s in bfloat16"
                 )

@@ -134,8 +134,9 @@ def outcome(run: Run, record: bool, **options: Any) -> Outcome:
 def relative_error(found: dict[str, Tensor], true: dict[str, Tensor], layer: str) -> float:
     """|found - true| / |true| over the parameters of one layer."""
     names = [name for name in found if name.rpartition(".")[0] == layer]
-    left = sum((found[name].double() - true[name].double()).square().sum() for name in names)
-    return float((left / sum(true[name].double().square().sum() for name in names)).sqrt())
+    wanted = {name: true[name].cpu().double() for name in names}
+    left = sum((found[name].double() - wanted[name]).square().sum() for name in names)
+    return float((left / sum(wanted[name].square().sum() for name in names)).sqrt())
 
 
 ACTIVATIONS = (nn.ReLU, lambda: nn.ReLU(inplace=True), nn.Tanh, nn.GELU, lambda: nn.LeakyReLU(0.1, inplace=True))

@@ -12,7 +12,7 @@ import pytest
 import dualhook
 
 SOURCE = Path(dualhook.__file__).parent
-SHARED = {"records", "errors", "table"}
+SHARED = {"records", "errors", "table", "host"}
 ALLOWED = {
     "sampling": set(),
     "capture": SHARED | {"gathering", "maps", "packing", "sampling"},
@@ -26,6 +26,7 @@ ALLOWED = {
     "packing": {"gathering"},
     "records": {"gathering", "packing"},
     "errors": set(),
+    "host": set(),
     "table": {"report"},
     "model": SHARED | {"capture"},
     "composition": SHARED | {"maps", "optimizers", "query", "store"},

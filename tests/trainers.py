@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,7 +113,7 @@ def arguments(folder: Path, way: Way, **settings: Any) -> TrainingArguments:
     usual = {
         "num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2,
         "lr_scheduler_type": "linear", "max_grad_norm": 0.5, "logging_steps": 2, "save_strategy": "no", "seed": 3,
-        "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "use_cpu": os.environ.get("DUALHOOK_DEVICE") != "cuda", "report_to": [], "disable_tqdm": True,
     }  # fmt: skip
     return TrainingArguments(str(folder), **(usual | way.settings | settings))
 

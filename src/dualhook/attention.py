@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dualhook.errors import LayerError
+from dualhook.host import asked_on_host
 from dualhook.progress import ReplayProgress
 from dualhook.query import (
     KEPT,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Attention"]
 
 
+@asked_on_host
 class Attention:
     """The attention of some queries over every training pattern, computed when asked.
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 from dualhook.errors import DualHookError
+from dualhook.host import on_host
 from dualhook.memory import DualMemory
 from dualhook.store import SEGMENT_BYTES, Saving, compacted
 
 __all__ = ["compact"]
 
 
+@on_host()
 def compact(
     path: str | os.PathLike[str],
     *,

@@ -29,13 +29,15 @@ MARKER = "dualhook-demo.json"  # what makes a folder an earlier demo, which may 
 RATE, MOMENTUM = 0.02, 0.9
 
 
-def network() -> nn.Sequential:
+def network(width: int = 800) -> nn.Sequential:
     """The image classifier of Irie et al. 2022: 784-800-800-10 with ReLU; takes images [b, 784]."""
     return nn.Sequential(
         OrderedDict(
-            fc1=nn.Linear(784, 800), relu1=nn.ReLU(), fc2=nn.Linear(800, 800), relu2=nn.ReLU(), fc3=nn.Linear(800, 10)
+            fc1=nn.Linear(784, width), relu1=nn.ReLU(),
+            fc2=nn.Linear(width, width), relu2=nn.ReLU(),
+            fc3=nn.Linear(width, 10),
         )
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dualhook.host import asked_on_host
 from dualhook.query import Composition, dual_output, rebuild
 from dualhook.records import LayerSpec, RowSource
 
 __all__ = ["DualLinear", "dual_model"]
 
 
+@asked_on_host
 class DualLinear(nn.Module):
     """``y = a W_0 x + sum_s value_s (key_s · x)`` in place of ``y = W_T x`` (Irie et al. 2022).
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dualhook.errors import DualHookError, LayerError
+from dualhook.host import asked_on_host
 from dualhook.table import Table
 
 __all__ = [
@@ -64,6 +65,7 @@ def check_size(queries: int, layers: int, units: int, per: str) -> None:
         )
 
 
+@asked_on_host
 class Influence:
     """Per query and training sample, how much training on it has raised what was asked about: an estimate.
 

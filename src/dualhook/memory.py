@@ -18,6 +18,7 @@ from dualhook.composition import check_average
 from dualhook.dual import DualLinear, dual_model
 from dualhook.errors import DualHookError, LayerError, RuleError
 from dualhook.estimates import by_contribution, by_cosine, by_decay, note_of
+from dualhook.host import asked_on_host, on_host
 from dualhook.influence import Influence, InfluenceMethod, InfluenceUnit, check_asked, check_size
 from dualhook.loss import Loss
 from dualhook.maps import map_of
@@ -39,6 +40,7 @@ Method = Literal["exact", "preview"]
 METHODS = ("exact", "preview")
 
 
+@on_host()
 def load(path: str | os.PathLike[str], *, on_damage: OnDamage = "raise") -> DualMemory:
     """Open the memory that was recorded at ``path``; needs neither the model nor the training script.
 
@@ -56,6 +58,7 @@ def load(path: str | os.PathLike[str], *, on_damage: OnDamage = "raise") -> Dual
     return DualMemory(path, on_damage=on_damage)
 
 
+@asked_on_host
 class DualMemory(Reading):
     """A recorded training run as a key-value memory.
 

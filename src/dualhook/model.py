@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dualhook.capture import Tapped, linear_maps, unwrapped
 from dualhook.errors import LayerError
+from dualhook.host import on_default_device
 from dualhook.records import LayerSpec
 
 __all__ = ["Measure", "Positions", "Predicted", "Target", "find_layers", "model_inputs", "predicted", "run_model"]
@@ -99,7 +100,7 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
     for name in ("input_ids", "decoder_input_ids"):
         if config is not None and isinstance(ids := named.get(name), Tensor) and not ids.is_floating_point():
             _check_tokens(name, ids, config)
-    with _evaluating(model):
+    with _evaluating(model), on_default_device():
         if isinstance(inputs, Mapping):  # what tokenisers return is one
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -134,7 +135,8 @@ def predicted(
     if callable(target):
         if positions is not None:
             raise LayerError("positions= beside a function as target=: let the function choose the positions")
-        scores = target(output)
+        with on_default_device():
+            scores = target(output)
         if not isinstance(scores, Tensor) or scores.dim() != 1:
             raise LayerError("target=: expected the function to return a tensor of one number per query")
         return Predicted(scores[:, None], {"score": scores})

@@ -65,8 +65,7 @@ class Softmax:
 
     def used_rows(self) -> Tensor | None:
         """Which rows are not exactly zero, as an index [m]; None: all."""
-        used = (self.value != 0) | self.offset.isfinite()
-        return None if bool(used.all()) else used.nonzero().squeeze(1)
+        return _index_of((self.value != 0) | self.offset.isfinite())
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,10 @@ class Largest:
     value: Tensor
     index: Tensor
     width: int
+
+    def used_rows(self) -> Tensor | None:
+        """Which rows are not exactly zero, as an index [m]; None: all."""
+        return _index_of((self.value != 0).any(1))
 
     def dense(self, key: Tensor, outputs: Tensor | None = None) -> Tensor:
         """The output gradients [n, o], or those of some ``outputs``; zero where nothing is kept."""
@@ -99,6 +102,10 @@ class Scaled:
 
     value: Tensor
     scale: Tensor
+
+    def used_rows(self) -> Tensor | None:
+        """Which rows are not exactly zero, as an index [m]; None: all."""
+        return _index_of((self.value != 0).any(1))
 
     def dense(self, key: Tensor, outputs: Tensor | None = None) -> Tensor:
         """The output gradients [n, o], or those of some ``outputs``, in the dtype of ``scale``."""
@@ -213,6 +220,11 @@ def pack_scaled(output_grad: Tensor) -> Scaled:
     largest = largest.to(_computed_in(output_grad))
     scale = torch.where((largest > 0) & largest.isfinite(), 2.0 ** largest.log2().floor(), 1.0)
     return Scaled((output_grad / scale[:, None]).half(), scale)
+
+
+def _index_of(used: Tensor) -> Tensor | None:
+    """Of a bool [n], where it is true; None: everywhere."""
+    return None if bool(used.all()) else used.nonzero().squeeze(1)
 
 
 def _lowest(values: Tensor) -> tuple[Tensor, Tensor]:

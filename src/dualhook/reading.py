@@ -14,6 +14,7 @@ from torch import Tensor
 from dualhook.columns import Columns
 from dualhook.composition import compose, unknown_composition
 from dualhook.errors import DualHookError, LayerError, RuleError
+from dualhook.host import asked_on_host
 from dualhook.maps import map_of
 from dualhook.optimizers import average_weights
 from dualhook.progress import ReplayProgress
@@ -28,6 +29,7 @@ __all__ = ["OnDamage", "Reading"]
 OnDamage = Literal["raise", "skip"]
 
 
+@asked_on_host
 class Reading:
     """What a memory holds. Steps count optimiser steps from 1; step 0 is where recording began."""
 

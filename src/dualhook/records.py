@@ -158,16 +158,16 @@ class Rows:
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``, without a copy."""
-        cut = self._each(lambda values: values[start:stop])
+        cut = self.each(lambda values: values[start:stop])
         return replace(cut, first=self.first + start)
 
     def where(self, mask: Tensor) -> Rows:
         """The rows that a bool mask [n] chooses; they keep no pattern numbers."""
-        return self._each(lambda values: values[mask])
+        return self.each(lambda values: values[mask])
 
     def at(self, index: Tensor) -> Rows:
         """The rows of an index [m]; they keep no pattern numbers."""
-        return self._each(lambda values: values.index_select(0, index))
+        return self.each(lambda values: values.index_select(0, index))
 
     def joined(self, *others: Rows) -> Rows:
         """These rows and those that follow them; a column that some lack is absent there. Alone, without a copy."""
@@ -184,9 +184,9 @@ class Rows:
 
     def on(self, device: torch.device) -> Rows:
         """The same on a device."""
-        return self if device == self.key.device else self._each(lambda values: values.to(device))
+        return self if device == self.key.device else self.each(lambda values: values.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Rows:
         there = [*FIELDS, *(name for name in OPTIONAL if getattr(self, name) is not None)]
         parts: dict[str, Any] = {name: change(getattr(self, name)) for name in there}
         columns = {name: change(values) for name, values in self.columns.items()}

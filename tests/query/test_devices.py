@@ -74,7 +74,7 @@ def test_every_product_is_made_where_it_was_asked_for(kind, slots, case):
     )  # fmt: skip
     there = LayerQuery(made_of, fake(query), fake(direction), fake(direction), fake(slot), present=fake(here.present))
     with mode:
-        scores = Scores(there.on(torch.device("cuda")), rows._each(fake))
+        scores = Scores(there.on(torch.device("cuda")), rows.each(fake))
         for name in ("weight", "contribution"):
             assert getattr(scores, name).device.type == "cuda"
             assert getattr(scores, name).shape == shapes[name]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from elsewhere import placed
 from torch import Tensor, nn
 
 import dualhook
@@ -50,14 +51,15 @@ class Trained:
 
 def check(case: Case) -> None:
     """Record the case's training and hold coverage, gradients, weights and the training itself to it."""
-    model = built(case)
-    bare = copy.deepcopy(model)
-    recorder = dualhook.instrument(model, layers="all", verbose=False)
-    run = train(model, case.loss)
-    coverage, memory = recorder.coverage, recorder.close()
-    idle = {name for name, p in model.named_parameters() if p.requires_grad} - run.trained
-    assert not idle, f"a case that proves nothing about {sorted(idle)}"
-    assert_untouched(model, run, bare, train(bare, case.loss))
+    with placed():
+        model = built(case)
+        bare = copy.deepcopy(model)
+        recorder = dualhook.instrument(model, layers="all", verbose=False)
+        run = train(model, case.loss)
+        coverage, memory = recorder.coverage, recorder.close()
+        idle = {name for name, p in model.named_parameters() if p.requires_grad} - run.trained
+        assert not idle, f"a case that proves nothing about {sorted(idle)}"
+        assert_untouched(model, run, bare, train(bare, case.loss))
     assert_uncovered(model, coverage, case.uncovered)
     assert_truthful(model, run, coverage, memory)
 
@@ -135,7 +137,7 @@ def assert_truthful(model: nn.Module, run: Trained, coverage: Table, memory: dua
 
 def assert_gradient(name: str, step: int, found: Tensor, size: Tensor, true: Tensor) -> None:
     """Entry by entry within 1e-5 of the sum of absolute contributions; a near-null |gradient| is no yardstick."""
-    excess = (found - true.double()).abs() - TOLERANCE * size
+    excess = (found - true.cpu().double()).abs() - TOLERANCE * size
     assert float(excess.max()) <= 0, f"{name}, step {step}: off by {float(excess.max()):.3g} beyond rounding"
 
 
@@ -149,8 +151,8 @@ def assert_weights(model: nn.Module, coverage: Table, memory: dualhook.DualMemor
             layers.setdefault(row["layer"], []).append(row["parameter"])
     assert sum(map(len, layers.values())) == len(found), "a rebuilt parameter that the table does not list"
     for layer, names in layers.items():
-        left = torch.cat([(found[name].double() - actual[name].detach().double()).flatten() for name in names])
-        size = torch.cat([actual[name].detach().double().flatten() for name in names])
+        left = torch.cat([(found[name].double() - actual[name].detach().cpu().double()).flatten() for name in names])
+        size = torch.cat([actual[name].detach().cpu().double().flatten() for name in names])
         assert left.norm() <= TOLERANCE * size.norm(), f"{layer}: {float(left.norm() / size.norm()):.3g}"
 
 

@@ -34,11 +34,11 @@ MAKERS = {
 def test_autocast(dtype, scaled):
     def loop(model, track):
         optimizer, data = MAKERS["sgd"](model), loader()
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scaled)
+        scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=256.0, enabled=scaled)
         for _ in range(EPOCHS):
             for x, y in track(data):
                 optimizer.zero_grad()
-                with torch.autocast("cpu", dtype):
+                with torch.autocast(torch.get_default_device().type, dtype):
                     loss = loss_of(model(x), y)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
@@ -60,7 +60,7 @@ def test_autocast(dtype, scaled):
 def test_loss_scaling_with_skipped_steps(name):
     def loop(model, track):
         optimizer, data = MAKERS[name](model), loader()
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+        scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0, growth_interval=3)
         skipped = 0
         for epoch in range(EPOCHS):
             # not the first step: torch's fused SGD would go on with a momentum that nobody has set
@@ -81,7 +81,7 @@ def test_loss_scaling_with_skipped_steps(name):
 def test_loss_scaling_is_the_plain_run():
     def loop(model, track):
         optimizer, data = MAKERS["sgd"](model), loader()
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0)
         for _ in range(EPOCHS):
             for x, y in track(data):
                 optimizer.zero_grad()

@@ -128,7 +128,7 @@ def test_autocast():
     recorder, optimizer, fast = dualhook.instrument(model, verbose=False), sgd(model), compiled(model, fullgraph=False)
     for x, y in recorder.track(loader()):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             loss = loss_of(fast(x), y)
         loss.backward()
         optimizer.step()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training.ways import PATTERNS, STEPS, assert_exact, loader, loss_of, net, plain, same, sgd, trained
+from elsewhere import DEVICE, elsewhere
+from torch import nn
+from torch.nn import functional as F
+from training.ways import PATTERNS, STEPS, assert_exact, loader, loss_of, net, plain, rows_of, same, sgd, trained
 
 import dualhook
 from dualhook.recorder.staging import Staging
@@ -35,6 +38,53 @@ def test_staged_rows_are_those_of_the_plain_run(monkeypatch, limit):
     monkeypatch.setattr("dualhook.recorder.staging.STAGED_BYTES", limit)
     assert_exact(trained(plain), patterns=PATTERNS, steps=STEPS)
     assert_exact(trained(with_dropped_micro_batches), patterns=PATTERNS // 2, steps=STEPS // 2)
+
+
+def test_a_model_elsewhere(monkeypatch):
+    monkeypatch.setenv("DUALHOOK_DEVICE", "elsewhere")
+    assert_exact(trained(plain), patterns=PATTERNS, steps=STEPS)
+
+
+class Words(nn.Module):
+    """A tied head as wide as it takes for its output gradients to be computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(2048, 8)
+        self.head = nn.Linear(8, 2048, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.embed(ids).tanh())
+
+
+@pytest.mark.parametrize("settings", [{}, {"head_grads": 4}, {"head_grads": "dense"}, {"dtype": torch.float16}])
+def test_words_elsewhere(settings):
+    """Rows of every form, which are those of the same training here."""
+    found = []
+    for device in (torch.device("cpu"), DEVICE):
+        torch.manual_seed(0)
+        ids = torch.randint(0, 2048, (3, 12, 40))
+        with elsewhere():
+            with device:
+                model = Words()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            recorder = dualhook.instrument(model, layers="all", on_error="raise", verbose=False, **settings)
+            for batch in recorder.track(list(ids)):
+                optimizer.zero_grad()
+                batch = batch.to(device)
+                loss = F.cross_entropy(model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+                loss.backward()
+                optimizer.step()
+            coverage, memory = recorder.coverage, recorder.close()
+        rows = [rows_of(memory, use) for use in memory.uses(memory.layers[0])]
+        found.append((list(coverage["note"]), memory.patterns(memory.layers[0]), rows))
+    (notes, count, here), (other_notes, other_count, there) = found
+    assert (notes, count) == (other_notes, other_count)
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.sample, other.sample)
+        assert torch.allclose(one.key, other.key, rtol=1e-5, atol=1e-9)
+        assert torch.allclose(one.output_grad, other.output_grad, rtol=1e-5, atol=1e-9)
 
 
 def on_cuda(model, track):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from elsewhere import generator, placed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,10 +44,10 @@ class Data(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """``SAMPLES`` inputs [positions, width]; the row a pattern belongs to can be told from its key's last entry."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(SAMPLES, POSITIONS, WIDTH, generator=generator).to(dtype)
+        drawn = generator(1)
+        self.x = torch.randn(SAMPLES, POSITIONS, WIDTH, generator=drawn).to(dtype)
         self.x[:, :, -1] = torch.arange(SAMPLES).unsqueeze(1) / 16  # exact in every dtype
-        self.y = torch.randint(0, CLASSES, (SAMPLES, POSITIONS), generator=generator)
+        self.y = torch.randint(0, CLASSES, (SAMPLES, POSITIONS), generator=drawn)
 
     def __len__(self) -> int:
         return SAMPLES
@@ -57,8 +58,7 @@ class Data(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 def loader(dtype: torch.dtype = torch.float32, batch_size: int = BATCH) -> Any:
     """Shuffled, the same in every run."""
-    generator = torch.Generator().manual_seed(2)
-    return torch.utils.data.DataLoader(Data(dtype), batch_size, shuffle=True, generator=generator)
+    return torch.utils.data.DataLoader(Data(dtype), batch_size, shuffle=True, generator=generator(2))
 
 
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:
@@ -92,23 +92,23 @@ def trained(
     loop: Loop, *, make: Callable[[], nn.Module] = net, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
 ) -> Outcome:
     """Train with and without the recorder; both end at the same bits, and nothing was inexact."""
-    bare = make()
-    torch.manual_seed(3)
-    loop(wrap(bare), lambda data: data)
-    model = make()
-    recorder = dualhook.instrument(model, verbose=False)
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
+    with placed(), warnings.catch_warnings():
         warnings.simplefilter("error", dualhook.InexactWarning)
+        bare = make()
+        torch.manual_seed(3)
+        loop(wrap(bare), lambda data: data)
+        model = make()
+        recorder = dualhook.instrument(model, verbose=False)
+        torch.manual_seed(3)
         loop(wrap(model), recorder.track)
         memory = recorder.close()
-    assert same(model, bare)
+        assert same(model, bare)
     return Outcome(model, memory)
 
 
 def close(one: nn.Module, other: nn.Module, limit: float) -> bool:
     """Whether two models have the same weights within rounding."""
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    pairs = ((a.cpu(), b.cpu()) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     return all(float((a - b).detach().norm() / b.detach().norm()) < limit for a, b in pairs)
 
 

@@ -99,7 +99,7 @@ def _backward(ctx: Any, output_grad: Tensor | None) -> tuple[Tensor | None, None
 # a CUDA graph would replay the copies and not the Python beside them
 OPTIONS: Any = {"mutates_args": ()}
 if hasattr(torch.Tag, "cudagraph_unsafe"):
-    OPTIONS["tags"] = torch.Tag.cudagraph_unsafe
+    OPTIONS["tags"] = (torch.Tag.cudagraph_unsafe,)
 
 _TAP = torch.library.custom_op(
     "dualhook::tap", _tap, schema="(Tensor output, Tensor key, SymInt number) -> Tensor", **OPTIONS

@@ -211,10 +211,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    output = _ORIGINALS[F, "embedding"](input, weight, padding_idx, *args, **kwargs)
     scaled = bool(args[2] if len(args) > 2 else kwargs.get("scale_grad_by_freq", False))
     if torch.compiler.is_dynamo_compiling():
+        output = _ORIGINALS[F, "embedding"](input, weight, padding_idx, *args, **kwargs)
         return compiled_embedding(output, input, weight, padding_idx, scaled)
+    output = _unseen(_ORIGINALS[F, "embedding"], input, weight, padding_idx, *args, **kwargs)
     found = _found(weight, ("embedding",))
     if found is None:
         return output
@@ -226,14 +227,18 @@ def _grouped(name: str, owner: Any) -> Callable[..., Tensor]:
         original = _ORIGINALS[owner, name]
         if torch.compiler.is_dynamo_compiling():
             return _told_of_groups(original(input, weight, *args, **kwargs), input, weight, *args, **kwargs)
-        scopes, _ACTIVE.scopes = _ACTIVE.scopes, []  # one of the two functions may call the other
-        try:
-            output = original(input, weight, *args, **kwargs)
-        finally:
-            _ACTIVE.scopes = scopes
-        return _told_of_groups(output, input, weight, *args, **kwargs)
+        return _told_of_groups(_unseen(original, input, weight, *args, **kwargs), input, weight, *args, **kwargs)
 
     return grouped_mm
+
+
+def _unseen(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """What a function makes that may call one of ours: under a default device torch's call themselves by name."""
+    scopes, _ACTIVE.scopes = _ACTIVE.scopes, []
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _ACTIVE.scopes = scopes
 
 
 def _told_of_groups(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dualhook.host import HostBlocks
+
 __all__ = ["OPEN_TO_ERRORS", "Guard", "Hook", "is_plain_call", "observing", "tapped"]
 
 
@@ -27,6 +29,8 @@ class Hook:
 class Guard:
     """A block of what torch calls, in which nothing that goes wrong reaches training unless the recorder says so.
 
+    Tensors of our own are made in host memory in it.
+
     ``failed(error)``, a bound method, is told and returns whether training goes on. It is held weakly, and once there
     is no recorder any more nobody minds. Without it errors pass; all exceptions that are no ``Exception`` do, and
     warnings that somebody has made errors.
@@ -36,14 +40,17 @@ class Guard:
         self._failed = None if failed is None else weakref.WeakMethod(failed)
 
     def __enter__(self) -> None:
-        return None
+        _BLOCKS.enter()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        _BLOCKS.leave()
         if self._failed is None or not isinstance(error, Exception) or isinstance(error, Warning):
             return False
         failed = self._failed()
         return failed is None or failed(error)
 
+
+_BLOCKS = HostBlocks()
 
 OPEN_TO_ERRORS = Guard()
 """The guard of whoever is asked and does not train."""

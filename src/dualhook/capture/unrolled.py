@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from dualhook.host import on_host
+
 __all__ = ["Hidden", "Input", "Product", "dropout_of", "flat", "rebuilt", "recurrent_weights", "unrolled"]
 
 Input = Tensor | PackedSequence
@@ -54,6 +56,7 @@ def recurrent_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(module, name) for name in names if getattr(module, name) is not None}
 
 
+@on_host()
 def unrolled(
     module: nn.Module,
     input: Input,

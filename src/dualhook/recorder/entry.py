@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from dualhook.capture import Selection, innermost, select_layers, tapped, unwrapped
 from dualhook.capture.selection import LayerChoice
 from dualhook.errors import DualHookError, LayerError, StoreError
+from dualhook.host import on_host
 from dualhook.recorder.front import OPEN, Recorder
 from dualhook.recorder.ranks import Ranks, ranks_of
 from dualhook.recorder.resuming import resumed
@@ -28,6 +29,7 @@ from dualhook.store import Layout, Manifest, WriterLock
 __all__ = ["instrument"]
 
 
+@on_host()
 def instrument(
     model: nn.Module,
     path: str | os.PathLike[str] | None = None,

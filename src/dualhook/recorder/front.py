@@ -31,6 +31,7 @@ from dualhook.capture import (
     sequence_number,
 )
 from dualhook.errors import BudgetError, DualHookError, StoreError
+from dualhook.host import asked_on_host
 from dualhook.memory import DualMemory
 from dualhook.optimizers import LOOKAHEAD, rule_for
 from dualhook.recorder.costs import estimate, row_sizes
@@ -55,6 +56,7 @@ OPEN: weakref.WeakValueDictionary[Path, Recorder] = weakref.WeakValueDictionary(
 """The recorders of this process that are writing, by their directory."""
 
 
+@asked_on_host
 class Recorder:
     """Records a model's dual memory until it is closed; :func:`instrument` makes one.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualhook.capture import used_rows
-from dualhook.packing import Softmax, changed, pack_scaled
+from dualhook.packing import Softmax, pack_scaled
 from dualhook.recorder.heads import Heads
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.staging import Staging
@@ -34,7 +34,7 @@ class Pending:
         self._writer = writer
         self._ranks = ranks
         self._stored_in = stored_in
-        self._staging = Staging(self._keep_whole)
+        self._staging = Staging(self._arrived)
         self._waited: dict[str, int] = {}  # steps for which a layer's rows have been waiting
 
     @property
@@ -45,21 +45,16 @@ class Pending:
     def take(self, spec: LayerSpec, rows: Rows, parameters: Mapping[str, Tensor]) -> None:
         """Keep the rows of a layer that are not exactly zero; its ``parameters`` are as the forward pass used them."""
         self.seen, layer = True, spec.name
-        # on a CUDA device a look at the numbers would make training wait: it is taken where they have come to the host
-        kept = None if rows.key.is_cuda else used_rows(rows.output_grad)
+        # elsewhere a look at the numbers would make training wait: it is taken when they have come to the host
+        is_elsewhere = self._staging.takes(rows)
+        used = None if is_elsewhere else used_rows(rows.output_grad)
         is_first, is_open = not self.holds(layer), self._writer.builder.is_open(layer)
         rows = self.heads.pack(spec, rows, parameters, is_first=is_first, is_open=is_open)
         rows = replace(rows, columns=self._ranks.columns(rows))
-        if rows.packed is not None:
-            self._keep_packed(layer, rows, kept)
-            return
-        if self._staging.takes(rows):
-            self._staging.put(layer, rows, rows.key.dtype if self._is_scaled(layer, rows) else self._dtype(layer, rows))
-            return
-        if rows.key.device.type != "cpu":
-            slot = None if rows.slot is None else rows.slot.cpu()
-            rows = replace(rows, key=rows.key.cpu(), output_grad=rows.output_grad.cpu(), slot=slot)
-        self._keep_whole(layer, rows, kept)
+        if is_elsewhere:
+            self._staging.put(layer, self._owned(layer, rows))
+        else:
+            self._keep_form(layer, rows, used)
 
     def drop(self, layers: Iterable[str]) -> None:
         """Forget the rows of some layers."""
@@ -100,6 +95,27 @@ class Pending:
         """Whether rows are kept in 16 bits with a scale, which they have not been computed in."""
         return self._stored_in.get(layer) == torch.float16 != rows.output_grad.dtype
 
+    def _owned(self, layer: str, rows: Rows) -> Rows:
+        """Copies of keys and output gradients, where they are, as narrow as they will be stored.
+
+        Training may write to the input of a layer once its gradient is there.
+        """
+        is_narrowed = rows.packed is None and not self._is_scaled(layer, rows)
+        dtype = self._dtype(layer, rows) if is_narrowed else None
+        key, output_grad = (part.to(dtype or part.dtype, copy=True) for part in (rows.key, rows.output_grad))
+        return replace(rows, key=key, output_grad=output_grad)
+
+    def _arrived(self, layer: str, rows: Rows) -> None:
+        """Rows are in host memory now."""
+        self._keep_form(layer, rows, used_rows(rows.output_grad) if rows.packed is None else rows.packed.used_rows())
+
+    def _keep_form(self, layer: str, rows: Rows, used: Tensor | None) -> None:
+        """Keep the rows of an index ``used`` [m], or all, in their form."""
+        if rows.packed is None:
+            self._keep_whole(layer, rows, used)
+        else:
+            self._keep_packed(layer, rows, used)
+
     def _keep_whole(self, layer: str, rows: Rows, kept: Tensor | None) -> None:
         if self._is_scaled(layer, rows):
             rows = replace(rows, output_grad=rows.output_grad[:, :0], packed=pack_scaled(rows.output_grad))
@@ -123,13 +139,9 @@ class Pending:
     def _keep_packed(self, layer: str, rows: Rows, kept: Tensor | None) -> None:
         """Keys that output gradients are computed from stay as they are: their rounding would be in an exponent."""
         assert rows.packed is not None
-        packed = changed(rows.packed, Tensor.cpu)
+        packed, dtype = rows.packed, self._dtype(layer, rows)
         if isinstance(packed, Softmax):
-            packed, dtype = replace(packed, weight=packed.weight.cpu()), rows.key.dtype
-            kept = packed.used_rows() if kept is None else kept
-        else:
-            dtype = self._dtype(layer, rows)
-            if not self._is_scaled(layer, rows):  # a few numbers need no scale
-                packed = replace(packed, value=packed.value.to(dtype))
-        key, empty = rows.key.cpu(), rows.output_grad.cpu()
-        self._keep(layer, replace(rows, key=key, output_grad=empty, packed=packed), kept, dtype)
+            dtype = rows.key.dtype
+        elif not self._is_scaled(layer, rows):  # a few numbers need no scale
+            packed = replace(packed, value=packed.value.to(dtype))
+        self._keep(layer, replace(rows, packed=packed), kept, dtype)

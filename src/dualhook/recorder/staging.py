@@ -1,4 +1,4 @@
-"""Rows on their way from a CUDA device into host memory, without making training wait for them."""
+"""Rows on their way into host memory; from a CUDA device without making training wait for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dualhook.capture import used_rows
+from dualhook.packing import Softmax
 from dualhook.records import Rows
 
 __all__ = ["Staging"]
@@ -26,9 +26,12 @@ class Staged:
 
 
 class Staging:
-    """Copies rows on a stream of its own; :meth:`drain` waits for the copies and hands them to ``keep``, in order."""
+    """Copies rows to the host, from a CUDA device on a stream of its own.
 
-    def __init__(self, keep: Callable[[str, Rows, Tensor | None], None]) -> None:
+    :meth:`drain` waits for the copies and hands them to ``keep``, in order.
+    """
+
+    def __init__(self, keep: Callable[[str, Rows], None]) -> None:
         self._keep = keep
         self._staged: list[Staged] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -36,16 +39,18 @@ class Staging:
 
     @staticmethod
     def takes(rows: Rows) -> bool:
-        """Whether copying these rows would make training wait."""
-        return rows.key.is_cuda
+        """Whether rows are somewhere else than in host memory."""
+        return rows.key.device.type != "cpu"
 
-    def put(self, layer: str, rows: Rows, dtype: torch.dtype) -> None:
-        """Begin to copy rows, as ``dtype``."""
-        # copies on the device first: training may write to the input of a layer once its gradient is there
-        source = (rows.key.to(dtype, copy=True), rows.output_grad.to(dtype, copy=True))
-        host, done = self._copied(source) if rows.key.is_cuda else (source, None)
-        self._staged.append(Staged(layer, replace(rows, key=host[0], output_grad=host[1]), done))
-        self._bytes += host[0].nbytes + host[1].nbytes
+    def put(self, layer: str, rows: Rows) -> None:
+        """Begin to copy rows; nobody else may write to their tensors any more."""
+        done = None
+        if rows.key.is_cuda:
+            rows, done = self._on_the_way(rows)
+        else:
+            rows = _each(rows, Tensor.cpu)
+        self._staged.append(Staged(layer, rows, done))
+        self._bytes += rows.key.nbytes + rows.output_grad.nbytes
         if self._bytes > STAGED_BYTES:
             self.drain()
 
@@ -63,18 +68,30 @@ class Staging:
         for one in staged:
             if one.done is not None:
                 one.done.synchronize()
-            self._keep(one.layer, one.rows, used_rows(one.rows.output_grad))
+            self._keep(one.layer, one.rows)
 
-    def _copied(self, source: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event]:
-        device = source[0].device
+    def _on_the_way(self, rows: Rows) -> tuple[Rows, torch.cuda.Event]:
+        device = rows.key.device
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream = self._streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
+
+        def copied(here: Tensor) -> Tensor:
+            if not here.is_cuda:
+                return here
+            there = torch.empty(here.shape, dtype=here.dtype, pin_memory=True)
+            there.copy_(here, non_blocking=True)
+            here.record_stream(stream)  # its memory is not to be used again before the copy has ended
+            return there
+
         with torch.cuda.stream(stream):
-            host = tuple(torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in source)
-            for there, here in zip(host, source, strict=True):
-                there.copy_(here, non_blocking=True)
-                here.record_stream(stream)  # its memory is not to be used again before the copy has ended
-            done = stream.record_event()
-        return (host[0], host[1]), done
+            return _each(rows, copied), stream.record_event()
+
+
+def _each(rows: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
+    """Rows with a change to all of their tensors, the weights that packed ones are made with among them."""
+    rows = rows.each(change)
+    if isinstance(rows.packed, Softmax):
+        rows = replace(rows, packed=replace(rows.packed, weight=change(rows.packed.weight)))
+    return rows

@@ -1,0 +1,131 @@
+"""A device that is not the processor, played by it: tensors that say they are elsewhere and hold their numbers here.
+
+Whoever lets them meet tensors of the processor, or looks at their memory, gets the error that a CUDA device would give.
+Copies are made by ``.cpu()`` and ``.to``, as ever. In :func:`elsewhere` everything made on ``DEVICE`` is such a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+DEVICE = torch.device("meta")  # autograd needs no queue of its own for it, as it would for another
+
+MOVES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten.index.Tensor,
+         torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default,
+         torch.ops.aten._index_put_impl_.default}  # fmt: skip
+"""What takes tensors of both: copies, and indices of the processor's."""
+
+
+class Elsewhere(Tensor):
+    """A tensor on ``DEVICE``; its numbers are in ``held``."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Elsewhere:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=DEVICE
+        )
+        made.held = held
+        return made
+
+    def __repr__(self) -> str:
+        return f"Elsewhere({self.held!r})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatched(func, args, kwargs or {})
+
+
+def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation on what its tensors hold; its results are where they are."""
+    given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    there = [value for value in given if isinstance(value, Elsewhere)]
+    here = [value for value in given if not isinstance(value, Elsewhere) and value.dim()]
+    asked = kwargs.get("device")
+    if there and here and func not in MOVES:
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {DEVICE} and cpu")
+    if func is torch.ops.aten._to_copy.default:
+        ends_there = isinstance(args[0], Elsewhere) if asked is None else torch.device(asked).type == DEVICE.type
+    elif there:
+        ends_there = True
+    else:
+        ends_there = asked is not None and torch.device(asked).type == DEVICE.type
+    if asked is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if func is torch.ops.aten.copy_.default and not isinstance(args[0], Elsewhere):
+        ends_there = False
+    args, kwargs = tree_map(held_by, (args, kwargs))
+    if func is torch.ops.aten.histc.default and not args[0].is_floating_point():  # CUDA's takes whole numbers
+        args = (args[0].double(), *args[1:])
+    found = func(*args, **kwargs)
+    if func is torch.ops.aten._local_scalar_dense.default or not ends_there:
+        return found
+    known = {id(value.held): value for value in there}  # what is changed in place stays the tensor it was
+
+    def placed(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return known[id(value)] if id(value) in known else Elsewhere(value)
+
+    return tree_map(placed, found)
+
+
+def held_by(value: Any) -> Any:
+    return value.held if isinstance(value, Elsewhere) else value
+
+
+class _Everywhere(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatched(func, args, kwargs or {})
+
+
+class _FromNumbers(TorchFunctionMode):
+    """``torch.tensor`` fills no tensor of ``DEVICE``: it is made here and moved."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor):
+            asked = torch.device(kwargs.get("device") or torch.get_default_device())
+            if asked.type == DEVICE.type:
+                return func(*args, **{**kwargs, "device": torch.device("cpu")}).to(DEVICE)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def elsewhere() -> Iterator[torch.device]:
+    """A block in which ``DEVICE`` is one that holds numbers."""
+    with _Everywhere(), _FromNumbers():
+        yield DEVICE
+
+
+@contextmanager
+def placed() -> Iterator[None]:
+    """A block whose tensors are made on the device that DUALHOOK_DEVICE names: ``cuda``, or ``elsewhere``."""
+    name = os.environ.get("DUALHOOK_DEVICE")
+    if name == "elsewhere":
+        with elsewhere() as device, device:
+            yield
+    else:
+        with nullcontext() if name is None else torch.device(name):
+            yield
+
+
+def generator(seed: int) -> torch.Generator:
+    """Random numbers for the default device."""
+    is_cuda = torch.get_default_device().type == "cuda"
+    return torch.Generator("cuda" if is_cuda else "cpu").manual_seed(seed)
