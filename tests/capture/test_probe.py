@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import dualhook
 from dualhook.capture import Use
-from dualhook.capture.probe import LayerProbe, Measurement, fit_scales
+from dualhook.capture.probe import LayerProbe, Measurement, fit_scales, looked
 from dualhook.records import LayerSpec, Mark, Rows
 
 B, I, O = 16, 20, 4
@@ -32,6 +32,11 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, dtype=torch.float64
     x, y = batch(dtype)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
+
+
+def measured(probe: LayerProbe, *args, **kwargs) -> dict[str, Measurement]:
+    (found,) = looked([probe.measure(*args, **kwargs)])
+    return found
 
 
 def scales(memory: dualhook.DualMemory, parameter: str = "0.weight") -> list[float]:
@@ -299,9 +304,9 @@ def test_a_dead_corner_of_the_grid_is_left_for_the_largest_entries():
     key[:, alive_in], output_grad[:, alive_out] = 1.0, 2.0
     rows = Rows(key, output_grad, *(torch.zeros(5, dtype=torch.int64) for _ in range(3)))
     gradient = 0.5 * output_grad.T @ key
-    (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient}, [Use(spec, spec, rows)]).values()))
+    (fit,) = fit_scales(list(measured(probe, {"layer.weight": gradient}, [Use(spec, spec, rows)]).values()))
     assert fit.scale == pytest.approx(0.5)
-    (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient + 1}, [Use(spec, spec, rows)]).values()))
+    (fit,) = fit_scales(list(measured(probe, {"layer.weight": gradient + 1}, [Use(spec, spec, rows)]).values()))
     assert not fit.explained
 
 
@@ -314,7 +319,7 @@ def test_the_whole_gradient_is_looked_at(dtype, parameter):
     key, output_grad = torch.randn(32, 200, dtype=dtype), torch.randn(32, 300, dtype=dtype)
     rows = Rows(key, output_grad, *(torch.zeros(32, dtype=torch.int64) for _ in range(3)))
     gradients = {"layer.weight": output_grad.T @ key, "layer.bias": output_grad.sum(0)}
-    fits = fit_scales(list(probe.measure(gradients, [Use(spec, spec, rows)], whole=True).values()))
+    fits = fit_scales(list(measured(probe, gradients, [Use(spec, spec, rows)], whole=True).values()))
     assert all(fit.explained for fit in fits)
     off = next(o for o in range(300) if o not in set(probe._outputs.tolist()))
     if parameter == "layer.weight":
@@ -322,7 +327,7 @@ def test_the_whole_gradient_is_looked_at(dtype, parameter):
     else:
         gradients[parameter][off] *= 0.9
     for whole, explained in ((False, True), (True, False)):
-        found = probe.measure(gradients, [Use(spec, spec, rows)], whole=whole)
+        found = measured(probe, gradients, [Use(spec, spec, rows)], whole=whole)
         (fit,) = fit_scales([found[parameter]])
         assert fit.explained is explained
 
@@ -330,5 +335,5 @@ def test_the_whole_gradient_is_looked_at(dtype, parameter):
 def test_gradient_without_rows_is_unexplained_unless_zero():
     probe = LayerProbe(LayerSpec("layer", 3, 2, "layer.weight", None))
     for gradient, explained in ((torch.zeros(2, 3), True), (torch.full((2, 3), 1e-9), False)):
-        (fit,) = fit_scales(list(probe.measure({"layer.weight": gradient}, []).values()))
+        (fit,) = fit_scales(list(measured(probe, {"layer.weight": gradient}, []).values()))
         assert fit.explained is explained

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualhook.capture import LayerProbe, Use, fit_scales
+from dualhook.capture import LayerProbe, Use, fit_scales, looked
 from dualhook.recorder.measuring import Measuring
 from dualhook.recorder.ranks import Ranks
 from dualhook.records import LayerSpec, Rows
@@ -97,7 +97,7 @@ def test_two_processes_measure_what_one_with_all_rows_does(tmp_path, both, whole
     of = gradients(both)
     first, second = together(tmp_path, both, of, whole)
     there = [part for part in both if part is not None]
-    alone = LayerProbe(SPEC).measure(of, uses(*there), whole=whole)
+    (alone,) = looked([LayerProbe(SPEC).measure(of, uses(*there), whole=whole)])
     for name, expected in alone.items():
         for found in (first[name], second[name]):
             for part in ("gradient", "rebuilt", "absolute"):

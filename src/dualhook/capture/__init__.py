@@ -12,7 +12,7 @@ from dualhook.capture.intake import Intake, Sink
 from dualhook.capture.kinds import ROOT, Tapped, linear_maps
 from dualhook.capture.loader import TrackedLoader, as_batch
 from dualhook.capture.observe import Observed, directions, observe
-from dualhook.capture.probe import Corner, LayerProbe, Measurement, fit_scales
+from dualhook.capture.probe import Corner, LayerProbe, Measurement, fit_scales, looked
 from dualhook.capture.recompute import sequence_number
 from dualhook.capture.selection import Selection, select_layers, unwrapped
 from dualhook.capture.sharded import Place, is_sharded, local, whole
@@ -48,6 +48,7 @@ __all__ = [
     "is_sharded",
     "linear_maps",
     "local",
+    "looked",
     "observe",
     "select_layers",
     "sequence_number",

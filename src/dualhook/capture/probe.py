@@ -9,7 +9,7 @@ of random signs per output, which sees what happens to entries off the grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,7 +25,7 @@ from dualhook.maps import map_of
 from dualhook.packing import Softmax
 from dualhook.records import LayerSpec
 
-__all__ = ["Corner", "LayerProbe", "Measurement", "fit_scales"]
+__all__ = ["Corner", "LayerProbe", "Look", "Measurement", "fit_scales", "looked"]
 
 GRID = (32, 16)  # outputs × inputs: some hundred entries for two thin gathers
 RUN = 16  # outputs side by side: what is gathered of a row is some cache lines, not as many as there are outputs
@@ -89,6 +89,41 @@ class Fit:
     finite: bool
 
 
+Look = Generator[Sequence[Tensor], Sequence[Array], dict[str, Measurement]]
+"""Measurements in the making: yields tensors wherever they are, and is sent their numbers [k] each."""
+
+
+def looked(looks: Sequence[Look]) -> list[dict[str, Measurement]]:
+    """What looks find. Numbers that they ask for at a time come from a device in one copy: training waits for each."""
+    found: list[dict[str, Measurement]] = [{} for _ in looks]
+    sent: dict[int, Sequence[Array] | None] = dict.fromkeys(range(len(looks)))
+    while sent:
+        asked: dict[int, Sequence[Tensor]] = {}
+        for number, arrays in sent.items():
+            try:
+                asked[number] = next(looks[number]) if arrays is None else looks[number].send(arrays)
+            except StopIteration as end:
+                found[number] = end.value
+        brought = iter(_brought([values for own in asked.values() for values in own]))
+        sent = {number: [next(brought) for _ in own] for number, own in asked.items()}
+    return found
+
+
+def _brought(asked: Sequence[Tensor]) -> list[Array]:
+    """The numbers of tensors [k] each."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, values in enumerate(asked):
+        if values.device.type != "cpu" and not is_sharded(values):
+            alike.setdefault((values.device, values.dtype), []).append(number)
+    found = list(asked)
+    for numbers in alike.values():
+        together, start = torch.cat([asked[number].detach().reshape(-1) for number in numbers]).cpu(), 0
+        for number in numbers:
+            found[number] = together[start : start + asked[number].numel()]
+            start += len(found[number])
+    return [_numpy(values).ravel() for values in found]
+
+
 @dataclass(frozen=True)
 class Corner:
     """Where a layer is probed: at some outputs, and some columns of one slot of its matrix."""
@@ -109,46 +144,51 @@ class LayerProbe:
         # a slot of an embedding is one column, of which a sum tells no more than the entry itself
         self._sums_per = spec.slots if self.is_slotted and self._map.columns > 1 else 1
         generator = torch.Generator().manual_seed(0)  # its own: training's random numbers stay as they are
+        self._outputs_on: dict[torch.device, Tensor] = {}
         self._outputs = in_runs(spec.out_features, GRID[0], RUN, generator)
         self._inputs = self._map.grid_inputs(GRID[1], generator)
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
 
-    def measure(
-        self, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool = False
-    ) -> dict[str, Measurement]:
+    def measure(self, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool = False) -> Look:
         """Compare the gradients of the layer's parameters, by name, with what the rows of its ``uses`` rebuild.
 
         ``whole`` looks at every entry of the gradients, if only in sums.
         """
         if not any(len(use.rows) for use in uses):
-            return self.without_rows(gradients)
+            return (yield from self.without_rows(gradients))
         slot, _ = self.busiest_slot(uses)
-        found = self.at(self.usual(slot), gradients, uses, whole=whole)
+        found = yield from self.at(self.usual(slot), gradients, uses, whole=whole)
         corner = self.largest(slot, *self.sizes(uses, slot)) if self.is_dead(found) else None
-        return found if corner is None else self.at(corner, gradients, uses, whole=whole)
+        return found if corner is None else (yield from self.at(corner, gradients, uses, whole=whole))
 
     def usual(self, slot: int) -> Corner:
         """Where a slot is probed unless nothing is there."""
         return Corner(slot, self._outputs, self._inputs)
 
-    def at(
-        self, corner: Corner, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool
-    ) -> dict[str, Measurement]:
+    def at(self, corner: Corner, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool) -> Look:
         """The same in one corner; of sharded gradients what is in this process."""
+        sums = (yield from self._sums(gradients, uses)) if whole else {}
+        seen = yield [self._seen(corner, name, own) for name, own in gradients.items()]
         rebuilt, absolute = self._rebuilt(corner, uses)
-        sums = self._sums(gradients, uses) if whole else {}
         found = {}
-        for name, own in gradients.items():
-            is_weight, seen = name == self.spec.weight, rows_at(self._matrix(name, own), corner.outputs)
-            if is_weight:
-                seen = columns_at(seen, corner.slot * self._map.columns + corner.inputs)
-            elif seen.dim() == 2:
-                seen = seen[:, corner.slot]
-            entries = np.s_[:, :-1] if is_weight else np.s_[:, -1]
+        for (name, own), there in zip(gradients.items(), seen, strict=True):
+            entries = np.s_[:, :-1] if name == self.spec.weight else np.s_[:, -1]
             dtype, rounding = _dtype_of(own, uses), _rounding_of(uses)
-            there, made, size = (part.ravel() for part in (_numpy(seen), rebuilt[entries], absolute[entries]))
+            made, size = rebuilt[entries].ravel(), absolute[entries].ravel()
             found[name] = Measurement(there, made, size, dtype, sums.get(name), rounding)
         return found
+
+    def _seen(self, corner: Corner, name: str, gradient: Tensor) -> Tensor:
+        """What a corner has of a parameter's gradient."""
+        outputs = corner.outputs
+        if outputs is self._outputs:  # where they are needed in every step
+            outputs = self._outputs_on.setdefault(gradient.device, outputs)
+            if outputs.device != gradient.device:
+                outputs = self._outputs_on[gradient.device] = outputs.to(gradient.device)
+        seen = rows_at(self._matrix(name, gradient), outputs)
+        if name == self.spec.weight:
+            return columns_at(seen, corner.slot * self._map.columns + corner.inputs)
+        return seen[:, corner.slot] if seen.dim() == 2 else seen
 
     def _rebuilt(self, corner: Corner, uses: Sequence[Use]) -> tuple[Array, Array]:
         """What the rows rebuild of a corner and, in a last column, of the bias; and the sums of absolute parts."""
@@ -192,14 +232,14 @@ class LayerProbe:
         of_outputs, of_inputs = torch.from_numpy(outputs), torch.from_numpy(inputs)
         return Corner(slot, of_outputs.topk(len(self._outputs)).indices, of_inputs.topk(len(self._inputs)).indices)
 
-    def without_rows(self, gradients: Mapping[str, Tensor]) -> dict[str, Measurement]:
+    def without_rows(self, gradients: Mapping[str, Tensor]) -> Look:
         """Gradients that no rows stand against: is there anything to explain?"""
-        found = {}
-        for name, own in gradients.items():
-            held = local(own).abs()
-            largest = _numpy(held.max().reshape(1)) if held.numel() else np.zeros(1)
-            found[name] = Measurement(largest, np.zeros(1), np.zeros(1), own.dtype)
-        return found
+        held = {name: local(own).abs() for name, own in gradients.items()}
+        largest = yield [own.max().reshape(1) if own.numel() else own.new_zeros(1) for own in held.values()]
+        return {
+            name: Measurement(most, np.zeros(1), np.zeros(1), held[name].dtype)
+            for name, most in zip(held, largest, strict=True)
+        }
 
     def _matrix(self, name: str, gradient: Tensor) -> Tensor:
         """A gradient as a matrix; of a sharded one the rows here if they are rows of the matrix, else all of it.
@@ -210,10 +250,10 @@ class LayerProbe:
             gradient = spread(local(gradient), gradient)
         return self._map.matrix(name, gradient)
 
-    def _sums(self, gradients: Mapping[str, Tensor], uses: Sequence[Use]) -> dict[str, Measurement]:
+    def _sums(self, gradients: Mapping[str, Tensor], uses: Sequence[Use]) -> Look:
         """Every output's sum over all inputs, of every slot or of all, with random signs."""
         made = signed_sums(self.spec, uses, self._signs, self._sums_per)
-        found = {}
+        asked, pairs = [], []
         for name, own in gradients.items():
             matrix, is_weight = self._matrix(name, own), name == self.spec.weight
             held, dtype = local(matrix), torch.promote_types(own.dtype, torch.float32)
@@ -224,9 +264,13 @@ class LayerProbe:
                 sums = (held[:, 0] @ signs[0])[:, None] if len(signs) == 1 else (held * signs).sum(2)
             else:  # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
                 sums = held.sum(2)
-            pair = (made.weight, made.size) if is_weight else (made.bias, made.ones)
-            seen, rebuilt, absolute = (_numpy(part).ravel() for part in (spread(sums, matrix), *pair))
-            found[name] = Measurement(seen, rebuilt, absolute, _dtype_of(own, uses), None, _rounding_of(uses))
+            asked.append(spread(sums, matrix))
+            pairs.append((made.weight, made.size) if is_weight else (made.bias, made.ones))
+        seen = yield asked
+        found = {}
+        for (name, own), there, pair in zip(gradients.items(), seen, pairs, strict=True):
+            rebuilt, absolute = (_numpy(part).ravel() for part in pair)
+            found[name] = Measurement(there, rebuilt, absolute, _dtype_of(own, uses), None, _rounding_of(uses))
         return found
 
 

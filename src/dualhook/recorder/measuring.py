@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dualhook.capture import Corner, LayerProbe, Measurement, Use
+from dualhook.capture import Corner, LayerProbe, Measurement, Use, looked
 from dualhook.recorder.ranks import Ranks
 from dualhook.store import Writer
 
@@ -56,25 +56,31 @@ class Measuring:
         dead.
         """
         if not (self._ranks.several or self._ranks.sharded):
-            found = [self._probes[layer].measure(own, uses[layer], whole=whole) for layer, own in gradients.items()]
+            found = looked(
+                [self._probes[layer].measure(own, uses[layer], whole=whole) for layer, own in gradients.items()]
+            )
             return {name: one for own in found for name, one in own.items()}
         told = np.array([self._writer.recorded_bytes, self._writer.error is not None], dtype=np.float64)
         corners = {layer: self._probes[layer].usual(slot) for layer, slot in self._slots(uses).items()}
 
-        def look(corner: Corner, layer: str) -> dict[str, Measurement]:
-            return self._probes[layer].at(corner, gradients[layer], uses[layer], whole=whole)
+        def looked_at(corners: Mapping[str, Corner | None]) -> dict[str, dict[str, Measurement]]:
+            looks = []
+            for layer, corner in corners.items():
+                probe, own = self._probes[layer], gradients[layer]
+                looks.append(
+                    probe.without_rows(own) if corner is None else probe.at(corner, own, uses[layer], whole=whole)
+                )
+            return dict(zip(corners, looked(looks), strict=True))
 
-        everywhere, self._told = _summed(self._ranks, {layer: look(at, layer) for layer, at in corners.items()}, told)
+        everywhere, self._told = _summed(self._ranks, looked_at(corners), told)
         dead = [layer for layer, found in everywhere.items() if LayerProbe.is_dead(found)]
         if dead:  # look where this step's rows are largest, all of them
             own = [self._probes[layer].sizes(uses[layer], corners[layer].slot) for layer in dead]
             sizes = iter(self._ranks.sum([size for both in own for size in both]))
-            moved = {}
-            for layer in dead:
-                corner = self._probes[layer].largest(corners[layer].slot, next(sizes), next(sizes))
-                nothing = self._probes[layer].without_rows
-                moved[layer] = nothing(gradients[layer]) if corner is None else look(corner, layer)
-            everywhere |= _summed(self._ranks, moved, told)[0]
+            moved = {
+                layer: self._probes[layer].largest(corners[layer].slot, next(sizes), next(sizes)) for layer in dead
+            }
+            everywhere |= _summed(self._ranks, looked_at(moved), told)[0]
         return {name: one for found in everywhere.values() for name, one in found.items()}
 
     def _slots(self, uses: Mapping[str, Sequence[Use]]) -> dict[str, int]:

@@ -27,7 +27,7 @@ from dualhook.recorder.selfcheck import is_due, predict
 from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
 from dualhook.recorder.step import Step
-from dualhook.recorder.watched import Watched, gradient_of, state_of
+from dualhook.recorder.watched import Watched, changed_since, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LayerSpec, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
 
@@ -228,7 +228,7 @@ class StepBook:
         """
         entries, changed = [], set()
         seen = list(self.layers.watched.values() if among is None else among)
-        differs = [watched.changed_since() for watched in seen]
+        differs = changed_since(seen)
         if self.ranks.sharded:  # each process has looked at its own part
             differs = self.ranks.any(differs)
         for watched in itertools.compress(seen, differs):

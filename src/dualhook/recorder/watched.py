@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from dualhook.capture import Place, local
 from dualhook.optimizers import fit_synchronization
 from dualhook.records import LayerSpec
 
-__all__ = ["Watched", "gradient_of", "state_of"]
+__all__ = ["Watched", "changed_since", "gradient_of", "state_of"]
 
 FINGERPRINT = 256  # entries of a parameter that are compared between its steps
 
@@ -45,17 +45,17 @@ class Watched:
 
     def begin(self, step: int) -> None:
         """Note what it is after ``step``, before its first one."""
-        found = self._fingerprint()
+        found = self.fingerprint()
         self.anchors = {} if found is None else {step: found}
 
     def go_on(self, step: int) -> None:
         """Continue after a step that has been recorded, with what a checkpoint has put in its place."""
-        self.entries, self.state = self._fingerprint(), None
+        self.entries, self.state = self.fingerprint(), None
         self.anchors = {} if self.entries is None else {step: self.entries}
 
     def remember(self, optimizer: Optimizer, step: int) -> None:
         """Note what the step has left."""
-        first, self.entries = not self.stepped, self._fingerprint()
+        first, self.entries = not self.stepped, self.fingerprint()
         self.remember_state(optimizer)
         if self.entries is not None and (first or step in self.anchors):
             self.anchors[step] = self.entries
@@ -66,7 +66,7 @@ class Watched:
 
     def synchronization(self) -> tuple[float, int] | None:
         """If what has changed it since its last step is Lookahead: alpha, and the step of the slow weights."""
-        before, now, parameter = self.entries, self._fingerprint(), self.parameter
+        before, now, parameter = self.entries, self.fingerprint(), self.parameter
         if before is None or now is None or parameter is None or now.shape != before.shape:
             return None
         eps = torch.finfo(parameter.dtype).eps
@@ -78,26 +78,14 @@ class Watched:
 
     def synchronize(self, step: int) -> None:
         """Go on from what a synchronisation after ``step`` has left."""
-        self.entries = self._fingerprint()
+        self.entries = self.fingerprint()
         self.anchors = {} if self.entries is None else {step: self.entries}
 
     def accept(self, step: int) -> None:
         """Go on from what something else has made of it after ``step``: it may have set the slow weights as well."""
-        found = self._fingerprint()
+        found = self.fingerprint()
         if found is not None:
             self.anchors = {**dict(list(self.anchors.items())[:2]), step: found}
-
-    def changed_since(self) -> bool:
-        """Whether something else has written to the parameter after its last step.
-
-        By value: an evaluation may swap averaged weights in and out again, and ``.data`` leaves no other trace.
-        """
-        before, now = self.entries, self._fingerprint()
-        if before is None or now is None:
-            return before is not None
-        if before.dtype == now.dtype and torch.equal(before, now):
-            return False
-        return not torch.equal(before.double().nan_to_num(), now.double().nan_to_num())
 
     def state_changed_since(self, optimizer: Optimizer) -> bool:
         """Whether the optimiser's state is another one than its last step has left."""
@@ -108,7 +96,8 @@ class Watched:
         state = state_of(optimizer, self.parameter)
         return tuple((name, id(v), v._version) for name, v in state.items() if isinstance(v, Tensor))
 
-    def _fingerprint(self) -> Tensor | None:
+    def fingerprint(self) -> Tensor | None:
+        """Some entries of what of the parameter is in this process [k], where they are."""
         parameter = self.parameter
         if parameter is None:
             return None
@@ -118,6 +107,41 @@ class Watched:
             index = torch.arange(0, count, max(1, count // FINGERPRINT), device=held.device)
             self._looked_at = known = count, index
         return torch.take(held, known[1])
+
+
+def changed_since(seen: Sequence[Watched]) -> list[bool]:
+    """Whether something else has written to each of the parameters after its last step.
+
+    By value: an evaluation may swap averaged weights in and out again, and ``.data`` leaves no other trace.
+    """
+    found = [False] * len(seen)
+    alike: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor, Tensor]]] = {}
+    for number, watched in enumerate(seen):
+        before, now = watched.entries, watched.fingerprint()
+        if before is None or now is None:
+            found[number] = before is not None
+        elif before.dtype != now.dtype or before.device != now.device or before.shape != now.shape:
+            found[number] = not _are_equal(before.cpu().double(), now.cpu().double())
+        elif now.device.type == "cpu":
+            found[number] = not (torch.equal(before, now) or _are_equal(before, now))
+        else:
+            alike.setdefault((now.device, now.dtype), []).append((number, before, now))
+    for three in alike.values():  # training waits for every number that is looked at: all of a device in one copy
+        differs = ~_alike(torch.cat([one for _, one, _ in three]), torch.cat([one for _, _, one in three])).cpu()
+        start = 0
+        for number, _, one in three:
+            found[number] = bool(differs[start : start + len(one)].any())
+            start += len(one)
+    return found
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(_alike(one, other).all())
+
+
+def _alike(one: Tensor, other: Tensor) -> Tensor:
+    """Where numbers are the same; NaN is NaN."""
+    return (one == other) | (one.isnan() & other.isnan())
 
 
 def state_of(optimizer: Optimizer, parameter: nn.Parameter | None) -> Mapping[str, Any]:
