@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from elsewhere import elsewhere
 from held import cases
 from hypothesis import assume, given
 from runs import recorded_shortly
@@ -38,14 +39,24 @@ def test_the_processor_by_name_is_the_default(recorded):
         assert all(one[name].tolist() == other[name].tolist() for name in one.columns)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_cuda_gives_the_same_answers(recorded):
-    for one, other in zip(tables(recorded, None), tables(recorded, "cuda"), strict=True):
+def assert_alike(tables, others):
+    for one, other in zip(tables, others, strict=True):
         for name in one.columns:
             if one[name].dtype.kind == "f":
                 assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6)
             elif name not in ("pattern", "sample", "step"):  # nearly equal ones may change places
                 assert one[name].tolist() == other[name].tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_gives_the_same_answers(recorded):
+    assert_alike(tables(recorded, None), tables(recorded, "cuda"))
+
+
+def test_elsewhere_gives_the_same_answers(recorded):
+    with elsewhere() as device:
+        there = tables(recorded, device)
+    assert_alike(tables(recorded, None), there)
 
 
 @pytest.mark.parametrize("slots", [1, 2])

@@ -109,19 +109,24 @@ class Scores:
         self._dtype = torch.promote_types(rows.key.dtype, torch.float32)
 
     @cached_property
+    def _keys(self) -> Rows:
+        """The rows where they are multiplied, without output gradients: to bring these there takes its time."""
+        return replace(self.rows, output_grad=self.rows.output_grad[:, :0]).on(self._asked.query.device)
+
+    @cached_property
     def _rows(self) -> Rows:
         """The rows where they are multiplied."""
-        return self.rows.on(self._asked.query.device)
+        return replace(self._keys, output_grad=self.rows.output_grad.to(self._asked.query.device))
 
     @cached_property
     def _products(self) -> Tensor:
         """``key · query`` [q, p, n]; not to be written to."""
-        return products(self._asked.query, self._asked.slot, self._rows, self._dtype)
+        return products(self._asked.query, self._asked.slot, self._keys, self._dtype)
 
     @cached_property
     def _constants(self) -> Tensor | None:
         """The same of the bias's constant [q, p, n] or [n]; None: 1."""
-        return constants(self._asked.slot, self._rows, self._dtype)
+        return constants(self._asked.slot, self._keys, self._dtype)
 
     @cached_property
     def _terms(self) -> list[tuple[Tensor, Tensor]]:
@@ -172,6 +177,9 @@ class Scores:
         known = self._replayed is not None or "contribution" in vars(self)
         if known or self._asked.query.shape[1] > 1 or len(pattern) >= len(self.rows):
             return self.contribution[query, pattern]
+        if "_rows" not in vars(self) and self._asked.query.device != self.rows.key.device:
+            few = Scores(self._asked, self.rows.at(pattern.to(self.rows.key.device)))
+            return few.contribution[query, torch.arange(len(pattern), device=query.device)]
         along = self._asked.direction[query, 0].to(self._dtype)
         found = along.new_zeros(len(query))
         for attended, d in self._terms:

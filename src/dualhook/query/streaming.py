@@ -25,7 +25,9 @@ __all__ = ["BLOCK_ROWS", "Pass", "dual_output", "scan"]
 
 TASK_ROWS = 2**15  # patterns of a task, at least
 BLOCK_ROWS = 16384
-CACHED_SCORES = 2**17  # numbers of one score matrix that stays in the cache: many queries make the blocks shorter, …
+CACHED_SCORES = (
+    2**17
+)  # numbers of one score matrix that stays in the processor's cache: many queries make the blocks shorter, …
 LEAST_ROWS = 512  # … but not so short that products lose their speed …
 BLOCK_SCORES = 2**24  # … unless the score matrix would grow large
 KEPT = 4  # an answer of up to this part of the replay's budget is kept
@@ -119,7 +121,8 @@ class Pass:
         """The pass in runs of pieces, oldest first."""
         asked, start = self._asked, 0
         queries = max(1, asked.query.shape[0] * asked.query.shape[1])
-        rows = min(BLOCK_ROWS, max(LEAST_ROWS, CACHED_SCORES // queries), max(1, BLOCK_SCORES // queries))
+        cached = CACHED_SCORES if self._workers.device == "cpu" else BLOCK_SCORES
+        rows = min(BLOCK_ROWS, max(LEAST_ROWS, cached // queries), max(1, BLOCK_SCORES // queries))
         outputs = self._outputs and not asked.made_of.only_replays
         fresh = [collector.fresh() for collector in collectors]
         for pieces in _runs(self._source.pieces(asked.name, last_step=asked.made_of.horizon)):
