@@ -98,6 +98,21 @@ def test_copies_made_while_recording_are_silent_and_work():
     assert memory.verify().max_error < 1e-6
 
 
+@pytest.mark.parametrize("part", ["FirstPass", "RootHook", "StepWatcher"])
+def test_a_recorder_that_cannot_begin_leaves_nothing_behind(monkeypatch, tmp_path, part):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no luck")
+
+    model = nn.Linear(3, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"dualhook.recorder.front.{part}", fails)
+        with pytest.raises(RuntimeError, match="no luck"):
+            dualhook.instrument(model, tmp_path / "memory", verbose=False)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    dualhook.instrument(model, tmp_path / "memory", overwrite=True, verbose=False).close()
+
+
 def test_instrumenting_twice_and_again_after_closing():
     model = network()
     recorder = dualhook.instrument(model, verbose=False)

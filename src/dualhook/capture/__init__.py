@@ -7,7 +7,7 @@ from dualhook.capture.calls import as_rows, used_rows
 from dualhook.capture.compiled import forget_compiled_code
 from dualhook.capture.coverage import coverage_table
 from dualhook.capture.hooks import Guard, tapped
-from dualhook.capture.installing import install
+from dualhook.capture.installing import Removable, install
 from dualhook.capture.intake import Intake, Sink
 from dualhook.capture.kinds import ROOT, Tapped, linear_maps
 from dualhook.capture.loader import TrackedLoader, as_batch
@@ -29,6 +29,7 @@ __all__ = [
     "Measurement",
     "Observed",
     "Place",
+    "Removable",
     "RootHook",
     "Selection",
     "Sink",

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from dualhook.capture import (
     Guard,
+    Removable,
     RootHook,
     Selection,
     StepWatcher,
@@ -97,7 +98,7 @@ class Recorder:
         self._lock = lock
         self._temporary = temporary
         self._memory: DualMemory | None = None
-        self._closed = False
+        self._closed = True  # until it has begun
         self.stopped = False
         """Whether recording has ended before training: the budget is used up, or something failed."""
         self.error: Exception | None = None
@@ -110,24 +111,39 @@ class Recorder:
             rank=ranks.rank,
         )
         self._guard = Guard(self._failed)
-        # the model's hooks hold the book, the book the recorder: it lives as long as the model, whoever holds it
-        self._book = StepBook(
-            selection, self._writer, ranks=ranks, stored_in=stored_in, heads=Heads(head_grads, stored_in),
-            on_step=self._on_step, guard=self._guard,
-        )  # fmt: skip
-        if resumed_at is not None:
-            self._writer.go_on()
-            self._book.go_on(resumed_at, Store(layout.root).origin_steps)
-        for optimizer in optimizers:
-            self._book.meet(innermost(optimizer))
-        forget_compiled_code()
-        self._handles = install(model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
-        self._first = FirstPass(selection, self._book, layout, ranks, is_over=resumed_at is not None)
-        self._root = RootHook(self._first.begin, self._first.end, self._guard).attach(model)
-        self._watcher = StepWatcher(self._before_step, self._after_step, Guard(self._failed_in_step))
+        self._handles: list[Removable] = []
+        self._root: list[Removable] = []
+        try:
+            self._begin(selection, head_grads, optimizers, resumed_at)
+        except BaseException:
+            for handle in [*self._handles, *self._root]:
+                handle.remove()
+            self._writer.close(discard=True)
+            raise
+        self._closed = False
         self._at_exit = weakly(self.close_alone)  # a script that forgets to close loses nothing
         atexit.register(self._at_exit)
         OPEN[layout.root] = self
+
+    def _begin(
+        self, selection: Selection, head_grads: HeadGrads, optimizers: Sequence[Optimizer], resumed_at: int | None
+    ) -> None:
+        """Hook the model."""
+        # the model's hooks hold the book, the book the recorder: it lives as long as the model, whoever holds it
+        self._book = StepBook(
+            selection, self._writer, ranks=self._ranks, stored_in=self._stored_in,
+            heads=Heads(head_grads, self._stored_in), on_step=self._on_step, guard=self._guard,
+        )  # fmt: skip
+        if resumed_at is not None:
+            self._writer.go_on()
+            self._book.go_on(resumed_at, Store(self._layout.root).origin_steps)
+        for optimizer in optimizers:
+            self._book.meet(innermost(optimizer))
+        forget_compiled_code()
+        self._handles = install(self._model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
+        self._first = FirstPass(selection, self._book, self._layout, self._ranks, is_over=resumed_at is not None)
+        self._root = RootHook(self._first.begin, self._first.end, self._guard).attach(self._model)
+        self._watcher = StepWatcher(self._before_step, self._after_step, Guard(self._failed_in_step))
 
     def __enter__(self) -> Recorder:
         return self
