@@ -111,8 +111,8 @@ class Recorder:
             rank=ranks.rank,
         )
         self._guard = Guard(self._failed)
-        self._handles: list[Removable] = []
-        self._root: list[Removable] = []
+        self._handles: Sequence[Removable] = ()
+        self._root: Sequence[Removable] = ()
         try:
             self._begin(selection, head_grads, optimizers, resumed_at)
         except BaseException:
