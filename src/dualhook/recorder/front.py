@@ -111,12 +111,11 @@ class Recorder:
             rank=ranks.rank,
         )
         self._guard = Guard(self._failed)
-        self._handles: Sequence[Removable] = ()
-        self._root: Sequence[Removable] = ()
+        self._handles: list[Removable] = []
         try:
             self._begin(selection, head_grads, optimizers, resumed_at)
         except BaseException:
-            for handle in [*self._handles, *self._root]:
+            for handle in self._handles:
                 handle.remove()
             self._writer.close(discard=True)
             raise
@@ -140,9 +139,9 @@ class Recorder:
         for optimizer in optimizers:
             self._book.meet(innermost(optimizer))
         forget_compiled_code()
-        self._handles = install(self._model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
+        self._handles += install(self._model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
         self._first = FirstPass(selection, self._book, self._layout, self._ranks, is_over=resumed_at is not None)
-        self._root = RootHook(self._first.begin, self._first.end, self._guard).attach(self._model)
+        self._handles += RootHook(self._first.begin, self._first.end, self._guard).attach(self._model)
         self._watcher = StepWatcher(self._before_step, self._after_step, Guard(self._failed_in_step))
 
     def __enter__(self) -> Recorder:
@@ -405,7 +404,7 @@ class Recorder:
         self._writer.write_latest(self.steps, values)
 
     def _detach(self) -> None:
-        for handle in [*self._handles, *self._root]:
+        for handle in self._handles:
             handle.remove()
         for intake in self._book.layers.intakes:
             intake.detach()
