@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import dualhook
 from dualhook.capture import Use
+from dualhook.capture.precision import is_reduced, operation_of
 from dualhook.capture.probe import LayerProbe, Measurement, fit_scales, looked
 from dualhook.records import LayerSpec, Mark, Rows
 
@@ -330,6 +331,57 @@ def test_the_whole_gradient_is_looked_at(dtype, parameter):
         found = measured(probe, gradients, [Use(spec, spec, rows)], whole=whole)
         (fit,) = fit_scales([found[parameter]])
         assert fit.explained is explained
+
+
+PRECISIONS = pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="torch has one setting of all products before 2.9"
+)
+
+
+@pytest.fixture
+def settings():
+    """Sets how many digits products of float32 have, for the length of a test."""
+    before = []
+
+    def set_to(library: str, operation: str, precision: str) -> None:
+        place = getattr(getattr(torch.backends, library), operation)
+        before.append((place, place.fp32_precision))
+        place.fp32_precision = precision
+
+    yield set_to
+    for place, precision in reversed(before):
+        place.fp32_precision = precision
+
+
+@PRECISIONS
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_products_of_fewer_digits_by_the_settings_of_one_library(settings, precision):
+    """torch refuses to sum them up: ``get_float32_matmul_precision`` raises."""
+    spec = LayerSpec("layer", 20, 30, "layer.weight", None)
+    key, output_grad = torch.randn(8, 20), torch.randn(8, 30)
+    rows = Rows(key, output_grad, *(torch.zeros(8, dtype=torch.int64) for _ in range(3)))
+    settings("mkldnn", "matmul", precision)
+    gradient = (output_grad.bfloat16().T @ key.bfloat16()).float()
+    (fit,) = fit_scales(list(measured(LayerProbe(spec), {"layer.weight": gradient}, [Use(spec, spec, rows)]).values()))
+    assert fit.explained == (precision == "bf16")
+    model = network(torch.float32)
+    with dualhook.instrument(model, on_error="raise", verbose=False) as recorder:
+        step(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.float32)
+    assert recorder.close().verify(model).max_error < 1e-2
+
+
+@PRECISIONS
+def test_every_operation_has_its_own_setting(settings):
+    cuda = torch.device("cuda")
+    assert [is_reduced(own, cuda) for own in ("matmul", "conv", "rnn")] == [False, True, True]  # torch's defaults
+    settings("cudnn", "conv", "ieee")
+    settings("cuda", "matmul", "tf32")
+    assert [is_reduced(own, cuda) for own in ("matmul", "conv", "rnn")] == [True, False, True]
+    assert not is_reduced("matmul", torch.device("cpu"))
+    made_by = {"linear": nn.Linear(1, 1), "conv": nn.Conv1d(1, 1, 1), "conv_transpose": nn.ConvTranspose2d(1, 1, 1)}
+    assert [operation_of(kind, made_by[kind]) for kind in made_by] == ["matmul", "conv", "conv"]
+    assert operation_of("linear", nn.LSTM(1, 1)) == "rnn"
+    assert operation_of("linear", nn.LSTMCell(1, 1)) == "matmul"
 
 
 def test_gradient_without_rows_is_unexplained_unless_zero():

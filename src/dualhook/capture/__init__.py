@@ -12,6 +12,7 @@ from dualhook.capture.intake import Intake, Sink
 from dualhook.capture.kinds import ROOT, Tapped, linear_maps
 from dualhook.capture.loader import TrackedLoader, as_batch
 from dualhook.capture.observe import Observed, directions, observe
+from dualhook.capture.precision import operation_of
 from dualhook.capture.probe import Corner, LayerProbe, Measurement, fit_scales, looked
 from dualhook.capture.recompute import sequence_number
 from dualhook.capture.selection import Selection, select_layers, unwrapped
@@ -51,6 +52,7 @@ __all__ = [
     "local",
     "looked",
     "observe",
+    "operation_of",
     "select_layers",
     "sequence_number",
     "tapped",

@@ -9,7 +9,7 @@ of random signs per output, which sees what happens to entries off the grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dualhook.capture.precision import Operation, is_reduced
 from dualhook.capture.sharded import is_sharded, local, rows_at, spread
 from dualhook.capture.uses import Use, are_alike, signed_sums
 from dualhook.gathering import columns_at, in_runs
@@ -32,7 +33,9 @@ RUN = 16  # outputs side by side: what is gathered of a row is some cache lines,
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # of the sum of absolute row contributions: near-null gradients make the gradient's own size a wrong yardstick
 COMPUTED = 1e-4  # the same of a softmax that is computed again, whose logits may be large
-REDUCED = 1e-2  # the same where float32 products are allowed to run in TF32 or bfloat16
+REDUCED = 1e-2  # the same where float32 products may be made of fewer digits
+
+BY_MATRICES = frozenset[Operation]({"matmul"})
 
 SUBNORMAL = torch.finfo(torch.float32).tiny  # below it rounding is no longer relative to the number
 
@@ -134,10 +137,19 @@ class Corner:
 
 
 class LayerProbe:
-    """The probed entries of one layer's parameters; ``others`` use its weight as well."""
+    """The probed entries of one layer's parameters; ``others`` use its weight as well.
 
-    def __init__(self, spec: LayerSpec, others: Sequence[LayerSpec] = ()) -> None:
+    ``made_by`` are the operations that make their gradients.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        others: Sequence[LayerSpec] = (),
+        made_by: Collection[Operation] = frozenset[Operation]({"matmul"}),
+    ) -> None:
         self.spec = spec
+        self._made_by = made_by
         self.is_slotted = spec.slots > 1 and all(are_alike(spec, other) for other in others)
         """Whether every pattern fills one of several slots."""
         self._map = map_of(spec)
@@ -173,7 +185,7 @@ class LayerProbe:
         found = {}
         for (name, own), there in zip(gradients.items(), seen, strict=True):
             entries = np.s_[:, :-1] if name == self.spec.weight else np.s_[:, -1]
-            dtype, rounding = _dtype_of(own, uses), _rounding_of(uses)
+            dtype, rounding = _dtype_of(own, uses), self._rounding(own, uses)
             made, size = rebuilt[entries].ravel(), absolute[entries].ravel()
             found[name] = Measurement(there, made, size, dtype, sums.get(name), rounding)
         return found
@@ -232,6 +244,16 @@ class LayerProbe:
         of_outputs, of_inputs = torch.from_numpy(outputs), torch.from_numpy(inputs)
         return Corner(slot, of_outputs.topk(len(self._outputs)).indices, of_inputs.topk(len(self._inputs)).indices)
 
+    def _rounding(self, gradient: Tensor, uses: Sequence[Use]) -> float:
+        """What is off by more than the rounding of its dtype.
+
+        A gradient of products of fewer digits; output gradients that are computed again, whose exponents carry the
+        rounding of logits.
+        """
+        if gradient.dtype == torch.float32 and any(is_reduced(own, gradient.device) for own in self._made_by):
+            return REDUCED
+        return COMPUTED if any(isinstance(use.rows.packed, Softmax) for use in uses) else 0.0
+
     def without_rows(self, gradients: Mapping[str, Tensor]) -> Look:
         """Gradients that no rows stand against: is there anything to explain?"""
         held = {name: local(own).abs() for name, own in gradients.items()}
@@ -270,7 +292,7 @@ class LayerProbe:
         found = {}
         for (name, own), there, pair in zip(gradients.items(), seen, pairs, strict=True):
             rebuilt, absolute = (_numpy(part).ravel() for part in pair)
-            found[name] = Measurement(there, rebuilt, absolute, _dtype_of(own, uses), None, _rounding_of(uses))
+            found[name] = Measurement(there, rebuilt, absolute, _dtype_of(own, uses), None, self._rounding(own, uses))
         return found
 
 
@@ -317,19 +339,13 @@ def _dot(a: Array, b: Array) -> float:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    reduced = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return REDUCED if reduced else TOLERANCE.get(dtype, 1e-2)
+    return TOLERANCE.get(dtype, 1e-2)
 
 
 def _dtype_of(gradient: Tensor, uses: Sequence[Use]) -> torch.dtype:
     """The coarsest dtype of a gradient and the rows that rebuild it."""
     every = [gradient.dtype, *(use.rows.output_grad.dtype for use in uses)]
     return max(every, key=lambda dtype: TOLERANCE.get(dtype, 1e-2))
-
-
-def _rounding_of(uses: Sequence[Use]) -> float:
-    """What output gradients that are computed again are off by: exponents carry the rounding of logits."""
-    return COMPUTED if any(isinstance(use.rows.packed, Softmax) for use in uses) else 0.0
 
 
 def _numpy(values: Tensor) -> Array:

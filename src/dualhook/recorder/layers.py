@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from dualhook.capture import Intake, LayerProbe, Place, Selection, Sink, Use, Verdict, local
+from dualhook.capture import Intake, LayerProbe, Place, Selection, Sink, Use, Verdict, local, operation_of
 from dualhook.recorder.watched import Watched, gradient_of
 from dualhook.records import LayerSpec, Rows
 
@@ -94,7 +94,12 @@ class Layers:
 
     def probes(self) -> list[LayerProbe]:
         """One of each weight."""
-        return [LayerProbe(spec, self._by_weight[spec.weight]) for spec in self.primary]
+        found = []
+        for spec in self.primary:
+            tapped = [intake.tapped for intake in self.intakes if intake.spec.weight == spec.weight]
+            made_by = {operation_of(own.spec.kind, own.module) for own in tapped}
+            found.append(LayerProbe(spec, self._by_weight[spec.weight], made_by))
+        return found
 
     def _arrange(self) -> None:
         self._by_weight: dict[str, list[LayerSpec]] = {}
