@@ -58,7 +58,8 @@ class Ambient:
     def now(cls, module: nn.Module, device: torch.device) -> Ambient:
         """As it is for a call of ``module`` on ``device`` that comes next."""
         kind = device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        has_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        autocast = torch.get_autocast_dtype(kind) if has_autocast else None
         if not dropout_of(module):
             return cls(None, autocast)
         return cls(torch.cuda.get_rng_state(device) if kind == "cuda" else torch.get_rng_state(), autocast)
@@ -177,7 +178,8 @@ def _surroundings(ambient: Ambient, device: torch.device) -> ExitStack:
     """A block in which the call's random numbers and autocast come again; the generator is put back after it."""
     block = ExitStack()
     kind = device.type
-    block.enter_context(torch.autocast(kind, ambient.autocast, enabled=ambient.autocast is not None))
+    if torch.amp.is_autocast_available(kind):
+        block.enter_context(torch.autocast(kind, ambient.autocast, enabled=ambient.autocast is not None))
     if ambient.rng is not None:
         block.enter_context(torch.random.fork_rng([device] if kind == "cuda" else []))
         torch.cuda.set_rng_state(ambient.rng, device) if kind == "cuda" else torch.set_rng_state(ambient.rng)
