@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -219,7 +220,8 @@ def together(folder: Path, task: Callable[[int, Path], None]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.set_forkserver_preload(["dualhook", "torch._dynamo", "torch.distributed.fsdp"])
     start = "forkserver" if hasattr(os, "fork") else "spawn"  # which imports once what takes the time
-    context = mp.start_processes(work, args=(folder, task), nprocs=WORLD, join=False, start_method=start)
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # else wrappers would go there by themselves
+        context = mp.start_processes(work, args=(folder, task), nprocs=WORLD, join=False, start_method=start)
     end = time.monotonic() + TIMEOUT
     while not context.join(timeout=1):  # returns as soon as one of them is through
         if time.monotonic() > end:
