@@ -25,8 +25,10 @@ STEPS, BATCH, LENGTH, WIDTH, CLASSES = 3, 4, 6, 5, 3
 @contextmanager
 def set_globally():
     torch.set_default_device(META)
-    yield
-    torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
 
 
 class Net(nn.Module):

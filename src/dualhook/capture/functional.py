@@ -34,6 +34,7 @@ from dualhook.capture.taps import report
 
 __all__ = ["Scope", "WhileCompiled", "scopes_of", "watch_compilations"]
 
+FUNCTIONAL, EXPERTS = F.__name__, "transformers.integrations.moe"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -46,9 +47,9 @@ class _Active(threading.local):
 
 _ACTIVE = _Active()
 _LOCK = threading.Lock()
-_ORIGINALS: dict[tuple[Any, str], Callable[..., Tensor]] = {}
-_REPLACED: dict[tuple[Any, str], Callable[..., Tensor]] = {}  # what stands there meanwhile
-_BURIED: set[tuple[Any, str]] = set()  # the places where somebody has put another function over ours
+_ORIGINALS: dict[tuple[str, str], Callable[..., Tensor]] = {}  # by the names of module and function
+_REPLACED: dict[tuple[str, str], Callable[..., Tensor]] = {}  # what stands there meanwhile
+_BURIED: set[tuple[str, str]] = set()  # the places where somebody has put another function over ours
 _DEPTH = 0
 
 
@@ -124,7 +125,7 @@ def _places() -> Iterator[tuple[Any, str]]:
             yield F, name
     if hasattr(torch, "_grouped_mm"):
         yield torch, "_grouped_mm"
-    experts = sys.modules.get("transformers.integrations.moe")
+    experts = sys.modules.get(EXPERTS)
     if hasattr(experts, "_can_use_grouped_mm") and hasattr(experts, "_grouped_mm_fallback"):
         yield experts, "_grouped_mm"
 
@@ -135,7 +136,7 @@ def _replace() -> None:
         _DEPTH += 1
         if _DEPTH == 1:
             for owner, name in _places():
-                place, found = (owner, name), getattr(owner, name)
+                place, found = (owner.__name__, name), getattr(owner, name)
                 if found is _REPLACED.get(place) or (place in _BURIED and found is not _ORIGINALS[place]):
                     continue  # ours is there, or inside of what somebody has put over it
                 _BURIED.discard(place)
@@ -148,12 +149,13 @@ def _restore() -> None:
     with _LOCK:
         _DEPTH -= 1
         if _DEPTH == 0:
-            for (owner, name), original in _ORIGINALS.items():
+            for place, original in _ORIGINALS.items():
+                owner, name = sys.modules[place[0]], place[1]
                 found = getattr(owner, name)
-                if found is _REPLACED[owner, name]:
+                if found is _REPLACED[place]:
                     setattr(owner, name, original)
                 elif found is not original:
-                    _BURIED.add((owner, name))
+                    _BURIED.add(place)
 
 
 class WhileCompiled:
@@ -196,7 +198,7 @@ def _on_compile(*args: Any) -> None:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    output = _ORIGINALS[F, "linear"](input, weight, bias)
+    output = _ORIGINALS[FUNCTIONAL, "linear"](input, weight, bias)
     if torch.compiler.is_compiling():  # the tracer of attention, which is handed on as a whole, comes here as well
         return compiled_linear(output, input, weight, bias)
     found = _found(weight, ("linear", "experts"))
@@ -213,9 +215,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     scaled = bool(args[2] if len(args) > 2 else kwargs.get("scale_grad_by_freq", False))
     if torch.compiler.is_dynamo_compiling():
-        output = _ORIGINALS[F, "embedding"](input, weight, padding_idx, *args, **kwargs)
+        output = _ORIGINALS[FUNCTIONAL, "embedding"](input, weight, padding_idx, *args, **kwargs)
         return compiled_embedding(output, input, weight, padding_idx, scaled)
-    output = _unseen(_ORIGINALS[F, "embedding"], input, weight, padding_idx, *args, **kwargs)
+    output = _unseen(_ORIGINALS[FUNCTIONAL, "embedding"], input, weight, padding_idx, *args, **kwargs)
     found = _found(weight, ("embedding",))
     if found is None:
         return output
@@ -223,8 +225,10 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *a
 
 
 def _grouped(name: str, owner: Any) -> Callable[..., Tensor]:
+    place = owner.__name__, name
+
     def grouped_mm(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        original = _ORIGINALS[owner, name]
+        original = _ORIGINALS[place]
         if torch.compiler.is_dynamo_compiling():
             return _told_of_groups(original(input, weight, *args, **kwargs), input, weight, *args, **kwargs)
         return _told_of_groups(_unseen(original, input, weight, *args, **kwargs), input, weight, *args, **kwargs)
@@ -257,14 +261,14 @@ def _told_of_groups(
 
 def _grouped_of_transformers(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """Transformers' choice between torch's functions and an operator of its own."""
-    experts: Any = sys.modules["transformers.integrations.moe"]
-    output: Tensor = _ORIGINALS[experts, "_grouped_mm"](input, weight, offs)
+    experts: Any = sys.modules[EXPERTS]
+    output: Tensor = _ORIGINALS[EXPERTS, "_grouped_mm"](input, weight, offs)
     return output if experts._can_use_grouped_mm(input, weight, offs) else _told_of_groups(output, input, weight, offs)
 
 
 def _convolution(name: str) -> Callable[..., Tensor]:
     def convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        output = _ORIGINALS[F, name](input, weight, bias, *args, **kwargs)
+        output = _ORIGINALS[FUNCTIONAL, name](input, weight, bias, *args, **kwargs)
         settings = dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
         if torch.compiler.is_dynamo_compiling():
             return compiled_convolution(output, input, weight, settings)
