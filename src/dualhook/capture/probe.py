@@ -146,7 +146,7 @@ class LayerProbe:
         self,
         spec: LayerSpec,
         others: Sequence[LayerSpec] = (),
-        made_by: Collection[Operation] = frozenset[Operation]({"matmul"}),
+        made_by: Collection[Operation] = BY_MATRICES,
     ) -> None:
         self.spec = spec
         self._made_by = made_by
@@ -156,7 +156,7 @@ class LayerProbe:
         # a slot of an embedding is one column, of which a sum tells no more than the entry itself
         self._sums_per = spec.slots if self.is_slotted and self._map.columns > 1 else 1
         generator = torch.Generator().manual_seed(0)  # its own: training's random numbers stay as they are
-        self._outputs_on: dict[torch.device, Tensor] = {}
+        self._usual_on: dict[torch.device, Tensor] = {}
         self._outputs = in_runs(spec.out_features, GRID[0], RUN, generator)
         self._inputs = self._map.grid_inputs(GRID[1], generator)
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
@@ -192,15 +192,18 @@ class LayerProbe:
 
     def _seen(self, corner: Corner, name: str, gradient: Tensor) -> Tensor:
         """What a corner has of a parameter's gradient."""
-        outputs = corner.outputs
-        if outputs is self._outputs:  # where they are needed in every step
-            outputs = self._outputs_on.setdefault(gradient.device, outputs)
-            if outputs.device != gradient.device:
-                outputs = self._outputs_on[gradient.device] = outputs.to(gradient.device)
-        seen = rows_at(self._matrix(name, gradient), outputs)
+        seen = rows_at(self._matrix(name, gradient), self._on(gradient.device, corner.outputs))
         if name == self.spec.weight:
             return columns_at(seen, corner.slot * self._map.columns + corner.inputs)
         return seen[:, corner.slot] if seen.dim() == 2 else seen
+
+    def _on(self, device: torch.device, outputs: Tensor) -> Tensor:
+        """Probed outputs on a device; the usual ones are kept there."""
+        if outputs is not self._outputs:
+            return outputs.to(device)
+        if device not in self._usual_on:
+            self._usual_on[device] = outputs.to(device)
+        return self._usual_on[device]
 
     def _rebuilt(self, corner: Corner, uses: Sequence[Use]) -> tuple[Array, Array]:
         """What the rows rebuild of a corner and, in a last column, of the bias; and the sums of absolute parts."""

@@ -52,7 +52,7 @@ class Pending:
         rows = self.heads.pack(spec, rows, parameters, is_first=is_first, is_open=is_open)
         rows = replace(rows, columns=self._ranks.columns(rows))
         if is_elsewhere:
-            self._staging.put(layer, self._owned(layer, rows))
+            self._staging.put(layer, self._narrowed(layer, rows))
         else:
             self._keep_form(layer, rows, used)
 
@@ -95,15 +95,12 @@ class Pending:
         """Whether rows are kept in 16 bits with a scale, which they have not been computed in."""
         return self._stored_in.get(layer) == torch.float16 != rows.output_grad.dtype
 
-    def _owned(self, layer: str, rows: Rows) -> Rows:
-        """Copies of keys and output gradients, where they are, as narrow as they will be stored.
-
-        Training may write to the input of a layer once its gradient is there.
-        """
-        is_narrowed = rows.packed is None and not self._is_scaled(layer, rows)
-        dtype = self._dtype(layer, rows) if is_narrowed else None
-        key, output_grad = (part.to(dtype or part.dtype, copy=True) for part in (rows.key, rows.output_grad))
-        return replace(rows, key=key, output_grad=output_grad)
+    def _narrowed(self, layer: str, rows: Rows) -> Rows:
+        """Rows as narrow as they will be stored, if that takes no more than a cast: fewer bytes have to travel."""
+        if rows.packed is not None or self._is_scaled(layer, rows):
+            return rows
+        dtype = self._dtype(layer, rows)
+        return replace(rows, key=rows.key.to(dtype), output_grad=rows.output_grad.to(dtype))
 
     def _arrived(self, layer: str, rows: Rows) -> None:
         """Rows are in host memory now."""

@@ -43,7 +43,7 @@ class Staging:
         return rows.key.device.type != "cpu"
 
     def put(self, layer: str, rows: Rows) -> None:
-        """Begin to copy rows; nobody else may write to their tensors any more."""
+        """Begin to copy rows."""
         done = None
         if rows.key.is_cuda:
             rows, done = self._on_the_way(rows)
@@ -72,6 +72,8 @@ class Staging:
 
     def _on_the_way(self, rows: Rows) -> tuple[Rows, torch.cuda.Event]:
         device = rows.key.device
+        # copies on the device first: training may write to what it has shown us once its gradient is there
+        rows = _each(rows, lambda values: values.clone() if values.is_cuda else values)
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream = self._streams[device]
