@@ -48,7 +48,7 @@ class Staging:
         if rows.key.is_cuda:
             rows, done = self._on_the_way(rows)
         else:
-            rows = _each(rows, Tensor.cpu)
+            rows = _each(rows, lambda values: values.to("cpu", copy=True))
         self._staged.append(Staged(layer, rows, done))
         self._bytes += rows.key.nbytes + rows.output_grad.nbytes
         if self._bytes > STAGED_BYTES:
