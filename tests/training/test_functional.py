@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
 from training.ways import PATTERNS, STEPS, assert_exact, loader, loss_of, net, plain, same, sgd, trained
 
 import dualhook
@@ -96,3 +97,45 @@ def test_a_backward_pass_through_a_transform_is_marked(loss):
                 optimizer.step()
     assert same(model, bare)
     assert list(recorder.close().verify()["inexact_steps"]) == [1, 1]
+
+
+class Interrupted(torch.nn.Module):
+    """Uses its parameter in a function, and a hand on the keyboard comes between."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 5))
+        self.interrupts = False
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
+        if self.interrupts:
+            self.interrupts = False
+            raise KeyboardInterrupt
+        return y
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_an_interrupted_forward_pass_leaves_torch_as_it_was(goes_on):
+    linear, model = F.linear, torch.nn.Sequential(Interrupted())
+    recorder, optimizer = dualhook.instrument(model, layers="all", verbose=False), sgd(model)
+
+    def train(steps):
+        for x, _ in recorder.track(list(loader())[:steps]):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    train(1)
+    model[0].interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        train(1)
+    assert F.linear is not linear  # as the interruption has left it
+    if goes_on:
+        train(2)
+        assert F.linear is linear
+    memory = recorder.close()
+    assert F.linear is linear
+    assert memory.verify(model).max_error < 1e-5
+    assert not any(memory.verify()["inexact_steps"])
+    assert memory.steps == (3 if goes_on else 1)

@@ -27,12 +27,12 @@ from dualhook.capture.compiled_functions import (
     compiled_grouped,
     compiled_linear,
 )
-from dualhook.capture.hooks import Hook
+from dualhook.capture.hooks import Guard, Hook
 from dualhook.capture.kinds import Tapped
 from dualhook.capture.sites import Site, grouped_call, has_settings, linear_call
 from dualhook.capture.taps import report
 
-__all__ = ["Scope", "WhileCompiled", "scopes_of", "watch_compilations"]
+__all__ = ["Scope", "WhileCompiled", "leave_all", "scopes_of", "watch_compilations"]
 
 FUNCTIONAL, EXPERTS = F.__name__, "transformers.integrations.moe"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -116,6 +116,13 @@ class _Leave(_Enter):
             while left is not self._scope:
                 left = _ACTIVE.scopes.pop().scope
                 _restore()
+
+
+def leave_all(guard: Guard) -> None:
+    """Leave the modules that one recorder believes this thread to be in: torch calls no hook after Ctrl-C."""
+    for entered in [entered for entered in _ACTIVE.scopes if entered.scope.guard is guard]:
+        _ACTIVE.scopes.remove(entered)
+        _restore()
 
 
 def _places() -> Iterator[tuple[Any, str]]:

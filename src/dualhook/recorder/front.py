@@ -29,6 +29,7 @@ from dualhook.capture import (
     forget_compiled_code,
     innermost,
     install,
+    leave_all,
     sequence_number,
 )
 from dualhook.errors import BudgetError, DualHookError, StoreError
@@ -339,6 +340,7 @@ class Recorder:
             self._book.batch, self._book.batch_since = batch, sequence_number()
 
     def _before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
+        leave_all(self._guard)  # steps are made outside of them
         if self.stopped:
             return
         if not has_closure:  # else the forward pass is still to come
@@ -404,6 +406,7 @@ class Recorder:
         self._writer.write_latest(self.steps, values)
 
     def _detach(self) -> None:
+        leave_all(self._guard)
         for handle in self._handles:
             handle.remove()
         for intake in self._book.layers.intakes:
