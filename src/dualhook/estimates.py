@@ -139,7 +139,7 @@ class _ByUnit:
     bars = (("unit",), "contribution")
 
     def start(self, asked: LayerQuery, grouping: object) -> tuple[GroupSums, Callable[[], dict[str, np.ndarray]]]:
-        sums = GroupSums(len(asked), self.units.of)
+        sums = GroupSums(len(asked), self.units.of, ("contribution",))
 
         def columns() -> dict[str, np.ndarray]:
             units, _, totals = sums.result()

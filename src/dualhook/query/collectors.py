@@ -136,25 +136,31 @@ class TopPatternsBy:
 
 
 class GroupSums:
-    """Totals of weight and contribution, signed and absolute, per group of patterns; groups that occur take room."""
+    """Totals of weight and contribution, signed and absolute, per group of patterns; groups that occur take room.
 
-    FIELDS = ("weight", "abs_weight", "contribution", "abs_contribution")
+    ``fields`` are those of them that are wanted: the others are not computed.
+    """
 
-    def __init__(self, queries: int, group_of: Callable[[Rows], Tensor]) -> None:
+    FIELDS: tuple[Criterion, ...] = ("weight", "abs_weight", "contribution", "abs_contribution")
+
+    def __init__(
+        self, queries: int, group_of: Callable[[Rows], Tensor], fields: tuple[Criterion, ...] = FIELDS
+    ) -> None:
         self._queries = queries
         self._group_of = group_of
+        self._fields = fields
         none = torch.zeros(0, dtype=torch.int64)
-        self._summed = [_Summed(none, none, torch.zeros((len(self.FIELDS), queries, 0), dtype=torch.float64))]
+        self._summed = [_Summed(none, none, torch.zeros((len(fields), queries, 0), dtype=torch.float64))]
 
     def fresh(self) -> GroupSums:
-        return GroupSums(self._queries, self._group_of)
+        return GroupSums(self._queries, self._group_of, self._fields)
 
     def add(self, scores: Scores) -> None:
         groups = self._group_of(scores.rows)
         group, place = torch.unique(groups, return_inverse=True)
-        totals = torch.zeros((len(self.FIELDS), len(scores.weight), len(group)), dtype=torch.float64)
-        for total, name in zip(totals, self.FIELDS, strict=True):
-            total.index_add_(1, place, criterion(scores, name).cpu().double())  # type: ignore[arg-type]
+        totals = torch.zeros((len(self._fields), self._queries, len(group)), dtype=torch.float64)
+        for total, name in zip(totals, self._fields, strict=True):
+            total.index_add_(1, place, criterion(scores, name).cpu().double())
         self.merge(_Summed(group, torch.bincount(place, minlength=len(group)), totals))
 
     def found(self) -> _Summed:
@@ -169,7 +175,7 @@ class GroupSums:
     def result(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The groups [g] that occur, ascending, how many patterns each has [g], and the totals by name [q, g]."""
         summed = self.found()
-        return summed.group, summed.count, dict(zip(self.FIELDS, summed.totals, strict=True))
+        return summed.group, summed.count, dict(zip(self._fields, summed.totals, strict=True))
 
     def _merge(self) -> None:
         parts = [(each.group, each.count, each.totals) for each in self._summed]
@@ -178,7 +184,7 @@ class GroupSums:
 
 @dataclass(frozen=True)
 class _Summed:
-    """Totals [4, q, g] of ``count`` patterns [g] of each ``group`` [g]."""
+    """Totals [f, q, g] of ``count`` patterns [g] of each ``group`` [g]."""
 
     group: Tensor
     count: Tensor
