@@ -6,7 +6,7 @@ numbers: one of ours that was made there would be missed at once.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 
 import numpy as np
@@ -92,9 +92,21 @@ class Used:
 OPTIMIZERS = [partial(torch.optim.SGD, lr=0.1, momentum=0.9), torch.optim.AdamW]
 
 
+def steps_are_counted_there() -> bool:
+    """Whether torch's Adam keeps the number of its steps on the default device."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer = torch.optim.AdamW([parameter])
+    with META, suppress(RuntimeError):
+        optimizer.step()
+    return optimizer.state[parameter]["step"].device == META
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("globally", [False, True])
 def test_answers_are_those_without_a_default_device(tmp_path, optimizer, globally):
+    if optimizer is torch.optim.AdamW and steps_are_counted_there():
+        pytest.skip("this torch's Adam, before 2.12, cannot count its steps where there are no numbers")
     plain = Used(tmp_path / "plain", nullcontext(), optimizer)
     other = Used(tmp_path / "other", set_globally() if globally else META, optimizer)
     assert set(other.model.made_on + other.asked_on) == {META}
