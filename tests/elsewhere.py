@@ -55,34 +55,33 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on what its tensors hold; its results are where they are."""
     given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     there = [value for value in given if isinstance(value, Elsewhere)]
-    here = [value for value in given if not isinstance(value, Elsewhere) and value.dim()]
-    asked = kwargs.get("device")
-    if there and here and func not in MOVES:
+    if there and func not in MOVES and any(value.dim() for value in given if not isinstance(value, Elsewhere)):
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {DEVICE} and cpu")
-    if func is torch.ops.aten._to_copy.default:
-        ends_there = isinstance(args[0], Elsewhere) if asked is None else torch.device(asked).type == DEVICE.type
-    elif there:
-        ends_there = True
+    asked = kwargs.get("device")
+    if func is torch.ops.aten._local_scalar_dense.default:
+        stays = False
+    elif func is torch.ops.aten.copy_.default or (func is torch.ops.aten._to_copy.default and asked is None):
+        stays = isinstance(args[0], Elsewhere)
+    elif asked is not None:
+        stays = torch.device(asked).type == DEVICE.type
     else:
-        ends_there = asked is not None and torch.device(asked).type == DEVICE.type
+        stays = bool(there)
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    if func is torch.ops.aten.copy_.default and not isinstance(args[0], Elsewhere):
-        ends_there = False
     args, kwargs = tree_map(held_by, (args, kwargs))
     if func is torch.ops.aten.histc.default and not args[0].is_floating_point():  # CUDA's takes whole numbers
         args = (args[0].double(), *args[1:])
     found = func(*args, **kwargs)
-    if func is torch.ops.aten._local_scalar_dense.default or not ends_there:
+    if not stays:
         return found
     known = {id(value.held): value for value in there}  # what is changed in place stays the tensor it was
 
-    def placed(value: Any) -> Any:
+    def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return known[id(value)] if id(value) in known else Elsewhere(value)
 
-    return tree_map(placed, found)
+    return tree_map(moved, found)
 
 
 def held_by(value: Any) -> Any:
