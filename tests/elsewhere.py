@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from dualhook.host import default_device
+
 DEVICE = torch.device("meta")  # autograd needs no queue of its own for it, as it would for another
 
 MOVES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten.index.Tensor,
@@ -99,7 +101,7 @@ class _FromNumbers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor):
-            asked = torch.device(kwargs.get("device") or torch.get_default_device())
+            asked = torch.device(kwargs.get("device") or default_device() or "cpu")
             if asked.type == DEVICE.type:
                 return func(*args, **{**kwargs, "device": torch.device("cpu")}).to(DEVICE)
         return func(*args, **kwargs)
@@ -126,5 +128,6 @@ def placed() -> Iterator[None]:
 
 def generator(seed: int) -> torch.Generator:
     """Random numbers for the default device."""
-    is_cuda = torch.get_default_device().type == "cuda"
+    device = default_device()
+    is_cuda = device is not None and device.type == "cuda"
     return torch.Generator("cuda" if is_cuda else "cpu").manual_seed(seed)

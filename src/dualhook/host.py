@@ -14,8 +14,10 @@ from types import FunctionType
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-__all__ = ["HostBlocks", "asked_on_host", "on_default_device", "on_host"]
+__all__ = ["HostBlocks", "asked_on_host", "default_device", "on_default_device", "on_host"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,13 +30,23 @@ class _Users(threading.local):
 _USERS = _Users()
 
 
+def default_device() -> torch.device | None:
+    """The default device that is set in this thread, if any; torch 2.6 itself does not tell of one set by ``with``."""
+    if torch._C._len_torch_function_stack():
+        for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+            if isinstance(mode, DeviceContext):
+                found: torch.device = mode.device
+                return found
+    return None
+
+
 @contextmanager
 def on_host() -> Iterator[None]:
     """A block, or a function, whose tensors are made in host memory unless it names a device."""
-    if not torch._C._len_torch_function_stack():  # a default device is one of those
+    before, device = _USERS.device, default_device()
+    if device is None:
         yield
         return
-    before, device = _USERS.device, torch.get_default_device()
     with torch.device("cpu"):
         _USERS.device = device if before is None else before
         try:
@@ -62,7 +74,7 @@ class HostBlocks(threading.local):
 
     def enter(self) -> None:
         """Begin a block."""
-        device = torch.device("cpu") if torch._C._len_torch_function_stack() else None
+        device = None if default_device() is None else torch.device("cpu")
         if device is not None:
             device.__enter__()
         self._open.append(device)
