@@ -115,6 +115,39 @@ class Interrupted(torch.nn.Module):
         return y
 
 
+class Learning(torch.nn.Module):
+    """Fits something else on the way, by an optimiser of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x):
+        other = torch.nn.Linear(5, 5)
+        optimizer = sgd(other)
+        with torch.enable_grad():
+            other(x.detach()).square().mean().backward()
+        optimizer.step()
+        return F.linear(x, self.weight)
+
+
+def test_another_optimiser_steps_in_a_forward_pass():
+    def loop(model, track):
+        optimizer = sgd(model)
+        for x, _ in track(loader()):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    def make():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(Learning())
+
+    outcome = trained(loop, make=make)
+    assert outcome.memory.verify(outcome.model).max_error < 1e-5
+    assert outcome.memory.patterns("0") == PATTERNS // 2
+
+
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_an_interrupted_forward_pass_leaves_torch_as_it_was(goes_on):
     linear, model = F.linear, torch.nn.Sequential(Interrupted())

@@ -6,7 +6,7 @@ from dualhook.capture.audit import Audit, RootHook, Verdict
 from dualhook.capture.calls import as_rows, used_rows
 from dualhook.capture.compiled import forget_compiled_code
 from dualhook.capture.coverage import coverage_table
-from dualhook.capture.functional import leave_all
+from dualhook.capture.functional import is_within, leave_all
 from dualhook.capture.hooks import Guard, tapped
 from dualhook.capture.installing import Removable, install
 from dualhook.capture.intake import Intake, Sink
@@ -49,6 +49,7 @@ __all__ = [
     "innermost",
     "install",
     "is_sharded",
+    "is_within",
     "leave_all",
     "linear_maps",
     "local",

@@ -32,7 +32,7 @@ from dualhook.capture.kinds import Tapped
 from dualhook.capture.sites import Site, grouped_call, has_settings, linear_call
 from dualhook.capture.taps import report
 
-__all__ = ["Scope", "WhileCompiled", "leave_all", "scopes_of", "watch_compilations"]
+__all__ = ["Scope", "WhileCompiled", "is_within", "leave_all", "scopes_of", "watch_compilations"]
 
 FUNCTIONAL, EXPERTS = F.__name__, "transformers.integrations.moe"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -118,8 +118,13 @@ class _Leave(_Enter):
                 _restore()
 
 
+def is_within(guard: Guard) -> bool:
+    """Whether a recorder believes this thread to be in one of its modules."""
+    return any(entered.scope.guard is guard for entered in _ACTIVE.scopes)
+
+
 def leave_all(guard: Guard) -> None:
-    """Leave the modules that one recorder believes this thread to be in: torch calls no hook after Ctrl-C."""
+    """Leave these modules: torch calls no hook after Ctrl-C."""
     for entered in [entered for entered in _ACTIVE.scopes if entered.scope.guard is guard]:
         _ACTIVE.scopes.remove(entered)
         _restore()

@@ -29,6 +29,7 @@ from dualhook.capture import (
     forget_compiled_code,
     innermost,
     install,
+    is_within,
     leave_all,
     sequence_number,
 )
@@ -340,7 +341,8 @@ class Recorder:
             self._book.batch, self._book.batch_since = batch, sequence_number()
 
     def _before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
-        leave_all(self._guard)  # steps are made outside of them
+        if is_within(self._guard) and next(self._book.members(optimizer), None) is not None:
+            leave_all(self._guard)  # its own optimiser steps outside of a forward pass
         if self.stopped:
             return
         if not has_closure:  # else the forward pass is still to come
