@@ -123,6 +123,12 @@ class Pickles(Hooked):
         return sum(path.stat().st_size for path in self.folder.iterdir()) / self.count
 
 
+def batch_of(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images as sparse as those of the data set, and labels."""
+    images = torch.rand(size, 784) * (torch.rand(size, 784) > 0.5)
+    return images.to(device), torch.randint(0, 10, (size,)).to(device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
@@ -148,10 +154,7 @@ def main() -> None:
             "float16 pickles": Pickles(make, folder),
         }
         torch.manual_seed(1)
-        # as sparse as the data set's images
-        batches = [(torch.rand(batch, 784) * (torch.rand(batch, 784) > 0.5), torch.randint(0, 10, (batch,)))
-                   for _ in range(arguments.block)]  # fmt: skip
-        batches = [(x.to(device), y.to(device)) for x, y in batches]
+        batches = [batch_of(batch, device) for _ in range(arguments.block)]
 
         def block(way: Way) -> float:
             spent = way.steps(batches)

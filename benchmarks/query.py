@@ -5,11 +5,10 @@ gradients 800 wide) and fc3 (output gradients 10 wide) are asked from disk, thro
 same keys, which it has in memory, chunk by chunk in float32, takes the top 10 of each and merges. All ways take turns.
 
 Ceilings, measured in the same run: read bandwidth (float32 numbers in memory, summed up, or with ``--device`` brought
-there), matmul in float32 and
-bfloat16. Bytes are those of the keys and output gradients that a question has to see, operations those of its products.
-``bfloat16`` says whether a pre-selection in 16 bits could pay: not where it is slower than float32, as on every x86
-processor without AMX or AVX512-BF16. recall is the share of the ten named whose float64 product is not below that of
-the true tenth, by more than its rounding in float32.
+there), matmul in float32 and bfloat16. Bytes are those of the keys and output gradients that a question has to see,
+operations those of its products. ``bfloat16`` says whether a pre-selection in 16 bits could pay: not where it is slower
+than float32, as on every x86 processor without AMX or AVX512-BF16. recall is the share of the ten named whose float64
+product is not below that of the true tenth, by more than its rounding in float32.
 
     python benchmarks/query.py [--patterns 200000] [--queries 1 32 256] [--rounds 5] [--threads 1] [--device cuda]
 """
@@ -62,11 +61,15 @@ class Ceilings:
     @classmethod
     def measured(cls, keys: Tensor, rounds: int, device: torch.device) -> Ceilings:
         def fastest(do: Callable[[], Tensor]) -> float:
+            # one number of the result: a device has to be through with it; the first time warms up
             return min(seconds(lambda: do().flatten()[0].item()) for _ in range(rounds + 1))
+
+        def read() -> Tensor:
+            return keys.sum() if device.type == "cpu" else keys.to(device)
 
         wide, small = torch.randn(2048, 2048, device=device), torch.randn(512, 512, device=device).bfloat16()
         return cls(
-            keys.nbytes / fastest((lambda: keys.sum()) if device.type == "cpu" else lambda: keys.to(device)),
+            keys.nbytes / fastest(read),
             2 * 2048**3 / fastest(lambda: wide @ wide),
             2 * 512**3 / fastest(lambda: small @ small),
         )

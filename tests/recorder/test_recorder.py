@@ -98,14 +98,14 @@ def test_copies_made_while_recording_are_silent_and_work():
     assert memory.verify().max_error < 1e-6
 
 
-@pytest.mark.parametrize("part", ["FirstPass", "RootHook", "StepWatcher"])
+@pytest.mark.parametrize("part", ["front.FirstPass", "attached.RootHook", "attached.StepWatcher"])
 def test_a_recorder_that_cannot_begin_leaves_nothing_behind(monkeypatch, tmp_path, part):
     def fails(*args, **kwargs):
         raise RuntimeError("no luck")
 
     model = nn.Linear(3, 2)
     with monkeypatch.context() as patched:
-        patched.setattr(f"dualhook.recorder.front.{part}", fails)
+        patched.setattr(f"dualhook.recorder.{part}", fails)
         with pytest.raises(RuntimeError, match="no luck"):
             dualhook.instrument(model, tmp_path / "memory", verbose=False)
     assert not model._forward_hooks

@@ -204,7 +204,7 @@ def _check(expected: Sequence[Tensor], found: Sequence[Tensor], ambient: Ambient
     dtypes = {part.dtype for part in expected} | ({ambient.autocast} if ambient.autocast is not None else set())
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
     if torch.float32 in dtypes and is_reduced("rnn", real.device):
-        coarsest = max(coarsest, 2.0**-10)
+        coarsest = max(coarsest, 2.0**-10)  # of TF32
     if not bool(difference <= coarsest**0.5 * size):
         cause = (
             "weights or inputs were changed since" if ambient.rng is None else "its dropout masks cannot be drawn again"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
 import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,31 +19,25 @@ from torch.optim import Optimizer
 
 from dualhook.capture import (
     Guard,
-    Removable,
-    RootHook,
     Selection,
-    StepWatcher,
     TrackedLoader,
     as_batch,
     coverage_table,
-    forget_compiled_code,
     innermost,
-    install,
-    is_within,
-    leave_all,
     sequence_number,
 )
 from dualhook.errors import BudgetError, DualHookError, StoreError
 from dualhook.host import asked_on_host
 from dualhook.memory import DualMemory
 from dualhook.optimizers import LOOKAHEAD, rule_for
+from dualhook.recorder.attached import Attached
 from dualhook.recorder.costs import estimate, row_sizes
 from dualhook.recorder.first_pass import FirstPass
 from dualhook.recorder.folding import folding_to
 from dualhook.recorder.heads import Heads
 from dualhook.recorder.notices import tell_of_costs, tell_of_failure, tell_of_latest, used_up
 from dualhook.recorder.ranks import Ranks
-from dualhook.recorder.scope import BatchScope, TemporaryRoot, weakly
+from dualhook.recorder.scope import BatchScope, TemporaryRoot, copied, weakly
 from dualhook.recorder.settings import HeadGrads, OnError, OnFull
 from dualhook.recorder.steps import StepBook
 from dualhook.records import Batch
@@ -113,12 +107,9 @@ class Recorder:
             rank=ranks.rank,
         )
         self._guard = Guard(self._failed)
-        self._handles: list[Removable] = []
         try:
             self._begin(selection, head_grads, optimizers, resumed_at)
         except BaseException:
-            for handle in self._handles:
-                handle.remove()
             self._writer.close(discard=True)
             raise
         self._closed = False
@@ -140,11 +131,9 @@ class Recorder:
             self._book.go_on(resumed_at, Store(self._layout.root).origin_steps)
         for optimizer in optimizers:
             self._book.meet(innermost(optimizer))
-        forget_compiled_code()
-        self._handles += install(self._model, [(intake.tapped, intake) for intake in self._book.layers.intakes])
         self._first = FirstPass(selection, self._book, self._layout, self._ranks, is_over=resumed_at is not None)
-        self._handles += RootHook(self._first.begin, self._first.end, self._guard).attach(self._model)
-        self._watcher = StepWatcher(self._before_step, self._after_step, Guard(self._failed_in_step))
+        in_step = Guard(self._failed_in_step)
+        self._attached = Attached(self._model, self._book, self._first, self._before_step, self._after_step, in_step)
 
     def __enter__(self) -> Recorder:
         return self
@@ -324,14 +313,7 @@ class Recorder:
         if not self._closed:
             self.flush()
         target = Path(path)
-
-        def copy() -> str:
-            if target.exists() and (not target.is_dir() or any(target.iterdir())):
-                raise StoreError(f"{target} exists and is not empty: choose another path for the copy of the memory")
-            shutil.copytree(self._layout.root, target, dirs_exist_ok=True)
-            return ""
-
-        self._ranks.share(copy)
+        self._ranks.share(partial(copied, self._layout.root, target))
         return DualMemory(target)
 
     # ---- inside ----------------------------------------------------------------------------------------------
@@ -341,8 +323,7 @@ class Recorder:
             self._book.batch, self._book.batch_since = batch, sequence_number()
 
     def _before_step(self, optimizer: Optimizer, has_closure: bool) -> None:
-        if is_within(self._guard) and next(self._book.members(optimizer), None) is not None:
-            leave_all(self._guard)  # its own optimiser steps outside of a forward pass
+        self._attached.settle(optimizer)
         if self.stopped:
             return
         if not has_closure:  # else the forward pass is still to come
@@ -408,12 +389,7 @@ class Recorder:
         self._writer.write_latest(self.steps, values)
 
     def _detach(self) -> None:
-        leave_all(self._guard)
-        for handle in self._handles:
-            handle.remove()
-        for intake in self._book.layers.intakes:
-            intake.detach()
-        self._watcher.close()
+        self._attached.remove()
         self._book.recording = False
         atexit.unregister(self._at_exit)
 

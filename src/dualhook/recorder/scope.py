@@ -1,4 +1,7 @@
-"""Small things with a lifetime: a named batch, the directory of a recorder without a path, a method held weakly."""
+"""Small things with a lifetime: a named batch, the directory of a recorder without a path, a method held weakly.
+
+And what lets a directory outlive it: a copy.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dualhook.errors import StoreError
 from dualhook.records import Batch
 
-__all__ = ["BatchScope", "TemporaryRoot", "weakly"]
+__all__ = ["BatchScope", "TemporaryRoot", "copied", "weakly"]
 
 
 class BatchScope:
@@ -41,6 +45,18 @@ class TemporaryRoot:
 def _remove(path: Path, owner: int) -> None:
     if os.getpid() == owner:  # not in a forked DataLoader worker
         shutil.rmtree(path, ignore_errors=True)
+
+
+def copied(root: Path, target: Path) -> str:
+    """Copy a memory's directory; returns where to.
+
+    Raises:
+        StoreError: ``target`` exists and is not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target} exists and is not empty: choose another path for the copy of the memory")
+    shutil.copytree(root, target, dirs_exist_ok=True)
+    return str(target)
 
 
 def weakly(method: Callable[..., object]) -> Callable[..., None]:

@@ -44,13 +44,12 @@ class Staging:
 
     def put(self, layer: str, rows: Rows) -> None:
         """Begin to copy rows."""
-        done = None
         if rows.key.is_cuda:
-            rows, done = self._on_the_way(rows)
+            staged = Staged(layer, *self._on_the_way(rows))
         else:
-            rows = _each(rows, lambda values: values.to("cpu", copy=True))
-        self._staged.append(Staged(layer, rows, done))
-        self._bytes += rows.key.nbytes + rows.output_grad.nbytes
+            staged = Staged(layer, _all_changed(rows, lambda values: values.to("cpu", copy=True)), None)
+        self._staged.append(staged)
+        self._bytes += _nbytes(staged.rows)
         if self._bytes > STAGED_BYTES:
             self.drain()
 
@@ -73,7 +72,7 @@ class Staging:
     def _on_the_way(self, rows: Rows) -> tuple[Rows, torch.cuda.Event]:
         device = rows.key.device
         # copies on the device first: training may write to what it has shown us once its gradient is there
-        rows = _each(rows, lambda values: values.clone() if values.is_cuda else values)
+        rows = _all_changed(rows, lambda values: values.clone() if values.is_cuda else values)
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream = self._streams[device]
@@ -88,10 +87,16 @@ class Staging:
             return there
 
         with torch.cuda.stream(stream):
-            return _each(rows, copied), stream.record_event()
+            return _all_changed(rows, copied), stream.record_event()
 
 
-def _each(rows: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
+def _nbytes(rows: Rows) -> int:
+    """Bytes of what is large of rows."""
+    weight = rows.packed.weight.nbytes if isinstance(rows.packed, Softmax) else 0
+    return rows.key.nbytes + rows.output_grad.nbytes + weight
+
+
+def _all_changed(rows: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
     """Rows with a change to all of their tensors, the weights that packed ones are made with among them."""
     rows = rows.each(change)
     if isinstance(rows.packed, Softmax):
