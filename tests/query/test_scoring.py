@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -69,4 +70,22 @@ def test_the_same_where_keys_fill_slots(queries, positions, outputs, seed):
     meets = slot[:, :, None] == filled
     own = coefficient[:, filled]  # [o, n, i]
     expected = -2.0 * torch.einsum("qpn,qpo,no,oni,ni,qpi->qn", meets.double(), direction, output_grad, own, key, query)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), SHARES, st.integers(0, 1000), st.booleans())
+def test_a_bias_answers_every_position(queries, positions, outputs, seed, scaled):
+    generator = torch.Generator().manual_seed(seed)
+    query, direction = torch.zeros(queries, positions, I).double(), thinned((queries, positions, O), outputs, generator)
+    output_grad = thinned((N, O), 0.7, generator)
+    constant = torch.randn(N, generator=generator, dtype=torch.float64) if scaled else None
+    coefficient = torch.randn(O, generator=generator, dtype=torch.float64)
+    found = torch.zeros(queries, N, dtype=torch.float64)
+    bias = ReplayShare("bias", 0, torch.zeros(O, dtype=torch.float64), {}, {}, torch.ones(1), torch.float64)
+    rows = replace(rows_of(torch.zeros(N, I).double(), output_grad), constant=constant)
+    for units in (slice(0, 2), slice(2, O)):
+        block = ReplayScores(query, direction).of(bias, units, torch.float64)
+        found += block.of(rows, coefficient[units], 0.5, "elementwise")
+    ones = torch.ones(N, dtype=torch.float64) if constant is None else constant
+    expected = -0.5 * torch.einsum("qpo,no,o,n->qn", direction, output_grad, coefficient, ones)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

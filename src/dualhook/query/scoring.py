@@ -182,7 +182,8 @@ class BlockScores:
         self._q, self._u, self._units, self._ndim = query, direction, units, ndim
         self._pairs: Tensor | None = None
         self._sequences: list[_Sequence] | None = None
-        if ndim == 1:
+        if ndim == 1:  # a bias answers all positions alike
+            self._u = direction.reshape(queries, -1, direction.shape[1]).sum(1)
             return
         active = torch.nonzero(direction)  # [pairs, (query and position, output)]
         apart = int(direction.reshape(queries, -1, direction.shape[1]).any(1).sum())  # positions that meet count once
@@ -212,7 +213,7 @@ class BlockScores:
         x = (rows.key if self._chosen is None else self._chosen.keys(rows)).to(u.dtype)
         if self._ndim == 1:
             found = (u * values) @ d.T
-            found = self._summed(found if rows.constant is None else found * rows.constant.to(found.dtype))
+            found = found if rows.constant is None else found.mul_(rows.constant.to(found.dtype))
         elif isinstance(values, Tensor) and side == "elementwise":
             columns = None if self._chosen is None else self._chosen.columns
             found = self._elementwise(d, x, values if columns is None else values.index_select(1, columns))
