@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +66,9 @@ class Way:
 class Recorded(Way):
     """The one line of this package."""
 
-    def __init__(self, make: Callable[[], nn.Module], folder: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, make: Callable[[], nn.Module], path: Path, **options: Any) -> None:
         super().__init__(make)
-        self.recorder = dualhook.instrument(self.model, folder / f"memory-{dtype}", dtype=dtype, verbose=False)
+        self.recorder = dualhook.instrument(self.model, path, verbose=False, **options)
 
     def bytes_per_step(self) -> float:
         self.recorder.flush()
@@ -148,8 +149,9 @@ def main() -> None:
     try:
         ways = {
             "bare": Way(make),
-            "dualhook": Recorded(make, folder),
-            "dualhook, bfloat16 rows": Recorded(make, folder, torch.bfloat16),
+            "dualhook": Recorded(make, folder / "whole"),
+            "dualhook, sparse rows": Recorded(make, folder / "sparse", sparse=True),
+            "dualhook, bfloat16 rows": Recorded(make, folder / "narrow", dtype=torch.bfloat16),
             "tensors in lists": Lists(make),
             "float16 pickles": Pickles(make, folder),
         }

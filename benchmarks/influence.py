@@ -88,8 +88,9 @@ def datamodelling(name: str, seeds: int, subsets: int, methods: list[str], folde
 
 
 def removals(name: str, methods: list[str], folder: Path) -> Table:
-    """One row a method: the mean drop of the first queries after each one's highest 5 % are left out, first seed."""
+    """One row a method: what leaving out each query's highest 5 % costs the first queries in the mean, first seed."""
     setting, rows = SETTINGS[name], []
+    order, word = (("drop", "low", "high"), "lost") if setting.of == "margin" else (("drop", "high", "low"), "gained")
     found = scored(setting, 0, methods, folder)
 
     def train(samples: np.ndarray, seed: int) -> np.ndarray:
@@ -104,10 +105,11 @@ def removals(name: str, methods: list[str], folder: Path) -> Table:
             shares=(0.05,),
             folder=folder / f"removals-{REMOVAL_QUERIES}",
         )
-        rows.append((method, *(float(table[column][0]) for column in ("drop", "low", "high", "random"))))
+        sign = 1.0 if word == "lost" else -1.0
+        rows.append((method, *(sign * float(table[column][0]) for column in (*order, "random"))))
     return Table(
-        dict(zip(["method", "drop", "low", "high", "random"], zip(*rows, strict=True), strict=True)),
-        title=f"{name}: {setting.of} lost with each query's highest 5 %, {REMOVAL_QUERIES} queries, seed 0",
+        dict(zip(["method", word, "low", "high", "random"], zip(*rows, strict=True), strict=True)),
+        title=f"{name}: {setting.of} {word} with each query's highest 5 %, {REMOVAL_QUERIES} queries, seed 0",
         footer="low, high: 95 %, bootstrap over queries; random: after leaving out as many at random",
     )
 

@@ -11,6 +11,7 @@ than float32, as on every x86 processor without AMX or AVX512-BF16. recall is th
 product is not below that of the true tenth, by more than its rounding in float32.
 
     python benchmarks/query.py [--patterns 200000] [--queries 1 32 256] [--rounds 5] [--threads 1] [--device cuda]
+        [--sparse]
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", type=torch.device, default="cpu", help="where products are made")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: the steadier on a busy machine")
+    parser.add_argument("--sparse", action="store_true", help="rows without their zeros, made whole by every question")
     parser.add_argument("--out", type=Path, help="keep the memory here; one that is there is asked as it is")
     arguments = parser.parse_args()
     global clock
@@ -177,7 +179,14 @@ def main() -> None:
     model = network()
     try:
         if not (folder / "memory").exists():
-            record(model, folder / "memory", arguments.patterns, layers=arguments.layers, batch=BATCH)
+            record(
+                model,
+                folder / "memory",
+                arguments.patterns,
+                layers=arguments.layers,
+                batch=BATCH,
+                sparse=arguments.sparse,
+            )
             torch.save(model.state_dict(), folder / "model.pt")
         model.load_state_dict(torch.load(folder / "model.pt"))
         memory = dualhook.load(folder / "memory")

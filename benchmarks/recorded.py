@@ -15,16 +15,23 @@ __all__ = ["record"]
 
 
 def record(
-    model: nn.Module, path: Path, patterns: int, *, layers: list[str], batch: int, flush: bool = False
+    model: nn.Module,
+    path: Path,
+    patterns: int,
+    *,
+    layers: list[str],
+    batch: int,
+    flush: bool = False,
+    sparse: bool = False,
 ) -> dualhook.DualMemory:
     """Train ``model`` on Fashion-MNIST images by SGD until its ``layers`` have so many patterns; column label.
 
-    ``flush``: every batch makes a segment.
+    ``flush``: every batch makes a segment; ``sparse``: rows leave out their zeros.
     """
     data = load_fashion_mnist_subset()
     torch.manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    with dualhook.instrument(model, path, layers=layers, verbose=False) as recorder:
+    with dualhook.instrument(model, path, layers=layers, sparse=sparse, verbose=False) as recorder:
         for start in range(0, patterns, batch):
             chosen = torch.randint(0, len(data.train_labels), (min(batch, patterns - start),))
             with recorder.batch(samples=chosen):

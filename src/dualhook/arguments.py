@@ -135,6 +135,12 @@ def _compact_arguments(parser: _Parser) -> None:
         help="dtype of the rows, float16 with a scale per row (default: as they are); receipts tell what it loses",
     )
     parser.add_argument(
+        "--sparse",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep rows that are mostly zeros without them, or whole again; nothing is lost (default: as they are)",
+    )
+    parser.add_argument(
         "--min-share",
         type=float,
         default=0.0,

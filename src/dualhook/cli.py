@@ -257,6 +257,7 @@ def _compact(options: argparse.Namespace) -> int:
             path,
             dtype=options.dtype and getattr(torch, options.dtype),
             min_share=options.min_share,
+            sparse=options.sparse,
             segment_bytes=options.segment_bytes,
             on_bytes=bar.update,
         )

@@ -22,6 +22,7 @@ def compact(
     *,
     dtype: torch.dtype | None = None,
     min_share: float = 0.0,
+    sparse: bool | None = None,
     segment_bytes: int = SEGMENT_BYTES,
     on_bytes: Callable[[int], None] | None = None,
 ) -> DualMemory:
@@ -37,6 +38,8 @@ def compact(
         min_share: drop rows below this share of their step: the norm of the output gradient times that of the key,
             as part of the sum over all rows of the layer in the step. They are missing from then on: receipts say what
             the rest explains, the steps count as inexact, and every table names how many rows there were.
+        sparse: keep rows that are mostly zeros without them, as ``instrument(sparse=True)`` does, or whole again; None
+            as they are. Nothing is lost either way.
         segment_bytes: what a segment may grow to.
         on_bytes: called with the bytes that have been read, now and then.
 
@@ -48,7 +51,9 @@ def compact(
         raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype for the rows, or None")
     if not 0 <= min_share < 1:
         raise DualHookError(f"min_share={min_share}: expected a share of a step, from 0 (drop nothing) to below 1")
+    if sparse not in (None, True, False):
+        raise DualHookError(f"sparse={sparse!r}: expected True, False, or None to leave it as it is")
     if segment_bytes < 1:
         raise DualHookError(f"segment_bytes={segment_bytes}: expected a number of bytes above 0")
-    compacted(Path(path), Saving(dtype, min_share), segment_bytes, on_bytes or (lambda count: None))
+    compacted(Path(path), Saving(dtype, min_share, sparse), segment_bytes, on_bytes or (lambda count: None))
     return DualMemory(path)

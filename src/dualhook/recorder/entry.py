@@ -37,6 +37,7 @@ def instrument(
     layers: LayerChoice | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     dtype: RowDtype | None = None,
+    sparse: bool = False,
     max_bytes: int | None = None,
     on_full: OnFull | None = None,
     on_error: OnError = "warn",
@@ -67,6 +68,9 @@ def instrument(
             ones; keys have to stay below 65,504. Keys that ``head_grads`` are computed from keep the dtype they had.
             Or layer by layer, by names, globs and presets: ``{"all": torch.float16, "head": None}``, of which the last
             that names a layer counts, and None is as computed.
+        sparse: write rows that are mostly zeros, as behind a ReLU, as the numbers that are not zero and a bit for every
+            place: lossless, and about half the disk for a network of ReLUs. Questions take longer, since rows are
+            made whole again each time.
         max_bytes: budget for patterns on disk; default half of what is free there.
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
             exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop. Default
@@ -107,6 +111,8 @@ def instrument(
         raise DualHookError(f"on_error={on_error!r}: expected 'warn' or 'raise'")
     if max_bytes is not None and not (isinstance(max_bytes, int) and max_bytes > 0):
         raise DualHookError(f"max_bytes={max_bytes}: expected a number of bytes above 0, or None")
+    if not isinstance(sparse, bool):
+        raise DualHookError(f"sparse={sparse!r}: expected True or False")
     is_count = isinstance(head_grads, int) and not isinstance(head_grads, bool) and head_grads > 0
     if head_grads not in ("computed", "dense") and not is_count:
         raise DualHookError(f"head_grads={head_grads!r}: expected 'computed', 'dense' or a number above 0")
@@ -139,7 +145,7 @@ def instrument(
             _create(layout, selection, ranks, lock, overwrite=overwrite)
         budget = shutil.disk_usage(layout.root).free // 2 if max_bytes is None else max_bytes
         return Recorder(
-            inner, selection, layout, optimizers=given, stored_in=stored_in, budget=budget,
+            inner, selection, layout, optimizers=given, stored_in=stored_in, sparse=sparse, budget=budget,
             on_full=on_full or ("stop" if ranks.several else "fold"), on_error=on_error, head_grads=head_grads,
             ranks=ranks, verbose=verbose, lock=lock, temporary=temporary, resumed_at=resumed_at,
         )  # fmt: skip

@@ -17,15 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dualhook.capture import (
-    Guard,
-    Selection,
-    TrackedLoader,
-    as_batch,
-    coverage_table,
-    innermost,
-    sequence_number,
-)
+from dualhook.capture import Guard, Selection, TrackedLoader, as_batch, coverage_table, innermost, sequence_number
 from dualhook.errors import BudgetError, DualHookError, StoreError
 from dualhook.host import asked_on_host
 from dualhook.memory import DualMemory
@@ -73,6 +65,7 @@ class Recorder:
         *,
         optimizers: Sequence[Optimizer],
         stored_in: Mapping[str, torch.dtype],
+        sparse: bool,
         budget: int,
         on_full: OnFull,
         on_error: OnError,
@@ -105,6 +98,7 @@ class Recorder:
             segment_bytes=max(1, min(SEGMENT_BYTES, budget // 8)),  # folding goes by segments
             after_write=folding_to(budget) if on_full == "fold" else None,
             rank=ranks.rank,
+            sparse=sparse,
         )
         self._guard = Guard(self._failed)
         try:

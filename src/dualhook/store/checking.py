@@ -17,6 +17,7 @@ from dualhook.packing import Largest, Scaled, Softmax
 from dualhook.records import COORDINATES, VALUE, LayerSpec
 from dualhook.store.packed import PER_STEP, WEIGHT, WEIGHT_STEP, form_of
 from dualhook.store.sharing import KEY_ROW
+from dualhook.store.sparse import SPARSE_FIELDS
 
 __all__ = [
     "SEGMENT_TEXTS",
@@ -145,6 +146,10 @@ def _check_segment(header: Mapping[str, Any], tensors: Collection[str]) -> None:
         holder = own.get("key_of", layer)
         if holder not in rows or (holder != layer and "key_of" in rows[holder]):
             raise ValueError(f"{layer!r:.80} has the keys of {holder!r:.80}, which has none of its own")
+        for part, width in _named("sparse", own.get("sparse", {})).items():
+            checked_count(f"width of {part!r:.80}", width, 1)
+            if part not in SPARSE_FIELDS:
+                raise ValueError(f"sparse {part!r:.80}: expected one of {', '.join(SPARSE_FIELDS)}")
     for what in SEGMENT_TEXTS:
         _texts(what, header[what])
 

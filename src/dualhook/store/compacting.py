@@ -22,7 +22,7 @@ from dualhook.store.cutting import tidy
 from dualhook.store.direct import DirectFile
 from dualhook.store.durable import settle
 from dualhook.store.lanes import Segment
-from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, write_tensors
+from dualhook.store.layout import SPARSE_SINCE, Layout, Manifest, open_tensors, read_header, write_tensors
 from dualhook.store.ledger import entries
 from dualhook.store.lock import WriterLock
 from dualhook.store.reader import Store
@@ -35,7 +35,7 @@ __all__ = ["Saving", "compacted"]
 
 @dataclass(frozen=True)
 class Saving:
-    """What is made of the rows: floating numbers as ``dtype``, without those below ``min_share``.
+    """What is made of the rows: floating numbers as ``dtype``, without those below ``min_share``, ``sparse`` or whole.
 
     A row's share is the norm of its output gradient times that of its key, as part of the sum over all rows of the
     layer in the same step (and process).
@@ -43,6 +43,8 @@ class Saving:
 
     dtype: torch.dtype | None = None
     min_share: float = 0.0
+    sparse: bool | None = None
+    """None: as the memory is."""
 
     def kept(self, spec: LayerSpec, rows: Rows) -> Tensor | None:
         """The rows [m] of one step that are kept; None: all."""
@@ -79,6 +81,7 @@ class _Lane:
     stamp: dict[str, str]
     rank: int
     segment_bytes: int
+    sparse: bool
     builder: SegmentBuilder = field(default_factory=SegmentBuilder)
     number: int = 0
     file: DirectFile = field(default_factory=DirectFile)
@@ -101,7 +104,7 @@ class _Lane:
         """Write what is there as a segment."""
         if self.builder.steps is None:
             return
-        tensors, contents = self.builder.contents()
+        tensors, contents = self.builder.contents(sparse=self.sparse)
         header = segment_header(contents, self.number, self.rank) | self.stamp
         write_tensors(self.layout.segment(self.number, self.rank), tensors, header, self.file)
         done, self.builder, self.number = self.builder, SegmentBuilder(), self.number + 1
@@ -122,13 +125,17 @@ def compacted(
         before = Store(root)
         tidy(before.layout)
         layout = Layout(root, before.layout.generation + 1)
+        if saving.sparse is None:
+            every = (rows for segment in before.segments for rows in segment.header["rows"].values())
+            saving = replace(saving, sparse=any("sparse" in rows for rows in every))
+        needs = max(before.manifest.needs, SPARSE_SINCE if saving.sparse else 1)
         try:
             layout.segment_folder.mkdir()
             settle(root)
             dropped = _rewritten(before, layout, saving, segment_bytes, on_bytes)
             rows = {name: before.manifest.dropped.get(name, 0) + count for name, count in dropped.items()}
             dropped = {**before.manifest.dropped, **rows}
-            replace(before.manifest, generation=layout.generation, dropped=dropped).write(layout)
+            replace(before.manifest, needs=needs, generation=layout.generation, dropped=dropped).write(layout)
         except BaseException as error:
             if Manifest.read(layout).generation != layout.generation:
                 shutil.rmtree(layout.segment_folder, ignore_errors=True)
@@ -145,7 +152,7 @@ def _rewritten(
     """Write the segments of all processes; how many rows of every layer are not in them."""
     dropped: dict[str, dict[int, int]] = {}  # rows by layer and step
     for rank in reversed(range(store.manifest.ranks)):  # the first one's ledger has to know what all have dropped
-        lane = _Lane(layout, store.manifest.stamp, rank, segment_bytes)
+        lane = _Lane(layout, store.manifest.stamp, rank, segment_bytes, bool(saving.sparse))
         own = [segment for segment in store.segments if segment.rank == rank]
         for segment in reversed(own):
             for layer, rows in segment.header["rows"].items():

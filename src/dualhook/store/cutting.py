@@ -73,8 +73,11 @@ def _shortened(segment: Segment, step: int) -> tuple[dict[str, Tensor], dict[str
         if room == "rows":
             layer = next(layer for layer in counts if rest.startswith(f"{layer}/"))
             count = counts[layer]
-            if rest.removeprefix(f"{layer}/") in PER_STEP:
+            part = rest.removeprefix(f"{layer}/")
+            if part in PER_STEP:
                 count = int(torch.searchsorted(file.get_tensor(f"rows/{layer}/{WEIGHT_STEP}"), step, right=True))
+            elif count and part in {f"{sparse}/value" for sparse in segment.header["rows"][layer].get("sparse", ())}:
+                count = int(file.get_tensor(f"rows/{layer}/{part.removesuffix('value')}end")[count - 1])
             values = values[:count]
         elif name in ("ledger/entry", "ledger/measured"):
             values = values[early]

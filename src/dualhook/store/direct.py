@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dualhook.store.durable import write_all
 
-__all__ = ["NAMES", "PADDING", "DirectFile", "bytes_of", "empty_in_blocks", "in_blocks"]
+__all__ = ["NAMES", "PADDING", "DirectFile", "as_integers", "bytes_of", "empty_in_blocks", "in_blocks"]
 
 ALIGNMENT = 4096
 PADDING = "padding/"
@@ -130,6 +130,11 @@ def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
 
 def _address(part: memoryview) -> int:
     return int(np.frombuffer(part, np.uint8).ctypes.data) if part.nbytes else 0
+
+
+def as_integers(values: Tensor) -> Tensor:
+    """The same memory as integers of that size: equal where all bits are."""
+    return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -22,6 +22,7 @@ from dualhook.records import LayerSpec
 from dualhook.store.checking import check_ledger, check_rows
 from dualhook.store.layout import UNREADABLE, open_tensors, tensor_names
 from dualhook.store.ledger import LEDGER
+from dualhook.store.sparse import SparseRows, with_sparse
 from dualhook.store.streams import Stored
 
 __all__ = ["Lanes", "Segment"]
@@ -78,11 +79,13 @@ class Segment:
         names = [name for name in tensor_names(file) if name.startswith(prefix)]
         own = self.header["rows"][spec.name]
         places = {name.removeprefix(prefix): name for name in names}
+        sparse = own.get("sparse", {})
         if (holder := own.get("key_of")) is not None:
-            places["key"] = f"rows/{holder}/key"
+            parts = [f"key/{field}" for field in SparseRows.FIELDS] if "key" in sparse else ["key"]
+            places |= {part: f"rows/{holder}/{part}" for part in parts}
         try:
             found = file.get_tensors(list(places.values()))
-            tensors = {part: found[name] for part, name in places.items()}
+            tensors = with_sparse({part: found[name] for part, name in places.items()}, sparse)
             check_rows(spec, tensors, own["count"], self.header["steps"])
         except UNREADABLE as error:
             raise StoreError(f"{self.path} has rows of {spec.name!r} that make no sense: {error}") from error

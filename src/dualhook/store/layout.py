@@ -17,7 +17,7 @@ from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
 from dualhook.store.checking import checked_count, checked_layer
 from dualhook.store.checksums import text_digest, with_checksums
-from dualhook.store.direct import DirectFile, in_blocks
+from dualhook.store.direct import PADDING, DirectFile, in_blocks
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 from dualhook.store.header import parsed
 from dualhook.store.lock import WriterLock
@@ -28,6 +28,7 @@ __all__ = [
     "FORMAT_VERSION",
     "PACKED_SINCE",
     "SHARED_KEYS_SINCE",
+    "SPARSE_SINCE",
     "UNREADABLE",
     "Layout",
     "Manifest",
@@ -39,11 +40,12 @@ __all__ = [
     "write_tensors",
 ]
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 RANKS_SINCE = 2  # a reader of version 1 would miss the rows of other processes without a word
 SHARED_KEYS_SINCE = 3  # one of version 2 would miss the keys that another layer holds
 PACKED_SINCE = 4  # one of version 3 would take packed output gradients for none
 COMPACTED_SINCE = 5  # one of version 4 would look for the segments where they were before
+SPARSE_SINCE = 6  # one of version 5 would miss keys and output gradients that are kept without their zeros
 FOLDERS = ("origin", "snapshots", "columns")  # and one of segments
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What files that make no sense give."""
@@ -199,9 +201,9 @@ def segment_name(number: int, rank: int = 0) -> str:
 class Manifest:
     """What a memory holds: versions, the linear maps of the model, and how many processes have written it.
 
-    ``needs``: the format version that its segments need: of shared keys, of packed output gradients. ``id`` tells the
-    memory from others. ``generation`` counts how often it has been compacted, ``dropped`` the rows that this has cost
-    every layer.
+    ``needs``: the format version that its segments need: of shared keys, of packed output gradients, of sparse rows.
+    ``id`` tells the memory from others. ``generation`` counts how often it has been compacted, ``dropped`` the rows
+    that this has cost every layer.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -312,8 +314,8 @@ def glance(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def tensor_names(file: Any) -> list[str]:
-    """The names of the tensors in an open file."""
-    return list(file.keys())
+    """The names of the tensors in an open file, without what fills up blocks of the disk."""
+    return [name for name in file.keys() if not name.startswith(PADDING)]  # noqa: SIM118 (a file is no mapping)
 
 
 def read_header(path: Path, file: Any) -> dict[str, Any]:

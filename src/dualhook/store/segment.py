@@ -19,6 +19,7 @@ from dualhook.store.direct import empty_in_blocks
 from dualhook.store.ledger import pack
 from dualhook.store.packed import StepWeights
 from dualhook.store.sharing import KEY_ROW, shared_keys
+from dualhook.store.sparse import SPARSE_FIELDS, SparseRows, packed_in_place
 from dualhook.store.streams import rows_of
 
 __all__ = ["SegmentBuilder"]
@@ -218,8 +219,11 @@ class SegmentBuilder:
             buffer.committed = buffer.filled = 0
             buffer.weights.reset()
 
-    def contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The committed part as named tensors and the header that goes with them."""
+    def contents(self, *, sparse: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The committed part as named tensors and the header that goes with them.
+
+        With ``sparse`` rows that are mostly zeros leave them out; the builder's own are used up by that.
+        """
         tensors, header = pack(self.ledger)
         written = {name: buffer for name, buffer in self.layers.items() if buffer.committed}
         rows = {
@@ -234,10 +238,28 @@ class SegmentBuilder:
             counts[name]["key_of"] = shared.holder
             if shared.rows is not None:
                 rows[name][KEY_ROW] = shared.rows
+        for name, own in rows.items() if sparse else ():
+            if widths := _without_zeros(own):
+                counts[name]["sparse"] = widths
+        for own_header in counts.values():  # complete by itself: readers do not look at the holder's
+            shared = counts.get(own_header.get("key_of", ""), {}).get("sparse", {})
+            if "key" in shared:
+                own_header["sparse"] = own_header.get("sparse", {}) | {"key": shared["key"]}
         for name, buffer in written.items():
             rows[name] |= buffer.weights.tensors()
         tensors |= {f"rows/{name}/{part}": values for name, own in rows.items() for part, values in own.items()}
         return tensors, {"steps": self.steps, **header, "rows": counts}
+
+
+def _without_zeros(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Put sparse rows in the place of a layer's tensors where that is less; the width of each by its name."""
+    widths = dict[str, int]()
+    for name in SPARSE_FIELDS:
+        if name in tensors and (found := packed_in_place(tensors[name])) is not None:
+            del tensors[name]
+            tensors |= {f"{name}/{field}": getattr(found, field) for field in SparseRows.FIELDS}
+            widths[name] = found.width
+    return widths
 
 
 def _fields(rows: Rows) -> dict[str, Tensor]:

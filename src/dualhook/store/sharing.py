@@ -13,13 +13,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dualhook.store.direct import as_integers
+
 __all__ = ["KEY_ROW", "SharedKey", "shared_keys"]
 
 KEY_ROW = "key_row"  # the tensor that says which rows of the holder's keys a layer's are
 WORTH_BYTES = 16  # of a key, from where on an index is clearly smaller
 LOOKED_AT = 16  # numbers of a key that tell rows apart, before all are compared
 BLOCK_BYTES = 2**22  # of keys, compared at a time
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _within(layers: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, S
 
 
 def _marked(name: str, tensors: Mapping[str, Tensor]) -> _Marked:
-    bits = tensors["key"].view(INTEGERS[tensors["key"].dtype.itemsize])
+    bits = as_integers(tensors["key"])
     middle = max(0, bits.shape[1] - LOOKED_AT) // 2  # side by side: of each row a cache line or two
     looked_at = bits[:, middle : middle + LOOKED_AT].long()
     parts = [looked_at, *(tensors[one][:, None] for one in ("step", "sample", "position"))]

@@ -14,11 +14,14 @@ from dualhook.maps import map_of
 from dualhook.records import FIELDS, OPTIONAL, LayerSpec, Rows
 from dualhook.store.packed import PER_STEP, form_of, packed_rows, packed_width, unpacked
 from dualhook.store.sharing import KEY_ROW
+from dualhook.store.sparse import SparseRows
 
 __all__ = ["USE", "Stored", "patterns_of", "rows_of"]
 
+PLAIN = (*FIELDS, *OPTIONAL)  # what stands in rows as it is stored
 USE = "use"  # the column that tells the uses of one weight apart, by their numbers
 UNFOLDED_BYTES = 2**26  # of the keys of a map that are taken apart at a time
+FILLED_BYTES = 2**22  # of sparse rows that are made whole at a time: they are still in the cache when they are met
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,23 @@ class Stored:
     def rows(self, start: int, stop: int) -> Rows:
         """Stored rows; a copy is made of keys that another layer holds and has more of, and of what is packed."""
         part = self._part(start, stop)
-        if form_of(part) is not None:
+        if form_of(self.tensors) is not None:
             part["output_grad"] = unpacked(self.tensors, part["key"], start, stop, self.spec.out_features)
         return rows_of(part)
 
     def as_kept(self, start: int, stop: int) -> Rows:
         """Stored rows of one step, those that are packed as they are."""
         part = self._part(start, stop)
-        if form_of(part) is None or start == stop:
+        if form_of(self.tensors) is None or start == stop:
             return rows_of(part)
         return replace(rows_of(part), packed=packed_rows(self.tensors, start, stop, self.spec.out_features))
 
     def _part(self, start: int, stop: int) -> dict[str, Tensor]:
-        part = {name: values[start:stop] for name, values in self.tensors.items() if name not in PER_STEP}
-        if KEY_ROW in part:
-            part["key"] = self.tensors["key"].index_select(0, part[KEY_ROW])
-        return part
+        own = {name: values for name, values in self.tensors.items() if name in PLAIN or name.startswith("column/")}
+        if KEY_ROW not in self.tensors:
+            return {name: values[start:stop] for name, values in own.items()}
+        key = own.pop("key").index_select(0, self.tensors[KEY_ROW][start:stop])
+        return {"key": key, **{name: values[start:stop] for name, values in own.items()}}
 
     def between(self, first_step: int, last_step: int) -> tuple[int, int]:
         """Where the rows of some steps lie."""
@@ -75,8 +79,13 @@ class Stored:
         """The patterns of stored rows in blocks, numbered from 0."""
         most = min(block_rows, max(1, UNFOLDED_BYTES // (4 * self.spec.in_features // self.spec.slots)))
         own, most = map_of(self.spec), block_rows if self.spec.kind == "linear" else most
-        width = packed_width(self.tensors, self.spec.out_features)
-        at_once = stop - start if width is None else min(block_rows, max(1, UNFOLDED_BYTES // (4 * width)))
+        packed = packed_width(self.tensors, self.spec.out_features)
+        sparse = [rows.width for rows in self.tensors.values() if isinstance(rows, SparseRows)]
+        at_once = stop - start
+        if packed is not None:
+            at_once = min(block_rows, max(1, UNFOLDED_BYTES // (4 * packed)))
+        if sparse:
+            at_once = min(block_rows, at_once, max(1, FILLED_BYTES // (4 * max(sparse))))
         for first in range(start, stop, max(1, at_once)):
             for rows in own.patterns(self.rows(first, min(stop, first + at_once)), most):
                 for at in range(0, len(rows), block_rows):

@@ -20,6 +20,7 @@ from dualhook.store.lanes import Segment
 from dualhook.store.layout import (
     PACKED_SINCE,
     SHARED_KEYS_SINCE,
+    SPARSE_SINCE,
     Layout,
     Manifest,
     open_tensors,
@@ -28,12 +29,10 @@ from dualhook.store.layout import (
 )
 from dualhook.store.packed import form_of
 from dualhook.store.segment import SegmentBuilder
-from dualhook.store.sharing import KEY_ROW
 
 __all__ = ["SEGMENT_BYTES", "Writer", "segment_header"]
 
 SEGMENT_BYTES = 64 * 2**20
-NO_INDEX = torch.empty(0)
 BUILDERS = 3  # one filling, one being written, one waiting: training waits rather than take more memory
 
 
@@ -41,7 +40,8 @@ class Writer:
     """Takes rows and ledger entries in :attr:`builder`; :meth:`seal` sends them to disk as one segment.
 
     ``after_write(writer)`` runs in the writing thread after every segment and may lower :attr:`bytes`. Where several
-    processes record one memory, each has a writer; but for segments, only that of ``rank`` 0 writes anything.
+    processes record one memory, each has a writer; but for segments, only that of ``rank`` 0 writes anything. With
+    ``sparse`` rows that are mostly zeros leave them out.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Writer:
         segment_bytes: int = SEGMENT_BYTES,
         after_write: Callable[[Writer], None] | None = None,
         rank: int = 0,
+        sparse: bool = False,
     ) -> None:
         self.layout = layout
         self.rank = rank
@@ -68,10 +69,11 @@ class Writer:
         """The newest step on disk."""
         self.waited = 0.0
         """Seconds for which other threads than the writing one have waited for the disk."""
+        self._sparse = sparse
         self._after_write = after_write
         self._number = 0
         self._sealed_bytes = 0
-        self._shared_bytes = 0  # of what was sealed, not written since another layer holds it
+        self._spared_bytes = 0  # of what was sealed, not written: keys that another layer holds, and zeros
         self._needs = 1  # the format version of what was written
         self._made = 1
         self._spare: queue.SimpleQueue[SegmentBuilder] = queue.SimpleQueue()
@@ -101,7 +103,7 @@ class Writer:
     @property
     def recorded_bytes(self) -> int:
         """Bytes of all rows so far, on disk or on their way."""
-        return self._sealed_bytes - self._shared_bytes + self.builder.nbytes
+        return self._sealed_bytes - self._spared_bytes + self.builder.nbytes
 
     @property
     def full(self) -> bool:
@@ -231,8 +233,8 @@ class Writer:
         self._sealed.task_done()
 
     def _write(self, builder: SegmentBuilder) -> None:
-        tensors, header = builder.contents()
-        self._count_shared(header["rows"], tensors)
+        tensors, header = builder.contents(sparse=self._sparse)
+        self._spared_bytes += builder.nbytes - sum(values.nbytes for values in tensors.values())
         self._tell_version(header["rows"], tensors)
         path = self.layout.segment(self._number, self.rank)
         write_tensors(path, tensors, segment_header(header, self._number, self.rank) | self._stamp, self._file)
@@ -242,18 +244,12 @@ class Writer:
         if self._after_write is not None:
             self._after_write(self)
 
-    def _count_shared(self, rows: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-        """Count what a segment shares."""
-        for name, own in rows.items():
-            if "key_of" in own:
-                row_bytes = tensors[f"rows/{own['key_of']}/key"][0].nbytes
-                self._shared_bytes += own["count"] * row_bytes - tensors.get(f"rows/{name}/{KEY_ROW}", NO_INDEX).nbytes
-
     def _tell_version(self, rows: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
         """Before the first segment that older readers would misread, the manifest says so."""
         shares = any("key_of" in own for own in rows.values())
         packs = any(form_of(name.removeprefix(f"rows/{layer}/") for name in tensors) for layer in rows)
-        needs = PACKED_SINCE if packs else SHARED_KEYS_SINCE if shares else 1
+        is_sparse = any("sparse" in own for own in rows.values())
+        needs = SPARSE_SINCE if is_sparse else PACKED_SINCE if packs else SHARED_KEYS_SINCE if shares else 1
         self._needs = max(needs, self._needs)
         if (
             self._needs > 1
