@@ -115,12 +115,13 @@ class Reading:
         question takes: one pass over the patterns, or a replay of the optimiser over them. ``exact`` says whether the
         rule is, if only up to the optimiser's own rounding, ``inexact_steps`` how many steps are marked otherwise.
         """
+        segments = f"{len(self._store.segments)} segments{' of sparse rows' if self._store.is_sparse else ''}"
         begin = f"steps {self._store.first_step + 1} to {self.steps}, earlier ones folded into the origin"
         return Table(
             explained_layers(self._store, self._primary.values(), self.steps),
             title=str(self.path),
             footer=f"{begin if self._store.first_step else f'{self.steps} steps'}, "
-            f"{len(self.samples):,} samples, {self.nbytes / 1e9:.3g} GB in {len(self._store.segments)} segments; "
+            f"{len(self.samples):,} samples, {self.nbytes / 1e9:.3g} GB in {segments}; "
             f"columns {', '.join(self.columns)}" + f"\n{self._store.note_of_loss}".rstrip(),
         )
 

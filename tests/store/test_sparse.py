@@ -117,6 +117,7 @@ def test_a_sparse_memory_is_the_whole_one_in_fewer_bytes(tmp_path, dtype, make):
     assert not any("sparse" in rows for header in headers(whole) for rows in header.values())
     assert (version(tmp_path / "sparse"), version(tmp_path / "whole") < 6) == (6, True)
     assert sparse._store.nbytes < whole._store.nbytes
+    assert ("segments of sparse rows;" in str(sparse), "sparse rows" in str(whole)) == (True, False)
     queries = torch.rand(3, 1, 8, 8)
     for layer in ("conv", "one", "other", "head"):
         answers = [memory.attend(net, queries, layers=layer) for net, memory in ((model, whole), (twin, sparse))]
@@ -270,3 +271,25 @@ def test_older_versions_refuse_sparse_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("dualhook.store.layout.FORMAT_VERSION", 5)
     with pytest.raises(StoreError, match="format version 6"):
         dualhook.load(tmp_path / "run")
+
+
+def test_a_computed_head_behind_sparse_keys(tmp_path):
+    memories = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 600))
+        recorder = dualhook.instrument(model, tmp_path / str(sparse), layers="all", verbose=False, sparse=sparse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(200, 6) - 0.2), torch.randint(0, 600, (200,))).backward()
+            optimizer.step()
+        memories.append(recorder.close())
+    (header,) = headers(memories[1])
+    assert "key" in header["2"]["sparse"]
+    assert any(name.startswith("rows/2/softmax/") for name in names_of(memories[1]))
+    same_rows(*memories)
+
+
+def names_of(memory: dualhook.DualMemory) -> list[str]:
+    return [name for path in memory._store.layout.segments() for name in tensor_names(open_tensors(path))]

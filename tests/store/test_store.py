@@ -45,11 +45,11 @@ def entry(step: int, parameter: str = SPEC.weight, **changed) -> LedgerEntry:
     return LedgerEntry(step=step, parameter=parameter, **(plain | changed))
 
 
-def written(root: Path, layers: tuple[LayerSpec, ...] = (SPEC,), segment_bytes: int = 10**9) -> Writer:
+def written(root: Path, layers: tuple[LayerSpec, ...] = (SPEC,), segment_bytes: int = 10**9, **options) -> Writer:
     layout = Layout(root)
     layout.create(overwrite=False)
     Manifest(layers, {"dualhook": "test"}).write(layout)
-    writer = Writer(layout, segment_bytes=segment_bytes)
+    writer = Writer(layout, segment_bytes=segment_bytes, **options)
     values = {name: {"value": torch.ones(2, 3)} for spec in layers for name in spec.parameters}
     writer.write_origin(0, values, dict.fromkeys(values, torch.float32))
     return writer

@@ -126,8 +126,7 @@ def compacted(
         tidy(before.layout)
         layout = Layout(root, before.layout.generation + 1)
         if saving.sparse is None:
-            every = (rows for segment in before.segments for rows in segment.header["rows"].values())
-            saving = replace(saving, sparse=any("sparse" in rows for rows in every))
+            saving = replace(saving, sparse=before.is_sparse)
         needs = max(before.manifest.needs, SPARSE_SINCE if saving.sparse else 1)
         try:
             layout.segment_folder.mkdir()

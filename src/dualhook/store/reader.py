@@ -171,6 +171,11 @@ class Store:
         """Bytes of all segments."""
         return sum(segment.path.stat().st_size for segment in self.segments)
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any rows are kept without their zeros."""
+        return any("sparse" in rows for segment in self.segments for rows in segment.header["rows"].values())
+
     @cached_property
     def fingerprint(self) -> str:
         """What tells this memory from another, and from itself after more steps or folding: segments and ledger."""
