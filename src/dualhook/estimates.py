@@ -26,6 +26,7 @@ from dualhook.query import (
     cosine_scores,
     decayed_scores,
     fit_decay,
+    norms_of_queries,
     pull_of,
 )
 from dualhook.questions import AskedLayer
@@ -57,8 +58,8 @@ def by_decay(
 def by_cosine(store: Store, layers: Sequence[AskedLayer], units: Units) -> dict[str, Tensor]:
     """Per layer its part of the cosines [q, u], summed over repeats."""
     asked, steps = _gradients(store, layers), (store.first_step + 1, store.last_step)
-    parts = cosine_scores(store, asked, steps, units.of, units.owner)
-    return {own.spec.name: part for own, part in zip(asked, parts, strict=True)}
+    parts, norms = cosine_scores(store, asked, steps, units.of, units.owner), norms_of_queries(asked)
+    return {own.spec.name: part / norms[:, None] for own, part in zip(asked, parts, strict=True)}
 
 
 def by_contribution(

@@ -12,7 +12,7 @@ from dualhook.query.curvature import extended, norms_of
 from dualhook.query.gradients import Gradient
 from dualhook.records import Rows, RowSource
 
-__all__ = ["cosine_scores"]
+__all__ = ["cosine_scores", "norms_of_queries"]
 
 ROWS = 2**15  # of a layer, read at a time; but one step at least
 
@@ -24,7 +24,9 @@ def cosine_scores(
     numbered: Callable[[Rows], Tensor],
     owner: Tensor,
 ) -> list[Tensor]:
-    """Layer by layer the sums of cosines over repeats [q, u], float64; together they are the cosines.
+    """Layer by layer the sums of cosines over repeats [q, u], float64, times the norms of the queries' own gradients.
+
+    All layers together they are that of the whole gradients.
 
     ``steps`` are the first and the last. ``numbered`` gives the unit of every pattern [n], ``u`` for none, ``owner``
     [u] the number of its sample: a token's part of the gradient is divided by the norm of its whole sample's.
@@ -43,6 +45,19 @@ def cosine_scores(
         for total, part in zip(found, parts, strict=True):
             total.index_add_(0, part.unit, part.dots / norms[torch.searchsorted(keys, part.key[part.of])][:, None])
     return [total[:-1].T for total in found]
+
+
+def norms_of_queries(gradients: Sequence[Gradient]) -> Tensor:
+    """The norm [q] of every query's gradient on all weights together, float64; above 0."""
+    squares = torch.zeros(len(gradients[0].query), dtype=torch.float64)
+    for weight in dict.fromkeys(own.spec.weight for own in gradients):
+        uses = [own for own in gradients if own.spec.weight == weight]
+        first, *rest = [own.rows if len(uses) == 1 else own.seen_from(uses[0].spec) for own in uses]
+        rows, of_weight = first.joined(*rest), torch.zeros_like(squares)
+        own_squares, group = norms_of(rows)
+        of_weight[rows.sample] = own_squares[group]  # the same for all of a query's rows
+        squares += of_weight
+    return squares.sqrt().clamp(min=1e-300)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ slot (the bias's 1 included).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dualhook.query.curvature import laid_out
+from dualhook.maps import map_of
+from dualhook.query.curvature import extended, laid_out
 from dualhook.query.slots import products
 from dualhook.records import LayerSpec, Rows
 
@@ -60,6 +61,18 @@ class Gradient:
         one = one.to(matrix.dtype).expand(queries, -1, -1)
         query, direction = (matrix, one) if outputs <= columns else (one, matrix.mT)
         return Gradient(self.spec, query, direction, None)
+
+    @property
+    def rows(self) -> Rows:
+        """Its positions as rows [q · p], each query a sample."""
+        sample = torch.arange(len(self.query)).repeat_interleave(self.query.shape[1])
+        none, slot = torch.zeros_like(sample), None if self.slot is None else self.slot.flatten()
+        return Rows(self.query.flatten(0, 1), self.direction.flatten(0, 1), none, sample, none, slot=slot)
+
+    def seen_from(self, spec: LayerSpec) -> Rows:
+        """The same as another use of the weight has them."""
+        rows = self.rows if self.spec.bias is None else replace(self.rows, key=self.rows.key[:, :-1])
+        return extended(spec, map_of(self.spec).seen_from(spec, rows))
 
     @cached_property
     def whole(self) -> Tensor:
