@@ -26,6 +26,7 @@ from dualhook.query import (
     cosine_scores,
     decayed_scores,
     fit_decay,
+    leaves_out_decay,
     norms_of_queries,
     pull_of,
 )
@@ -42,7 +43,7 @@ _FIT_VERSION = 2  # what an earlier one has kept says something else
 def by_decay(
     store: Store, layers: Sequence[AskedLayer], units: Units, loss: Loss, files: AnswerFiles | None
 ) -> tuple[dict[str, Tensor], str]:
-    """Per layer the decayed influence [q, u] of ``units``, repeats summed; and which layers' pull is not known.
+    """Per layer the decayed influence [q, u] of ``units``, repeats summed; and what it does not follow.
 
     What training has left of every layer's gradients is kept in ``files``, once fitted.
 
@@ -51,8 +52,12 @@ def by_decay(
     """
     asked, fits = _gradients(store, layers), _Fits(store, loss, files)
     found = {own.spec.name: decayed_scores(store, own, fits.decay(own.spec), units.of, len(units)) for own in asked}
-    unknown = ", ".join(fits.pull_of_all[1])
-    return found, f"how strongly {unknown} pull back is not known" if unknown else ""
+    unknown, coupled = ", ".join(fits.pull_of_all[1]), ", ".join(own.spec.name for own in asked if fits.leaves_out(own))
+    notes = (
+        f"how strongly {unknown} pull back is not known" if unknown else "",
+        f"weight decay within the preconditioned gradient of {coupled} is not followed" if coupled else "",
+    )
+    return found, "; ".join(filter(None, notes))
 
 
 def by_cosine(store: Store, layers: Sequence[AskedLayer], units: Units) -> dict[str, Tensor]:
@@ -110,6 +115,10 @@ class _Fits:
             except RuleError:
                 unknown.append(spec.name)
         return found, unknown
+
+    def leaves_out(self, asked: Gradient) -> bool:
+        """Whether weight decay on a layer is not followed."""
+        return any(map(leaves_out_decay, shares_of(self._store, asked.spec, self._store.last_step)))
 
     def _pull(self, spec: LayerSpec) -> Tensor:
         def fit() -> dict[str, Tensor]:

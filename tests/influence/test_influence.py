@@ -211,6 +211,15 @@ def test_adam_weighs_entries_as_its_preconditioner_does(tmp_path, monkeypatch):
     assert alike(found) > alike(raw) + 0.2  # not the same: momentum takes a gradient to later preconditioners
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "told"), [(torch.optim.Adam, True), (torch.optim.AdamW, False), (torch.optim.SGD, False)]
+)
+def test_weight_decay_that_is_not_followed_is_told(tmp_path, optimizer, told):
+    model, memory, x, _ = trained("mlp", tmp_path / "memory", optimizer=optimizer, lr=0.01, weight_decay=0.1)
+    note = memory.influence(model, x[:1]).note
+    assert ("weight decay within the preconditioned gradient of 0, 2 is not followed" in note) == told
+
+
 def test_rare_gradients_do_not_have_the_factor_of_none(tmp_path, monkeypatch):
     hardly = lambda self, rows: torch.full((len(rows),), 1e-9).double()  # noqa: E731
     monkeypatch.setattr("dualhook.loss.Loss.curvature_weights", hardly)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dualhook.query.answers import Answer, Answers
 from dualhook.query.collectors import GroupSums, Receipt, TopPatterns, TopPatternsBy
 from dualhook.query.cosine import cosine_scores, norms_of_queries
+from dualhook.query.decay import leaves_out_decay
 from dualhook.query.fit import fit_decay
 from dualhook.query.gradients import Gradient
 from dualhook.query.influence import Decay, contributed_scores, decayed_scores
@@ -45,6 +46,7 @@ __all__ = [
     "decayed_scores",
     "dual_output",
     "fit_decay",
+    "leaves_out_decay",
     "norms_of_queries",
     "pull_of",
     "rebuild",

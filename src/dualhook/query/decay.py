@@ -17,7 +17,7 @@ from dualhook.errors import RuleError
 from dualhook.optimizers import LinearStep, ReplayedScalar
 from dualhook.query.parts import ReplayShare, StepTaken
 
-__all__ = ["decayed", "gains"]
+__all__ = ["decayed", "gains", "leaves_out_decay"]
 
 LONGEST = 0.999  # momentum, of a step that is said to have gone as far as it will
 
@@ -109,6 +109,11 @@ def _ways(numbers: LinearStep) -> tuple[float, float, float]:
     factor = float(numbers.factor)
     through = factor * numbers.from_buffer + numbers.plain_from_buffer
     return factor * numbers.from_gradient, through, float(numbers.buffer_factor) * numbers.take
+
+
+def leaves_out_decay(share: ReplayShare) -> bool:
+    """Whether weight decay joins the gradient of a step that scales every entry on its own: it is not followed."""
+    return any(taken.rule.decay(taken.entry) != _decay(taken) for taken in share.steps)
 
 
 def _decay(taken: StepTaken) -> float:
