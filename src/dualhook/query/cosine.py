@@ -24,9 +24,9 @@ def cosine_scores(
     numbered: Callable[[Rows], Tensor],
     owner: Tensor,
 ) -> list[Tensor]:
-    """Layer by layer the sums of cosines over repeats [q, u], float64, times the norms of the queries' own gradients.
+    """Layer by layer [q, u], float64: minus a query's products with a sample's gradients, over the norms of the latter.
 
-    All layers together they are that of the whole gradients.
+    One gradient a step. All layers together, over the query's own norm as well, are the cosines.
 
     ``steps`` are the first and the last. ``numbered`` gives the unit of every pattern [n], ``u`` for none, ``owner``
     [u] the number of its sample: a token's part of the gradient is divided by the norm of its whole sample's.

@@ -242,9 +242,9 @@ class SegmentBuilder:
             if widths := _without_zeros(own):
                 counts[name]["sparse"] = widths
         for own_header in counts.values():  # complete by itself: readers do not look at the holder's
-            shared = counts.get(own_header.get("key_of", ""), {}).get("sparse", {})
-            if "key" in shared:
-                own_header["sparse"] = own_header.get("sparse", {}) | {"key": shared["key"]}
+            of_holder = counts.get(own_header.get("key_of", ""), {}).get("sparse", {})
+            if "key" in of_holder:
+                own_header["sparse"] = own_header.get("sparse", {}) | {"key": of_holder["key"]}
         for name, buffer in written.items():
             rows[name] |= buffer.weights.tensors()
         tensors |= {f"rows/{name}/{part}": values for name, own in rows.items() for part, values in own.items()}
