@@ -138,7 +138,7 @@ def _compact_arguments(parser: _Parser) -> None:
         "--sparse",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="keep rows that are mostly zeros without them, or whole again; nothing is lost (default: as they are)",
+        help="rows that are mostly zeros without them, or whole again; nothing is lost (default: sparse if any are)",
     )
     parser.add_argument(
         "--min-share",

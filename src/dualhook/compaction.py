@@ -38,8 +38,8 @@ def compact(
         min_share: drop rows below this share of their step: the norm of the output gradient times that of the key,
             as part of the sum over all rows of the layer in the step. They are missing from then on: receipts say what
             the rest explains, the steps count as inexact, and every table names how many rows there were.
-        sparse: keep rows that are mostly zeros without them, as ``instrument(sparse=True)`` does, or whole again; None
-            as they are. Nothing is lost either way.
+        sparse: keep rows that are mostly zeros without them, as ``instrument(sparse=True)`` does, or whole again; None:
+            as the memory is, sparse if any of it is. Nothing is lost either way.
         segment_bytes: what a segment may grow to.
         on_bytes: called with the bytes that have been read, now and then.
 
@@ -51,7 +51,7 @@ def compact(
         raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype for the rows, or None")
     if not 0 <= min_share < 1:
         raise DualHookError(f"min_share={min_share}: expected a share of a step, from 0 (drop nothing) to below 1")
-    if sparse not in (None, True, False):
+    if sparse is not None and not isinstance(sparse, bool):
         raise DualHookError(f"sparse={sparse!r}: expected True, False, or None to leave it as it is")
     if segment_bytes < 1:
         raise DualHookError(f"segment_bytes={segment_bytes}: expected a number of bytes above 0")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from store.test_lanes import SPEC, writers
-from store.test_store import entry
+from store.test_store import bits, entry
 from store.test_store import rows as lane_rows
 from torch import nn
 from torch.nn import functional as F
@@ -72,7 +72,7 @@ def same_rows(one: dualhook.DualMemory, other: dualhook.DualMemory) -> None:
         left, right = rows(one, layer), rows(other, layer)
         assert left.first == right.first
         for name in FIELDS:
-            assert torch.equal(getattr(left, name), getattr(right, name)), (layer, name)
+            assert torch.equal(bits(getattr(left, name)), bits(getattr(right, name))), (layer, name)
         assert left.columns.keys() == right.columns.keys()
         for name, values in left.columns.items():
             assert torch.equal(values.nan_to_num(-1), right.columns[name].nan_to_num(-1))

@@ -50,9 +50,19 @@ def holders(root: Path) -> dict[str, str]:
     seals=st.sets(st.integers(1, 5)),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     alike=st.booleans(),
+    sparse=st.booleans(),
 )
-def test_shared_keys_come_back_bit_for_bit_whichever_rows_a_layer_has(tmp_path_factory, masks, seals, dtype, alike):
-    writer = written(tmp_path_factory.mktemp("run") / "memory", LAYERS)
+def test_shared_keys_come_back_bit_for_bit_whichever_rows_a_layer_has(
+    tmp_path_factory, masks, seals, dtype, alike, sparse
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dualhook.store.sparse.WORTH", 100.0)
+        patch.setattr("dualhook.store.sparse.AT_ONCE", 16)
+        shared_rows_come_back(tmp_path_factory.mktemp("run") / "memory", masks, seals, dtype, alike, sparse)
+
+
+def shared_rows_come_back(path: Path, masks, seals: set[int], dtype: torch.dtype, alike: bool, sparse: bool) -> None:
+    writer = written(path, LAYERS, sparse=sparse)
     truth: dict[str, list[Rows]] = {spec.name: [] for spec in LAYERS}
     for step, kept in enumerate(masks, start=1):
         generator = torch.Generator().manual_seed(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 import dualhook
 from dualhook.errors import DualHookError, StoreError
 from dualhook.records import Rows
-from dualhook.store import Store, inspected
+from dualhook.store import Layout, Manifest, Store, inspected
 from dualhook.store.layout import open_tensors, read_header, tensor_names, write_tensors
 from dualhook.store.sparse import SparseRows, packed_in_place, with_sparse
 
@@ -163,6 +164,31 @@ def test_going_on_from_an_earlier_step_cuts_what_lies_after_it(tmp_path, sparse)
     assert not inspected(cut._store.layout, cut._store.manifest, deep=True).damage
 
 
+def test_what_is_left_after_a_cut_may_have_no_number(tmp_path):
+    """Behind a unit that is dead at first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.ReLU(), nn.Linear(32, 4))
+    twin = copy.deepcopy(model)
+
+    def train(recorder, steps):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in steps:
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.ones(16, 16) * (step > 2)), torch.arange(16) % 4).backward()
+            optimizer.step()
+        return recorder.close()
+
+    options = {"layers": "all", "verbose": False, "sparse": True}
+    train(dualhook.instrument(model, tmp_path / "run", **options), range(1, 5))
+    model.load_state_dict(dualhook.load(tmp_path / "run").state_dict(step=2))
+    memory = train(dualhook.instrument(model, tmp_path / "run", resume_at=2, **options), range(3, 6))
+    assert memory.patterns("2") == 5 * 16
+    assert not inspected(memory._store.layout, memory._store.manifest, deep=True).damage
+    for name, value in memory.state_dict().items():
+        torch.testing.assert_close(value, dict(model.named_parameters())[name].detach())
+    assert any(not torch.equal(own, other) for own, other in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 def test_compacting_makes_rows_sparse_or_whole_and_leaves_them_as_they_are(tmp_path):
     _, whole = recorded(tmp_path / "run")
     sparse = dualhook.compact(shutil.copytree(tmp_path / "run", tmp_path / "sparse"), sparse=True)
@@ -177,9 +203,10 @@ def test_compacting_makes_rows_sparse_or_whole_and_leaves_them_as_they_are(tmp_p
     back = dualhook.compact(tmp_path / "sparse", sparse=False)
     same_rows(whole, back)
     assert "sparse" not in headers(back)[0]["one"]
+    assert version(tmp_path / "sparse") == 5
     assert "sparse" not in headers(dualhook.compact(tmp_path / "run"))[0]["one"]
-    with pytest.raises(DualHookError, match="sparse='yes': expected True, False, or None"):
-        dualhook.compact(tmp_path / "run", sparse="yes")
+    with pytest.raises(DualHookError, match="sparse=1: expected True, False, or None"):
+        dualhook.compact(tmp_path / "run", sparse=1)
     with pytest.raises(DualHookError, match="sparse=None: expected True or False"):
         dualhook.instrument(nn.Linear(2, 2), sparse=None)
 
@@ -214,6 +241,15 @@ def one_bit_more(tensors, header):
     mask[row, byte] |= 1 << next(bit for bit in range(8) if not mask[row, byte] >> bit & 1)
 
 
+def ends_that_wrap_around(tensors, header):
+    end = tensors["rows/head/key/end"]
+    end[:4] = torch.tensor([2**38, 2**63 - 1, -(2**63), -(2**62)])
+
+
+def more_numbers_than_places(tensors, header):
+    tensors["rows/head/key/end"][:-1] = 0
+
+
 def falling_end(tensors, header):
     tensors["rows/head/key/end"][0] = tensors["rows/head/key/end"][-1] + 1
 
@@ -224,6 +260,10 @@ def fewer_numbers(tensors, header):
 
 def wider(tensors, header):
     header["rows"]["head"]["sparse"]["key"] = 320
+
+
+def endless(tensors, header):
+    header["rows"]["head"]["sparse"]["key"] = 2**31
 
 
 def wider_by_a_bit(tensors, header):
@@ -244,12 +284,26 @@ def without_mask(tensors, header):
 
 @pytest.mark.parametrize(
     "change",
-    [one_bit_more, falling_end, fewer_numbers, wider, wider_by_a_bit, of_no_such_rows, no_number, without_mask],
+    [
+        one_bit_more,
+        falling_end,
+        ends_that_wrap_around,
+        more_numbers_than_places,
+        fewer_numbers,
+        wider,
+        endless,
+        wider_by_a_bit,
+        of_no_such_rows,
+        no_number,
+        without_mask,
+    ],
 )
 def test_sparse_rows_that_make_no_sense_are_refused(tmp_path, change):
     path = damaged(tmp_path, change)
     with pytest.raises(StoreError, match=r"make no sense|is damaged"):
         all_rows(path)
+    found = inspected(Layout(path), Manifest.read(Layout(path)), deep=True).damage
+    assert found[0].file == "segments/00000000.safetensors"
 
 
 def test_a_flipped_bit_is_found(tmp_path):

@@ -210,11 +210,11 @@ class BlockScores:
     def of(self, rows: Rows, values: Tensor | float, scale: float, side: Side) -> Tensor:
         """Contributions [q, n] for the coefficient ``scale · values`` of the rows' gradient."""
         d, u = rows.output_grad[:, self._units].to(self._u.dtype), self._u
-        x = (rows.key if self._chosen is None else self._chosen.keys(rows)).to(u.dtype)
         if self._ndim == 1:
             found = (u * values) @ d.T
-            found = found if rows.constant is None else found.mul_(rows.constant.to(found.dtype))
-        elif isinstance(values, Tensor) and side == "elementwise":
+            return (found if rows.constant is None else found.mul_(rows.constant.to(found.dtype))).mul_(-scale)
+        x = (rows.key if self._chosen is None else self._chosen.keys(rows)).to(u.dtype)
+        if isinstance(values, Tensor) and side == "elementwise":
             columns = None if self._chosen is None else self._chosen.columns
             found = self._elementwise(d, x, values if columns is None else values.index_select(1, columns))
         else:

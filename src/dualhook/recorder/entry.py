@@ -70,7 +70,7 @@ def instrument(
             that names a layer counts, and None is as computed.
         sparse: write rows that are mostly zeros, as behind a ReLU, as the numbers that are not zero and a bit for every
             place: lossless, and about half the disk for a network of ReLUs. Questions take longer, since rows are
-            made whole again each time.
+            made whole again each time. Has to be said again with ``resume``.
         max_bytes: budget for patterns on disk; default half of what is free there.
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
             exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop. Default

@@ -344,7 +344,8 @@ class Recorder:
         if step != 1 or not self._verbose:
             return
         size = max(1, self._writer.builder.nbytes * self._ranks.size)
-        tell_of_costs(len(self._first.selection.specs), size, self._budget, self._on_full)
+        layers, sparse = len(self._first.selection.specs), self._writer.sparse
+        tell_of_costs(layers, size, self._budget, self._on_full, sparse=sparse)
 
     def _stop(self, *, is_current: bool = True) -> None:
         """Stop recording while training goes on; what was recorded up to now stays a whole memory."""

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 LARGEST_STEP = 2**26  # what is computed step by step takes 8 bytes each
+WIDEST = 2**30  # numbers of a sparse row: its mask takes 32 times less than the row does
 LARGEST_SIZE = 2**40  # of a layer's inputs or outputs, and of any other number
 CONVOLUTIONS = ("conv", "conv_transpose")
 KINDS = ("linear", "transposed", "bias", "embedding", "experts", "transposed_experts", "bilinear", *CONVOLUTIONS)
@@ -147,7 +148,7 @@ def _check_segment(header: Mapping[str, Any], tensors: Collection[str]) -> None:
         if holder not in rows or (holder != layer and "key_of" in rows[holder]):
             raise ValueError(f"{layer!r:.80} has the keys of {holder!r:.80}, which has none of its own")
         for part, width in _named("sparse", own.get("sparse", {})).items():
-            checked_count(f"width of {part!r:.80}", width, 1)
+            checked_count(f"width of {part!r:.80}", width, 1, WIDEST)
             if part not in SPARSE_FIELDS:
                 raise ValueError(f"sparse {part!r:.80}: expected one of {', '.join(SPARSE_FIELDS)}")
     for what in SEGMENT_TEXTS:

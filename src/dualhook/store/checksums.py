@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from dualhook.store.direct import NAMES, PADDING, bytes_of
+from dualhook.store.direct import NAMES, bytes_of, without_padding
 
 __all__ = ["CHECKSUMS", "HEADER_ITSELF", "digest", "mismatches", "text_digest", "with_checksums"]
 
@@ -43,8 +43,7 @@ def mismatches(file: Any, header: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(expected, dict) or expected.get(HEADER_ITSELF) != _of_header(plain):
         yield HEADER_ITSELF
         return
-    names = file.keys()
-    there = {name for name in names if not name.startswith(PADDING)}
+    there = set(without_padding(file.keys()))
     for name in sorted((there | expected.keys()) - {HEADER_ITSELF}):
         if name not in there or name not in expected or digest(file.get_tensor(name)) != expected[name]:
             yield name

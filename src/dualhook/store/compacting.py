@@ -22,7 +22,7 @@ from dualhook.store.cutting import tidy
 from dualhook.store.direct import DirectFile
 from dualhook.store.durable import settle
 from dualhook.store.lanes import Segment
-from dualhook.store.layout import SPARSE_SINCE, Layout, Manifest, open_tensors, read_header, write_tensors
+from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, version_needed, write_tensors
 from dualhook.store.ledger import entries
 from dualhook.store.lock import WriterLock
 from dualhook.store.reader import Store
@@ -84,6 +84,8 @@ class _Lane:
     sparse: bool
     builder: SegmentBuilder = field(default_factory=SegmentBuilder)
     number: int = 0
+    needs: int = 1
+    """The format version that the segments so far need."""
     file: DirectFile = field(default_factory=DirectFile)
 
     def add(self, step: int, rows: dict[str, tuple[Rows, Tensor | None, torch.dtype | None]]) -> None:
@@ -105,6 +107,7 @@ class _Lane:
         if self.builder.steps is None:
             return
         tensors, contents = self.builder.contents(sparse=self.sparse)
+        self.needs = max(self.needs, version_needed(contents["rows"], tensors))
         header = segment_header(contents, self.number, self.rank) | self.stamp
         write_tensors(self.layout.segment(self.number, self.rank), tensors, header, self.file)
         done, self.builder, self.number = self.builder, SegmentBuilder(), self.number + 1
@@ -127,11 +130,10 @@ def compacted(
         layout = Layout(root, before.layout.generation + 1)
         if saving.sparse is None:
             saving = replace(saving, sparse=before.is_sparse)
-        needs = max(before.manifest.needs, SPARSE_SINCE if saving.sparse else 1)
         try:
             layout.segment_folder.mkdir()
             settle(root)
-            dropped = _rewritten(before, layout, saving, segment_bytes, on_bytes)
+            dropped, needs = _rewritten(before, layout, saving, segment_bytes, on_bytes)
             rows = {name: before.manifest.dropped.get(name, 0) + count for name, count in dropped.items()}
             dropped = {**before.manifest.dropped, **rows}
             replace(before.manifest, needs=needs, generation=layout.generation, dropped=dropped).write(layout)
@@ -147,9 +149,9 @@ def compacted(
 
 def _rewritten(
     store: Store, layout: Layout, saving: Saving, segment_bytes: int, on_bytes: Callable[[int], None]
-) -> dict[str, int]:
-    """Write the segments of all processes; how many rows of every layer are not in them."""
-    dropped: dict[str, dict[int, int]] = {}  # rows by layer and step
+) -> tuple[dict[str, int], int]:
+    """Write the segments of all processes; how many rows of every layer are not in them, and the version they need."""
+    needs, dropped = 1, dict[str, dict[int, int]]()  # rows by layer and step
     for rank in reversed(range(store.manifest.ranks)):  # the first one's ledger has to know what all have dropped
         lane = _Lane(layout, store.manifest.stamp, rank, segment_bytes, bool(saving.sparse))
         own = [segment for segment in store.segments if segment.rank == rank]
@@ -168,7 +170,8 @@ def _rewritten(
                 lane.enter(step, _marked(ledger.get(step, []), {name for spec in short for name in spec.parameters}))
             on_bytes(segment.path.stat().st_size)
         lane.seal()
-    return {layer: sum(counts.values()) for layer, counts in dropped.items()}
+        needs = max(needs, lane.needs)
+    return {layer: sum(counts.values()) for layer, counts in dropped.items()}, needs
 
 
 def _saved(

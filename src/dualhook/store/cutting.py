@@ -61,28 +61,32 @@ def tidy(layout: Layout) -> None:
 def _shortened(segment: Segment, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a segment without what lies after a step that is inside it."""
     file, header = open_tensors(segment.path), dict(segment.header)
+    there = tensor_names(file)
     counts = {layer: segment.count(layer, step) for layer in header["rows"]}
     header["steps"] = [segment.first_step, step]
     header["rows"] = {layer: {**own, "count": counts[layer]} for layer, own in header["rows"].items() if counts[layer]}
     early = file.get_tensor("ledger/entry")[:, 0] <= step
+    numbers: dict[str, int] = {}  # that are left of sparse rows, of which there may be none
+    for layer, count in counts.items():
+        for part in segment.header["rows"][layer].get("sparse", ()) if count else ():
+            if (name := f"rows/{layer}/{part}") + "/end" in there:  # else another layer holds them
+                numbers[f"{name}/value"] = int(file.get_tensor(f"{name}/end")[count - 1])
     tensors: dict[str, Tensor] = {}
-    for name in tensor_names(file):
-        values = file.get_tensor(name)
+    for name in there:
+        values, kept = file.get_tensor(name), 1
         room, _, rest = name.partition("/")
         owner = rest.rpartition("/")[0]
         if room == "rows":
             layer = next(layer for layer in counts if rest.startswith(f"{layer}/"))
-            count = counts[layer]
-            part = rest.removeprefix(f"{layer}/")
-            if part in PER_STEP:
+            kept = count = counts[layer]
+            if rest.removeprefix(f"{layer}/") in PER_STEP:
                 count = int(torch.searchsorted(file.get_tensor(f"rows/{layer}/{WEIGHT_STEP}"), step, right=True))
-            elif count and part in {f"{sparse}/value" for sparse in segment.header["rows"][layer].get("sparse", ())}:
-                count = int(file.get_tensor(f"rows/{layer}/{part.removesuffix('value')}end")[count - 1])
-            values = values[:count]
+            values = values[: numbers.get(name, count)]
         elif name in ("ledger/entry", "ledger/measured"):
             values = values[early]
         elif room == "fit":
             values = values[: int(torch.searchsorted(file.get_tensor(f"fit/{owner}/step"), step, right=True))]
-        if len(values) or room == "ledger":
+            kept = len(values)
+        if kept:
             tensors[name] = values.clone()  # the file that it is mapped from is about to be replaced
     return tensors, header

@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dualhook.store.durable import write_all
 
-__all__ = ["NAMES", "PADDING", "DirectFile", "as_integers", "bytes_of", "empty_in_blocks", "in_blocks"]
+__all__ = ["NAMES", "DirectFile", "as_integers", "bytes_of", "empty_in_blocks", "in_blocks", "without_padding"]
 
 ALIGNMENT = 4096
 PADDING = "padding/"
@@ -130,6 +130,11 @@ def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
 
 def _address(part: memoryview) -> int:
     return int(np.frombuffer(part, np.uint8).ctypes.data) if part.nbytes else 0
+
+
+def without_padding(names: Iterable[str]) -> list[str]:
+    """The names of tensors that hold something, not those that fill up blocks of the disk."""
+    return [name for name in names if not name.startswith(PADDING)]
 
 
 def as_integers(values: Tensor) -> Tensor:

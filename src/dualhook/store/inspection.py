@@ -206,7 +206,7 @@ def _segment(
         if deep:
             segment.ledger()
             for spec in manifest.layers:
-                segment.stored(spec)
+                segment.stored(spec, deep=True)
     except StoreError as error:
         what = str(error).removeprefix(f"{path} ")
         found.damage.append(Damage(_name(path, root), what, (segment.first_step, segment.last_step)))

@@ -71,8 +71,12 @@ class Segment:
         own = {spec.name: rows for spec in uses if (rows := self.header["rows"].get(spec.name)) is not None}
         return replace(self, header={"steps": self.header["steps"], "rank": self.rank, "rows": own})
 
-    def stored(self, spec: LayerSpec) -> Stored | None:
-        """The layer's rows, memory-mapped; None if there are none."""
+    def stored(self, spec: LayerSpec, *, deep: bool = False) -> Stored | None:
+        """The layer's rows, memory-mapped; None if there are none. ``deep``: sparse ones are gone through.
+
+        Raises:
+            StoreError: they are not what they have to be.
+        """
         if not self.count(spec.name):
             return None
         file, prefix = open_tensors(self.path), f"rows/{spec.name}/"
@@ -87,6 +91,9 @@ class Segment:
             found = file.get_tensors(list(places.values()))
             tensors = with_sparse({part: found[name] for part, name in places.items()}, sparse)
             check_rows(spec, tensors, own["count"], self.header["steps"])
+            for values in tensors.values() if deep else ():
+                if isinstance(values, SparseRows):
+                    values.check()
         except UNREADABLE as error:
             raise StoreError(f"{self.path} has rows of {spec.name!r} that make no sense: {error}") from error
         return Stored(spec, tensors)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,16 @@ from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
 from dualhook.store.checking import checked_count, checked_layer
 from dualhook.store.checksums import text_digest, with_checksums
-from dualhook.store.direct import PADDING, DirectFile, in_blocks
+from dualhook.store.direct import DirectFile, in_blocks, without_padding
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 from dualhook.store.header import parsed
 from dualhook.store.lock import WriterLock
 from dualhook.store.mapped import MappedFile, glanced
+from dualhook.store.packed import form_of
 from dualhook.store.remote import RangedFile, RemotePath
 
 __all__ = [
     "FORMAT_VERSION",
-    "PACKED_SINCE",
-    "SHARED_KEYS_SINCE",
-    "SPARSE_SINCE",
     "UNREADABLE",
     "Layout",
     "Manifest",
@@ -37,6 +35,7 @@ __all__ = [
     "read_header",
     "segment_name",
     "tensor_names",
+    "version_needed",
     "write_tensors",
 ]
 
@@ -192,6 +191,15 @@ class Layout:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def version_needed(rows: Mapping[str, Mapping[str, Any]], names: Collection[str]) -> int:
+    """The first format version that knows how the ``rows`` of a segment's header lie in its tensors of these names."""
+    if any("sparse" in own for own in rows.values()):
+        return SPARSE_SINCE
+    if any(form_of(name.removeprefix(f"rows/{layer}/") for name in names) for layer in rows):
+        return PACKED_SINCE
+    return SHARED_KEYS_SINCE if any("key_of" in own for own in rows.values()) else 1
+
+
 def segment_name(number: int, rank: int = 0) -> str:
     """What the file of a segment is called."""
     return f"{f'r{rank:04d}-' if rank else ''}{number:08d}.safetensors"
@@ -315,7 +323,7 @@ def glance(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 def tensor_names(file: Any) -> list[str]:
     """The names of the tensors in an open file, without what fills up blocks of the disk."""
-    return [name for name in file.keys() if not name.startswith(PADDING)]  # noqa: SIM118 (a file is no mapping)
+    return without_padding(file.keys())
 
 
 def read_header(path: Path, file: Any) -> dict[str, Any]:

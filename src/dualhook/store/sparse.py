@@ -7,7 +7,7 @@ Letters: ``n`` row, ``w`` number of a row, ``m`` number that is not zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -63,24 +63,46 @@ class SparseRows:
 
     def __getitem__(self, rows: slice) -> Tensor:
         start, stop, _ = rows.indices(len(self))
-        found = torch.empty((max(0, stop - start), self.width), dtype=self.dtype)
-        bits, step = as_integers(found).numpy(), max(1, AT_ONCE // max(1, self.width))
-        for begin in range(start, stop, step):
-            end = min(stop, begin + step)
-            before = int(self.end[begin - 1]) if begin else 0
-            own = self.mask[begin:end].numpy(), as_integers(self.value[before : int(self.end[end - 1])]).numpy()
-            _fill(bits[begin - start : end - start], *own)
-        return found
+        return self._made(max(0, stop - start), lambda begin, end: slice(start + begin, start + end))
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """Some rows ``index`` [k], in that order."""
-        ends = self.end[index.long()]
-        counts = torch.diff(self.end, prepend=self.end.new_zeros(1))[index.long()]
-        before = (ends - counts - (counts.cumsum(0) - counts)).repeat_interleave(counts)
-        places = before + torch.arange(len(before))
-        found = torch.empty((len(index), self.width), dtype=self.dtype)
-        _fill(as_integers(found).numpy(), self.mask[index.long()].numpy(), as_integers(self.value[places]).numpy())
+        """Some rows ``index`` [k], in that order; ``dim`` is 0."""
+        return self._made(len(index), lambda begin, end: index[begin:end].long())
+
+    def check(self) -> None:
+        """Look at every bit.
+
+        Raises:
+            ValueError: there are not as many places of a row as numbers.
+        """
+        for begin in range(0, len(self), step := self._at_once):
+            ends = self.end[max(0, begin - 1) : begin + step]
+            counts = torch.diff(ends, prepend=None if begin else ends.new_zeros(1))
+            there = np.unpackbits(self.mask[begin : begin + step].numpy(), axis=1, bitorder="little")
+            if there[:, self.width :].any() or (there.sum(1, dtype=np.int64) != counts.numpy()).any():
+                raise ValueError("masks with other places than there are numbers")
+
+    @property
+    def _at_once(self) -> int:
+        return max(1, AT_ONCE // self.width)
+
+    def _made(self, count: int, rows_of: Callable[[int, int], slice | Tensor]) -> Tensor:
+        """So many rows whole; ``rows_of`` says which those from one to another are."""
+        found = torch.empty((count, self.width), dtype=self.dtype)
+        bits = as_integers(found).numpy()
+        for begin in range(0, count, step := self._at_once):
+            rows = rows_of(begin, min(count, begin + step))
+            _fill(bits[begin : begin + step], self.mask[rows].numpy(), as_integers(self._numbers(rows)).numpy())
         return found
+
+    def _numbers(self, rows: slice | Tensor) -> Tensor:
+        """The numbers of some rows, of a slice without a copy."""
+        if isinstance(rows, slice):
+            return self.value[int(self.end[rows.start - 1]) if rows.start else 0 : int(self.end[rows.stop - 1])]
+        starts = torch.where(rows > 0, self.end[(rows - 1).clamp(min=0)], 0)
+        counts = self.end[rows] - starts
+        behind = (starts - counts.cumsum(0) + counts).repeat_interleave(counts)
+        return self.value[behind + torch.arange(len(behind))]
 
 
 def with_sparse(tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
@@ -97,8 +119,10 @@ def with_sparse(tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dic
             and end.dtype == torch.int64
             and tuple(mask.shape) == (len(end), -(-width // 8))
             and (end.dim(), value.dim()) == (1, 1)
-            and bool((torch.diff(end, prepend=end.new_zeros(1)) >= 0).all())
-            and int(end[-1] if len(end) else 0) == len(value)
+            and len(end) > 0
+            and bool((end[1:] >= end[:-1]).all())
+            and 0 <= int(end[0]) <= int(end[-1]) == len(value)
+            and int(torch.diff(end, prepend=end.new_zeros(1)).max()) <= width
         )
         if not is_so:
             raise ValueError(f"{name!r} is no sparse rows of {width} numbers")
@@ -119,8 +143,8 @@ def packed_in_place(values: Tensor) -> SparseRows | None:
     if kept * bits.itemsize + count * row_bytes > WORTH * values.nbytes:
         return None
     flat, mask, end = bits.reshape(-1), np.empty((count, -(-width // 8)), np.uint8), np.empty(count, np.int64)
-    step, filled = max(1, AT_ONCE // width), 0
-    for begin in range(0, count, step):
+    filled = 0
+    for begin in range(0, count, step := max(1, AT_ONCE // width)):
         own = bits[begin : begin + step]
         set_bits = own != 0
         mask[begin : begin + step] = np.packbits(set_bits, axis=1, bitorder="little")

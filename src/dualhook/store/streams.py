@@ -26,7 +26,7 @@ FILLED_BYTES = 2**22  # of sparse rows that are made whole at a time: they are s
 
 @dataclass(frozen=True)
 class Stored:
-    """One use's rows in one segment, memory-mapped; steps ascend."""
+    """One use's rows in one segment, memory-mapped, some as :class:`SparseRows`; steps ascend."""
 
     spec: LayerSpec
     tensors: Mapping[str, Tensor]
@@ -50,7 +50,7 @@ class Stored:
         return stop if self.counts is None else int(self.counts[:stop].sum())
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Stored rows; a copy is made of keys that another layer holds and has more of, and of what is packed."""
+        """Stored rows; a copy is made of keys that another layer holds and has more of, of what is packed or sparse."""
         part = self._part(start, stop)
         if form_of(self.tensors) is not None:
             part["output_grad"] = unpacked(self.tensors, part["key"], start, stop, self.spec.out_features)
@@ -80,12 +80,12 @@ class Stored:
         most = min(block_rows, max(1, UNFOLDED_BYTES // (4 * self.spec.in_features // self.spec.slots)))
         own, most = map_of(self.spec), block_rows if self.spec.kind == "linear" else most
         packed = packed_width(self.tensors, self.spec.out_features)
-        sparse = [rows.width for rows in self.tensors.values() if isinstance(rows, SparseRows)]
+        sparse = [rows.width * rows.dtype.itemsize for rows in self.tensors.values() if isinstance(rows, SparseRows)]
         at_once = stop - start
         if packed is not None:
             at_once = min(block_rows, max(1, UNFOLDED_BYTES // (4 * packed)))
         if sparse:
-            at_once = min(block_rows, at_once, max(1, FILLED_BYTES // (4 * max(sparse))))
+            at_once = min(block_rows, at_once, max(1, FILLED_BYTES // max(sparse)))
         for first in range(start, stop, max(1, at_once)):
             for rows in own.patterns(self.rows(first, min(stop, first + at_once)), most):
                 for at in range(0, len(rows), block_rows):

@@ -18,16 +18,13 @@ from dualhook.errors import StoreError
 from dualhook.store.direct import DirectFile
 from dualhook.store.lanes import Segment
 from dualhook.store.layout import (
-    PACKED_SINCE,
-    SHARED_KEYS_SINCE,
-    SPARSE_SINCE,
     Layout,
     Manifest,
     open_tensors,
     read_header,
+    version_needed,
     write_tensors,
 )
-from dualhook.store.packed import form_of
 from dualhook.store.segment import SegmentBuilder
 
 __all__ = ["SEGMENT_BYTES", "Writer", "segment_header"]
@@ -55,6 +52,7 @@ class Writer:
     ) -> None:
         self.layout = layout
         self.rank = rank
+        self.sparse = sparse
         self.builder = SegmentBuilder()
         self.segment_bytes = segment_bytes
         self.bytes = 0
@@ -69,7 +67,6 @@ class Writer:
         """The newest step on disk."""
         self.waited = 0.0
         """Seconds for which other threads than the writing one have waited for the disk."""
-        self._sparse = sparse
         self._after_write = after_write
         self._number = 0
         self._sealed_bytes = 0
@@ -233,9 +230,9 @@ class Writer:
         self._sealed.task_done()
 
     def _write(self, builder: SegmentBuilder) -> None:
-        tensors, header = builder.contents(sparse=self._sparse)
+        tensors, header = builder.contents(sparse=self.sparse)
         self._spared_bytes += builder.nbytes - sum(values.nbytes for values in tensors.values())
-        self._tell_version(header["rows"], tensors)
+        self._tell_version(version_needed(header["rows"], tensors))
         path = self.layout.segment(self._number, self.rank)
         write_tensors(path, tensors, segment_header(header, self._number, self.rank) | self._stamp, self._file)
         self._number += 1
@@ -244,16 +241,10 @@ class Writer:
         if self._after_write is not None:
             self._after_write(self)
 
-    def _tell_version(self, rows: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    def _tell_version(self, needs: int) -> None:
         """Before the first segment that older readers would misread, the manifest says so."""
-        shares = any("key_of" in own for own in rows.values())
-        packs = any(form_of(name.removeprefix(f"rows/{layer}/") for name in tensors) for layer in rows)
-        is_sparse = any("sparse" in own for own in rows.values())
-        needs = SPARSE_SINCE if is_sparse else PACKED_SINCE if packs else SHARED_KEYS_SINCE if shares else 1
         self._needs = max(needs, self._needs)
-        if (
-            self._needs > 1
-        ):  # each time: of several processes another may have read the manifest before and written it since
+        if self._needs > 1:  # each time: of several processes another may have read the manifest before and written it
             manifest = Manifest.read(self.layout)
             if self._needs > manifest.needs:
                 replace(manifest, needs=self._needs).write(self.layout, rank=self.rank)
