@@ -109,5 +109,12 @@ def dense(rows: Rows, made_of: Composition, query: Tensor, direction: Tensor) ->
     return weight, contribution, q @ total.T
 
 
+def ranked(weight: Tensor, contribution: Tensor, by: str, largest: bool, k: int) -> Tensor:
+    """The patterns [q, at most k] that a criterion puts first, equal ones in the order of recording."""
+    rank = {"weight": weight, "contribution": contribution}[by.removeprefix("abs_")]
+    rank = rank.abs() if by.startswith("abs_") else rank
+    return rank.sort(dim=1, descending=largest, stable=True).indices[:, :k]
+
+
 def sample_group(rows: Rows) -> Tensor:
     return rows.sample + 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from held import Held, cases, dense
+from held import Held, cases, dense, ranked
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -76,9 +76,7 @@ def test_whatever_the_blocks_their_order_and_the_dtypes(case, by, largest, k, dt
         sums.add(scores)
     true = replace(rows, key=key, output_grad=rows.output_grad.round())
     weight, contribution, _ = dense(true, made_of, query, direction.double())
-    rank = {"weight": weight, "contribution": contribution}[by.removeprefix("abs_")]
-    rank = rank.abs() if by.startswith("abs_") else rank
-    order = rank.sort(dim=1, descending=largest, stable=True).indices[:, :k]
+    order = ranked(weight, contribution, by, largest, k)
     found = top.result(len(asked))
     assert found["pattern"].long().equal(order)
     for name, whole in {"weight": weight, "contribution": contribution}.items():

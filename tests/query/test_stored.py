@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from held import cases, dense, sample_group
+from held import cases, dense, ranked, sample_group
 from hypothesis import given
 from hypothesis import strategies as st
 from store.test_store import entry, written
@@ -56,9 +56,7 @@ def test_top_and_sums_are_the_dense_ones_however_rows_are_stored(
         top, sums = TopPatterns(k, by, largest), GroupSums(len(asked), sample_group)
         scan(store, asked, [top, sums])
     weight, contribution, _ = dense(rows, made_of, query, direction)
-    rank = {"weight": weight, "contribution": contribution}[by.removeprefix("abs_")]
-    rank = rank.abs() if by.startswith("abs_") else rank
-    order = rank.sort(dim=1, descending=largest, stable=True).indices[:, :k]
+    order = ranked(weight, contribution, by, largest, k)
     found = top.result(len(asked))
     assert found["pattern"].long().equal(order)
     for name, whole in {"weight": weight, "contribution": contribution}.items():
