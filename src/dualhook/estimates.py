@@ -52,7 +52,8 @@ def by_decay(
     """
     asked, fits = _gradients(store, layers), _Fits(store, loss, files)
     found = {own.spec.name: decayed_scores(store, own, fits.decay(own.spec), units.of, len(units)) for own in asked}
-    unknown, coupled = ", ".join(fits.pull_of_all[1]), ", ".join(own.spec.name for own in asked if fits.leaves_out(own))
+    unknown = ", ".join(fits.pull_of_all[1])
+    coupled = ", ".join(own.spec.name for own in asked if fits.leaves_out_decay(own))
     notes = (
         f"how strongly {unknown} pull back is not known" if unknown else "",
         f"weight decay within the preconditioned gradient of {coupled} is not followed" if coupled else "",
@@ -116,7 +117,7 @@ class _Fits:
                 unknown.append(spec.name)
         return found, unknown
 
-    def leaves_out(self, asked: Gradient) -> bool:
+    def leaves_out_decay(self, asked: Gradient) -> bool:
         """Whether weight decay on a layer is not followed."""
         return any(map(leaves_out_decay, shares_of(self._store, asked.spec, self._store.last_step)))
 

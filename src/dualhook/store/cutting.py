@@ -66,11 +66,11 @@ def _shortened(segment: Segment, step: int) -> tuple[dict[str, Tensor], dict[str
     header["steps"] = [segment.first_step, step]
     header["rows"] = {layer: {**own, "count": counts[layer]} for layer, own in header["rows"].items() if counts[layer]}
     early = file.get_tensor("ledger/entry")[:, 0] <= step
-    numbers: dict[str, int] = {}  # that are left of sparse rows, of which there may be none
+    numbers_left: dict[str, int] = {}  # of sparse rows there may be none
     for layer, count in counts.items():
         for part in segment.header["rows"][layer].get("sparse", ()) if count else ():
             if (name := f"rows/{layer}/{part}") + "/end" in there:  # else another layer holds them
-                numbers[f"{name}/value"] = int(file.get_tensor(f"{name}/end")[count - 1])
+                numbers_left[f"{name}/value"] = int(file.get_tensor(f"{name}/end")[count - 1])
     tensors: dict[str, Tensor] = {}
     for name in there:
         values, kept = file.get_tensor(name), 1
@@ -81,7 +81,7 @@ def _shortened(segment: Segment, step: int) -> tuple[dict[str, Tensor], dict[str
             kept = count = counts[layer]
             if rest.removeprefix(f"{layer}/") in PER_STEP:
                 count = int(torch.searchsorted(file.get_tensor(f"rows/{layer}/{WEIGHT_STEP}"), step, right=True))
-            values = values[: numbers.get(name, count)]
+            values = values[: numbers_left.get(name, count)]
         elif name in ("ledger/entry", "ledger/measured"):
             values = values[early]
         elif room == "fit":

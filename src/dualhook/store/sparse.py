@@ -75,22 +75,18 @@ class SparseRows:
         Raises:
             ValueError: there are not as many places of a row as numbers.
         """
-        for begin in range(0, len(self), step := self._at_once):
+        for begin in range(0, len(self), step := _rows_at_once(self.width)):
             ends = self.end[max(0, begin - 1) : begin + step]
             counts = torch.diff(ends, prepend=None if begin else ends.new_zeros(1))
             there = np.unpackbits(self.mask[begin : begin + step].numpy(), axis=1, bitorder="little")
             if there[:, self.width :].any() or (there.sum(1, dtype=np.int64) != counts.numpy()).any():
                 raise ValueError("masks with other places than there are numbers")
 
-    @property
-    def _at_once(self) -> int:
-        return max(1, AT_ONCE // self.width)
-
     def _made(self, count: int, rows_of: Callable[[int, int], slice | Tensor]) -> Tensor:
         """So many rows whole; ``rows_of`` says which those from one to another are."""
         found = torch.empty((count, self.width), dtype=self.dtype)
         bits = as_integers(found).numpy()
-        for begin in range(0, count, step := self._at_once):
+        for begin in range(0, count, step := _rows_at_once(self.width)):
             rows = rows_of(begin, min(count, begin + step))
             _fill(bits[begin : begin + step], self.mask[rows].numpy(), as_integers(self._numbers(rows)).numpy())
         return found
@@ -117,7 +113,7 @@ def with_sparse(tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dic
         is_so = (
             mask.dtype == torch.uint8
             and end.dtype == torch.int64
-            and tuple(mask.shape) == (len(end), -(-width // 8))
+            and tuple(mask.shape) == (len(end), _mask_bytes(width))
             and (end.dim(), value.dim()) == (1, 1)
             and len(end) > 0
             and bool((end[1:] >= end[:-1]).all())
@@ -133,18 +129,16 @@ def with_sparse(tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dic
 def packed_in_place(values: Tensor) -> SparseRows | None:
     """Rows [n, w] in less room, the numbers at the beginning of their own memory; None: nothing is changed.
 
-    That of the caller is used up.
+    What the caller had there is gone then.
     """
     if values.dim() != 2 or not values.numel() or not values.is_contiguous():
         return None
     bits, (count, width) = as_integers(values).numpy(), values.shape
-    row_bytes = -(-width // 8) + 8
-    kept = int(np.count_nonzero(bits))
-    if kept * bits.itemsize + count * row_bytes > WORTH * values.nbytes:
+    mask, end = np.empty((count, _mask_bytes(width)), np.uint8), np.empty(count, np.int64)
+    if int(np.count_nonzero(bits)) * bits.itemsize + mask.nbytes + end.nbytes > WORTH * values.nbytes:
         return None
-    flat, mask, end = bits.reshape(-1), np.empty((count, -(-width // 8)), np.uint8), np.empty(count, np.int64)
-    filled = 0
-    for begin in range(0, count, step := max(1, AT_ONCE // width)):
+    flat, filled = bits.reshape(-1), 0
+    for begin in range(0, count, step := _rows_at_once(width)):
         own = bits[begin : begin + step]
         set_bits = own != 0
         mask[begin : begin + step] = np.packbits(set_bits, axis=1, bitorder="little")
@@ -153,6 +147,15 @@ def packed_in_place(values: Tensor) -> SparseRows | None:
         flat[filled : filled + len(found)] = found  # never beyond the rows that have been read
         filled += len(found)
     return SparseRows(torch.from_numpy(mask), values.view(-1)[:filled], torch.from_numpy(end), width)
+
+
+def _mask_bytes(width: int) -> int:
+    """Of a row of so many numbers."""
+    return -(-width // 8)
+
+
+def _rows_at_once(width: int) -> int:
+    return max(1, AT_ONCE // width)
 
 
 def _fill(bits: np.ndarray, mask: np.ndarray, numbers: np.ndarray) -> None:

@@ -17,14 +17,7 @@ from torch import Tensor
 from dualhook.errors import StoreError
 from dualhook.store.direct import DirectFile
 from dualhook.store.lanes import Segment
-from dualhook.store.layout import (
-    Layout,
-    Manifest,
-    open_tensors,
-    read_header,
-    version_needed,
-    write_tensors,
-)
+from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, version_needed, write_tensors
 from dualhook.store.segment import SegmentBuilder
 
 __all__ = ["SEGMENT_BYTES", "Writer", "segment_header"]
