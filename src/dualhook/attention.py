@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualhook.errors import LayerError
+from dualhook.errors import DualHookError, LayerError
 from dualhook.host import asked_on_host
 from dualhook.progress import ReplayProgress
 from dualhook.query import (
@@ -21,6 +21,7 @@ from dualhook.query import (
     Collector,
     LayerQuery,
     Receipt,
+    Scores,
     Workers,
     scan,
     seal,
@@ -33,6 +34,8 @@ from dualhook.table import Table
 
 if TYPE_CHECKING:
     import matplotlib.axes
+
+    from dualhook.index import KeyIndex
 
 __all__ = ["Attention"]
 
@@ -99,18 +102,25 @@ class Attention:
         by: Criterion = "contribution",
         largest: bool = True,
         layers: str | Iterable[str] | None = None,
+        index: KeyIndex | None = None,
     ) -> Table:
         """The ``k`` patterns per query and layer that come first (``largest=False``: last) by a criterion.
 
         ``by`` is ``"weight"``, ``"abs_weight"``, ``"contribution"`` or ``"abs_contribution"``. Columns query, layer,
         rank, pattern, sample (-1: not known), step, position, weight, contribution.
 
+        With an ``index`` (:meth:`DualMemory.index`) the largest by ``"weight"`` are found without a pass over all
+        patterns: their numbers are exact, but some others may be missing, which the footer says. There is no receipt
+        then, and no contribution (NaN) where a replay would have to find it.
+
         Raises:
-            DualHookError: an unknown criterion, layer, or a ``k`` below 1.
+            DualHookError: an unknown criterion, layer, or a ``k`` below 1; an index of something else, or asked for
+                anything but the largest weights.
             RuleError: contributions of a layer whose optimiser's rule is not registered any more; its attention weights
                 can be ranked.
         """
-        return self.gather(Ranking(k, by, largest), layers=layers)[0]
+        ranking = Ranking(k, by, largest)
+        return self.gather(ranking, layers=layers)[0] if index is None else self._near(index, ranking, layers)
 
     def top_by(
         self,
@@ -230,7 +240,7 @@ class Attention:
             }
             for name, asked in self._layers.items()
         ]
-        return self._by_query(parts, title="receipt", bars=(("query", "layer"), "explained"), footer=False)
+        return self._by_query(parts, title="receipt", bars=(("query", "layer"), "explained"), note=self._missing)
 
     @property
     def parts(self) -> Table:
@@ -284,6 +294,25 @@ class Attention:
                 raise LayerError(f"layer {name!r} was not asked: this attention has {', '.join(self._layers)}")
         return [self._layers[name] for name in names]
 
+    def _near(self, index: KeyIndex, ranking: Ranking, layers: str | Iterable[str] | None) -> Table:
+        """What an index finds first."""
+        if ranking.by != "weight" or not ranking.largest:
+            raise DualHookError("an index knows the largest attention weights: ask by='weight', or without index=")
+        parts = []
+        for asked in self._asked(index.layer if layers is None else layers):
+            index.check(asked)
+            numbers, rows = index.nearest(asked.query.sum(1), ranking.k)
+            replayed = None
+            if asked.made_of.replays or asked.made_of.sealed is not None:
+                asked = replace(asked, made_of=replace(asked.made_of, sealed=None))
+                replayed = torch.full((len(asked), len(rows)), torch.nan)
+            top, columns = ranking.start(asked, self._grouping)
+            top.add(Scores(asked, rows, replayed))
+            found = columns()
+            parts.append({**found, "pattern": numbers.numpy()[found["pattern"]]})
+        note = f"approximate: {index!r}; no receipt{'; ' if self._missing else ''}{self._missing}"
+        return self._by_query(parts, title=ranking.title, bars=ranking.bars, note=note)
+
     def _complete(self) -> None:
         """Every layer's receipt."""
         for asked in self._layers.values():
@@ -336,13 +365,12 @@ class Attention:
         *,
         title: str,
         bars: tuple[Sequence[str], str],
-        footer: bool = True,
+        note: str | None = None,
     ) -> Table:
-        """One table of the layers' parts, ordered by query."""
+        """One table of the layers' parts, ordered by query, with a ``note``, by default of what receipts say."""
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         order = np.argsort(columns["query"], kind="stable")
-        note = self._missing
-        if footer:
+        if note is None:
             explained = torch.cat([receipt.explained for receipt in self._receipts.values()])
             cancelled = torch.cat([receipt.cancellation for receipt in self._receipts.values()])
             preview = any(asked.made_of.preview and asked.made_of.replays for asked in self._layers.values())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["columns_at", "in_runs"]
+__all__ = ["columns_at", "in_runs", "runs"]
 
 FEW = 8  # runs, up to which they are read one after the other
 
@@ -21,14 +21,14 @@ def in_runs(size: int, count: int, run: int, generator: torch.Generator) -> Tens
 
 def columns_at(values: Tensor, index: Tensor) -> Tensor:
     """The columns of ``values`` [n, c] at ``index`` [k] as [n, k], perhaps without a copy."""
-    runs = list(_runs(index.tolist()))
-    if not 0 < len(runs) <= FEW:
+    found = list(runs(index.tolist()))
+    if not 0 < len(found) <= FEW:
         return values.index_select(1, index.to(values.device))
-    parts = [values[:, start:stop] for start, stop in runs]
+    parts = [values[:, start:stop] for start, stop in found]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+def runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
     """Where runs of consecutive numbers begin and end."""
     start = stop = numbers[0] if numbers else 0
     for number in numbers:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from dualhook.attention import Attention
 from dualhook.composition import check_average
 from dualhook.dual import DualLinear, dual_model
-from dualhook.errors import DualHookError, LayerError, RuleError
+from dualhook.errors import DualHookError, LayerError, RuleError, StoreError
 from dualhook.estimates import by_contribution, by_cosine, by_decay, note_of
 from dualhook.host import asked_on_host, on_host
+from dualhook.index import KeyIndex, indexed
 from dualhook.influence import Influence, InfluenceMethod, InfluenceUnit, check_asked, check_size
 from dualhook.loss import Loss
 from dualhook.maps import map_of
@@ -186,6 +188,25 @@ class DualMemory(Reading):
             note = note_of(self._store, loss.note, unknown)
         column = self._columns.added_to
         return Influence(scores, units.sample, units.position, asked.queries, column, method=method, of=of, note=note)
+
+    def index(self, layer: str, *, folder: str | os.PathLike[str] | None = None, rebuild: bool = False) -> KeyIndex:
+        """An index of a layer's keys, for single questions to many patterns: ``top(k, by="weight", index=...)``.
+
+        The first time it is made, which goes through all patterns twice and sorts their keys into lists: minutes for a
+        million. It is kept in ``folder`` (default ``answers/`` in the memory's directory, which may be deleted at any
+        time), with a byte for every number of a key, so much memory takes making it too, and from then on opened at
+        once. Answers are approximate. Needs ``dualhook[faiss]``.
+
+        Raises:
+            LayerError: no such layer, one whose weight others share, or one that is no linear layer.
+            StoreError: the index that is there is of another state of the memory (``rebuild=True`` makes it anew), or
+                nothing can be kept beside the memory and there is no ``folder``.
+        """
+        spec = self._spec(layer)
+        if folder is None and not self._store.layout.is_writable:
+            raise StoreError(f"{self.path} cannot be written to: name a folder=... for the index")
+        place = self._store.layout.answers if folder is None else Path(folder)
+        return indexed(self._store, spec, place, rebuild=rebuild)
 
     def suspects(self, k: int = 100, *, neighbours: int = 10) -> Table:
         """The ``k`` samples that training has found hardest to fit: where labels are wrong, they are among the first.

@@ -12,7 +12,7 @@ from dualhook.query.influence import Decay, contributed_scores, decayed_scores
 from dualhook.query.parts import REPLAY_BYTES, Composition, ReplayShare, StepTaken, Synchronization
 from dualhook.query.pull import pull_of
 from dualhook.query.replay import Replay
-from dualhook.query.scores import LayerQuery
+from dualhook.query.scores import LayerQuery, Scores
 from dualhook.query.sealed import seal
 from dualhook.query.self_influence import self_influence
 from dualhook.query.slots import answered
@@ -35,6 +35,7 @@ __all__ = [
     "Receipt",
     "Replay",
     "ReplayShare",
+    "Scores",
     "StepTaken",
     "Synchronization",
     "TopPatterns",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dualhook.store.answers import AnswerFiles
 from dualhook.store.compacting import Saving, compacted
 from dualhook.store.cutting import cut_after, tidy
+from dualhook.store.durable import put, write_bytes
 from dualhook.store.inspection import Damage, Inspection, inspected
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.lock import WriterLock
@@ -12,6 +13,7 @@ from dualhook.store.reader import Store
 from dualhook.store.remote import located
 from dualhook.store.segment import SegmentBuilder
 from dualhook.store.sharing import shared_keys
+from dualhook.store.spans import Span
 from dualhook.store.writer import SEGMENT_BYTES, Writer
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Manifest",
     "Saving",
     "SegmentBuilder",
+    "Span",
     "Store",
     "Writer",
     "WriterLock",
@@ -31,6 +34,8 @@ __all__ = [
     "cut_after",
     "inspected",
     "located",
+    "put",
     "shared_keys",
     "tidy",
+    "write_bytes",
 ]

@@ -6,12 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from torch import Tensor
+
+from dualhook.gathering import runs
 from dualhook.maps import map_of
 from dualhook.records import LayerSpec, Rows
 from dualhook.store.lanes import Segment
 from dualhook.store.streams import Stored, patterns_of
 
 __all__ = ["Span", "stored_in"]
+
+AT_ONCE = 4096  # patterns that are read to choose some of them
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,24 @@ class Span:
         stored = [one for segment in self.segments for one in stored_in(segment, self.uses)]
         if stored:
             yield from patterns_of(self.asked, stored, self.first_step, self.last_step, block_rows, self.first)
+
+    def at(self, places: Tensor) -> Rows:
+        """Some of the patterns, by their ``places`` [k] among these, ascending; they keep no pattern numbers.
+
+        Where a stored row is a pattern, no others are read.
+        """
+        stored = [one for segment in self.segments for one in stored_in(segment, self.uses)]
+        begin, parts = 0, list[Rows]()
+        if len(stored) == 1 and stored[0].spec == self.asked and stored[0].counts is None:
+            begin, _ = stored[0].between(self.first_step, self.last_step)
+            for start, stop in runs(places.tolist()):
+                parts += stored[0].blocks(begin + start, begin + stop, stop - start)
+            return replace(parts[0].joined(*parts[1:]), first=0)
+        for rows in self.blocks(AT_ONCE):
+            inside = places[(places >= begin) & (places < begin + len(rows))]
+            parts += [rows.at(inside - begin)] if len(inside) else []
+            begin += len(rows)
+        return replace(parts[0].joined(*parts[1:]), first=0)
 
 
 def stored_in(segment: Segment, uses: Sequence[LayerSpec]) -> list[Stored]:

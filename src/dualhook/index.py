@@ -1,0 +1,263 @@
+"""The keys of a layer's patterns in an index: those that a query attends to most, without going through all of them.
+
+The largest inner products with a query are the nearest keys, once every key has one more component that makes all of
+them equally long (Bachrach et al., RecSys 2014). FAISS sorts keys into lists by the nearest of many centres and keeps
+them in 8 bits; a question looks into a few of the lists and ranks what it finds there by the recorded rows themselves.
+
+Letters: ``n`` pattern, ``q`` query, ``i`` input, ``c`` candidate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualhook.errors import DualHookError, LayerError, StoreError
+from dualhook.query import LayerQuery
+from dualhook.records import LayerSpec, Rows
+from dualhook.store import Span, Store, put, write_bytes
+
+__all__ = ["KeyIndex", "indexed"]
+
+LISTS = 2.0  # times the square root of the number of keys
+LEARNED_FROM = 40  # keys a list that centres are learned from: FAISS asks for 39
+BLOCK_ROWS = 16384
+CANDIDATES = 8  # times as many patterns as are asked for are ranked by their rows …
+LEAST_CANDIDATES = 64  # … and at least so many
+RECALL, FOUND, TRIED = 0.95, 10, 64  # how much of the first ten the lists hold for so many recorded keys
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an index on disk is of, and how it was made."""
+
+    layer: str
+    memory: str
+    """What tells the memory, and its state, from others."""
+    last_step: int
+    patterns: int
+    lists: int
+    probes: int
+    recall: float
+
+
+class KeyIndex:
+    """An index of one layer's keys, see :meth:`DualMemory.index`; answers that it takes part in are approximate.
+
+    ``probes`` is how many of its ``lists`` a question looks into: with more it finds more, and takes longer.
+    ``recall`` is the share of the ten largest attention weights that the first ``probes`` held, for some recorded keys
+    as queries (which had to find others than themselves).
+    """
+
+    def __init__(self, store: Store, made: Made, index: Any) -> None:
+        self._store = store
+        self._made = made
+        self._index = index
+        self._pieces: list[Span] = list(store.pieces(made.layer, last_step=made.last_step))
+        self._begins = torch.tensor([piece.first for piece in self._pieces])
+        self.probes = made.probes
+
+    @property
+    def layer(self) -> str:
+        """The layer whose keys it holds."""
+        return self._made.layer
+
+    @property
+    def patterns(self) -> int:
+        """How many patterns it holds: those of all steps."""
+        return self._made.patterns
+
+    @property
+    def lists(self) -> int:
+        """How many lists there are."""
+        return self._made.lists
+
+    @property
+    def recall(self) -> float:
+        """The share of the ten largest that was found when the index was made."""
+        return self._made.recall
+
+    def __repr__(self) -> str:
+        return (
+            f"KeyIndex of {self.patterns:,} patterns of {self.layer!r}: looks into {self.probes} of {self.lists} "
+            f"lists, recall {self.recall:.3f} for recorded keys"
+        )
+
+    def check(self, asked: LayerQuery) -> None:
+        """Raises: DualHookError: what is asked is not what the index holds."""
+        if asked.name != self.layer:
+            raise LayerError(
+                f"an index of {self.layer!r} knows nothing of {asked.name!r}: ask for layers={self.layer!r}"
+            )
+        if not asked.memory.startswith(self._made.memory):
+            raise StoreError(f"this index of {self.layer!r} is of another memory, or another state of it: make it anew")
+        if asked.made_of.horizon != self._made.last_step:
+            raise DualHookError(
+                f"step {asked.made_of.horizon}: an index holds the patterns of all {self._made.last_step} steps; ask "
+                "about the last one, or without an index"
+            )
+
+    def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Rows]:
+        """Patterns among which the ``k`` largest attention weights of queries [q, i] most probably are.
+
+        Their numbers [c], ascending, and their rows.
+        """
+        numbers = self.candidates(query, k)
+        found = torch.unique(numbers[numbers >= 0])
+        return found, self.rows(found)
+
+    def candidates(self, query: Tensor, k: int) -> Tensor:
+        """The numbers of each query's candidates [q, c], -1 where there are no more.
+
+        Raises:
+            DualHookError: queries that are no numbers, or ``probes`` below 1.
+        """
+        if not isinstance(self.probes, int) or self.probes < 1:
+            raise DualHookError(f"probes={self.probes!r}: expected 1 to {self.lists}")
+        if not bool(query.isfinite().all()):
+            raise DualHookError(f"a query of {self.layer!r} holds NaN or infinity: nothing is nearest to it")
+        longer = np.zeros((len(query), query.shape[1] + 1), np.float32)
+        longer[:, :-1] = query.detach().cpu().float().numpy()
+        count, probes = min(self.patterns, max(LEAST_CANDIDATES, CANDIDATES * k)), min(self.probes, self.lists)
+        while True:
+            self._index.nprobe = probes
+            found = torch.from_numpy(self._index.search(longer, count)[1])
+            if probes == self.lists or int((found >= 0).sum(1).min()) >= min(k, self.patterns):
+                return found
+            probes = min(2 * probes, self.lists)
+
+    def rows(self, numbers: Tensor) -> Rows:
+        """The rows of some patterns [c], ascending."""
+        place = torch.searchsorted(self._begins, numbers, right=True) - 1
+        pieces, counts = torch.unique_consecutive(place, return_counts=True)
+        parts = zip(pieces.tolist(), torch.split(numbers, counts.tolist()), strict=True)
+        rows: list[Rows] = [self._pieces[piece].at(own - self._pieces[piece].first) for piece, own in parts]
+        return rows[0].joined(*rows[1:])
+
+
+def indexed(store: Store, spec: LayerSpec, folder: Path, *, rebuild: bool) -> KeyIndex:
+    """The index of a layer in a folder; made if there is none, or if it is to be made anew.
+
+    Raises:
+        LayerError: keys of this layer cannot be indexed.
+        StoreError: the index that is there is of another state of the memory, or damaged.
+        DualHookError: FAISS is not installed.
+    """
+    faiss = _faiss()
+    if spec.kind not in ("linear", "transposed") or len(store.uses(spec.name)) > 1:
+        raise LayerError(f"layer {spec.name!r} cannot be indexed: expected a linear layer with a weight of its own")
+    if not store.count(spec.name):
+        raise LayerError(f"layer {spec.name!r} has no patterns to index")
+    path = folder / f"{quote(spec.name, safe='')}.index"
+    told, again = path.with_suffix(".json"), f"make it anew with memory.index({spec.name!r}, rebuild=True)"
+    if rebuild or not told.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        told.unlink(missing_ok=True)
+        made = _make(faiss, store, spec, path)
+        put(told, lambda partial: write_bytes(partial, json.dumps(asdict(made), indent=1).encode()))
+    try:
+        made = Made(**json.loads(told.read_text()))
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise StoreError(f"{path} or {told.name} beside it is damaged: {again}") from error
+    if made.memory != store.fingerprint:
+        raise StoreError(
+            f"{path} is of another state of the memory ({made.patterns:,} patterns up to step {made.last_step}, now "
+            f"{store.count(spec.name):,} up to {store.last_step}): {again}"
+        )
+    return KeyIndex(store, made, index)
+
+
+def _make(faiss: Any, store: Store, spec: LayerSpec, path: Path) -> Made:
+    """Make an index under ``path``, and see into how many of its lists a question has to look."""
+    index, tried = _filled(faiss, store, spec)
+    made = Made(spec.name, store.fingerprint, store.last_step, store.count(spec.name), index.nlist, 1, 1.0)
+    put(path, lambda partial: faiss.write_index(index, str(partial)))
+    index.reset()
+    found = KeyIndex(store, made, faiss.read_index(str(path), faiss.IO_FLAG_MMAP))
+    while (recall := tried.recall(found)) < RECALL and found.probes < found.lists:
+        found.probes = min(2 * found.probes, found.lists)
+    return replace(made, probes=found.probes, recall=recall)
+
+
+@dataclass
+class Tried:
+    """Recorded keys [q, i] as queries, with their ``number`` [q] and their largest attention weights to others."""
+
+    query: Tensor
+    number: Tensor
+    largest: Tensor
+    """The weights [q, at most FOUND], as far as patterns have been seen."""
+
+    def see(self, key: Tensor, number: Tensor) -> None:
+        """Take in the keys [n, i] of patterns with a ``number`` [n]."""
+        own = (self.query @ key.T).masked_fill_(self.number[:, None] == number, -torch.inf)
+        together = torch.cat([self.largest, own], 1)
+        self.largest = together.topk(min(FOUND, together.shape[1]), dim=1).values
+
+    def recall(self, index: KeyIndex) -> float:
+        """The share of the largest that an index finds; equally large ones are as good."""
+        found = index.candidates(self.query, FOUND)
+        numbers = torch.unique(found[found >= 0])
+        own = self.query @ index.rows(numbers).key.float().T
+        mine = torch.zeros(len(found), len(numbers) + 1, dtype=torch.bool)
+        mine.scatter_(1, torch.where(found < 0, len(numbers), torch.searchsorted(numbers, found)), True)
+        own[~mine[:, :-1] | (self.number[:, None] == numbers)] = -torch.inf
+        least = self.largest[:, -1:]
+        rounding = 1e-6 * self.query.norm(dim=1, keepdim=True) ** 2
+        hits = (own >= least - rounding).sum(1).clamp(max=self.largest.shape[1])
+        return float(hits.sum() / self.largest.numel())
+
+
+def _filled(faiss: Any, store: Store, spec: LayerSpec) -> tuple[Any, Tried]:
+    """An index of all keys that are numbers, and what to try it with; goes through the patterns twice."""
+    count, random = store.count(spec.name), np.random.default_rng(0)
+    lists = max(1, min(int(LISTS * math.sqrt(count)), count // LEARNED_FROM))
+    longest, seen = 0.0, []
+    for key, number in _keys(store, spec):
+        longest = max(longest, float((key**2).sum(1).max()))
+        chosen = torch.from_numpy(random.random(len(key)) * count < max(LEARNED_FROM * lists, TRIED))
+        seen.append((key[chosen], number[chosen]))
+    learned, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    if not len(learned):
+        raise LayerError(f"layer {spec.name!r} has no key whose length is a number: there is nothing to index")
+    index = faiss.index_factory(spec.in_features + 1, f"IVF{lists},SQ8", faiss.METRIC_L2)
+    index.train(_lengthened(learned, longest))
+    some = torch.from_numpy(random.permutation(len(learned))[:TRIED])
+    tried = Tried(learned[some], numbers[some], learned.new_zeros(len(some), 0))
+    del learned, seen
+    for key, number in _keys(store, spec):
+        index.add_with_ids(_lengthened(key, longest), number.numpy())
+        tried.see(key, number)
+    return index, tried
+
+
+def _keys(store: Store, spec: LayerSpec) -> Iterator[tuple[Tensor, Tensor]]:
+    """The keys [n, i] in float32 that are numbers, of patterns with a number [n], in blocks."""
+    for rows in store.blocks(spec.name, last_step=store.last_step, block_rows=BLOCK_ROWS):
+        key = rows.key.float()
+        there = (key**2).sum(1).isfinite()
+        yield key[there], torch.arange(rows.first, rows.first + len(rows))[there]
+
+
+def _lengthened(key: Tensor, longest: float) -> np.ndarray:
+    """Keys [n, i + 1] with one more component, so that the square of each one's length is ``longest``."""
+    more = (longest - (key**2).sum(1)).clamp(min=0).sqrt()
+    return torch.cat([key, more[:, None]], 1).numpy()
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise DualHookError("an index needs FAISS: pip install 'dualhook[faiss]'") from error
+    return faiss
