@@ -5,6 +5,7 @@ from __future__ import annotations
 from dualhook.store.answers import AnswerFiles
 from dualhook.store.compacting import Saving, compacted
 from dualhook.store.cutting import cut_after, tidy
+from dualhook.store.eightbit import eight_bit_bytes
 from dualhook.store.inspection import Damage, Inspection, inspected
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.lock import WriterLock
@@ -29,6 +30,7 @@ __all__ = [
     "WriterLock",
     "compacted",
     "cut_after",
+    "eight_bit_bytes",
     "inspected",
     "located",
     "shared_keys",
