@@ -102,6 +102,21 @@ def test_a_number_is_itself_on_average(dtype, share):
     assert not torch.equal(packed(values, "one").code, packed(values, "other").code)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_and_the_smallest_numbers_there_are(dtype):
+    limits = torch.finfo(dtype)
+    least = torch.tensor([limits.smallest_normal], dtype=dtype) * limits.eps
+    values = torch.zeros(6, 12, dtype=dtype)
+    values[0], values[1, 3] = limits.max, -limits.max
+    values[2], values[3, ::2], values[4], values[5, 5] = least, 150 * least, -limits.smallest_normal, limits.min
+    read = packed(values)
+    whole, step = read[:].double(), read.scale.double()[:, None]
+    assert read[:].isfinite().all()
+    assert ((whole - values.double()).abs() <= step).all()
+    assert (step <= values.double().abs().amax(1, keepdim=True) / 126 + torch.finfo(read.scale.dtype).tiny).all()
+    assert (whole[values == 0] == 0).all()
+
+
 def test_what_is_narrow_stays_whole():
     assert in_eight_bits(torch.ones(8, 1), "") is None
     assert in_eight_bits(torch.ones(8, 2), "") is not None
@@ -338,6 +353,42 @@ def test_compacting_does_not_round_a_second_time(tmp_path, dtype, segment_bytes)
 
 def bits_or_codes(values: Tensor) -> Tensor:
     return bits(values) if values.is_floating_point() else values
+
+
+def test_keys_of_which_another_layer_has_some_keep_their_scales(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all, self.some = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            chosen = (torch.arange(len(x)) % 3 == 1)[:, None]
+            return self.all(x) * torch.where(chosen, 1e-3, 1) + self.some(x) * chosen
+
+    torch.manual_seed(0)
+    model = Two().bfloat16()  # of which products of code and scale are rounded
+    recorder = dualhook.instrument(model, tmp_path / "run", dtype=torch.int8, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(9, 32).bfloat16()).square().sum().backward()
+        optimizer.step()
+        recorder.flush()
+    memory = recorder.close()
+    assert all(own["some"]["key_of"] == "all" for own in headers(memory))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for dtype in (None, torch.int8):
+        again = dualhook.compact(tmp_path / "copy", dtype=dtype)
+        assert headers(again)[0]["some"]["key_of"] == "all"
+        same_rows(memory, again)
+        assert all(torch.equal(values, codes(memory)[name]) for name, values in codes(again).items())
+    keys, found = rows_of(memory, "some").key.clone(), codes(memory)
+    alone = dualhook.compact(tmp_path / "copy", min_share=0.02)  # those that both have do not count in the first
+    assert alone._store.manifest.dropped == {"all": 9}
+    assert "key_of" not in headers(alone)[0]["some"]
+    assert torch.equal(rows_of(alone, "some").key, keys)
+    for part in EightBitRows.FIELDS:
+        assert torch.equal(codes(alone)[f"rows/some/key/{part}"], found[f"rows/all/key/{part}"][1::3])
 
 
 def test_compacting_puts_rows_in_8_bits_and_makes_them_whole_again(tmp_path):
