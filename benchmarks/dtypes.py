@@ -23,7 +23,7 @@ from dualhook.data import load_fashion_mnist_subset
 from dualhook.demo import network
 
 BATCH = 128
-DTYPES = {"as computed": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"as computed": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def recorded(folder: Path, dtype: torch.dtype | None, sparse: bool, steps: int, optimizer: str):

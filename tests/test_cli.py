@@ -399,5 +399,9 @@ def test_compact_says_what_it_has_made_of_the_memory(folder, tmp_path, capsys):
     assert " are now 1 of 0.0 MB" in text
     assert re.search(r"rows dropped, now and before: \d+ of fc1", text)
     assert main(["verify", str(path)]) == 1
+    assert main(["compact", str(path), "--dtype", "int8"]) == 0
+    capsys.readouterr()
+    assert main(["info", str(path)]) == 0
+    assert "1 segments of rows in 8 bits" in capsys.readouterr().out
     assert main(["compact", str(path), "--min-share", "2"]) == 2
     assert "min_share=2.0: expected a share" in capsys.readouterr().err

@@ -130,9 +130,10 @@ def _demo_arguments(parser: _Parser) -> None:
 def _compact_arguments(parser: _Parser) -> None:
     parser.add_argument(
         "--dtype",
-        choices=("float64", "float32", "bfloat16", "float16"),
+        choices=("float64", "float32", "bfloat16", "float16", "int8"),
         metavar="DTYPE",
-        help="dtype of the rows, float16 with a scale per row (default: as they are); receipts tell what it loses",
+        help="dtype of the rows: float64, float32, bfloat16, float16 with a scale per row, or int8 with one, rounded "
+        "by chance (default: as they are); receipts tell what it loses",
     )
     parser.add_argument(
         "--sparse",

@@ -33,8 +33,8 @@ def compact(
 
     Args:
         path: directory of the memory, which nobody is recording to.
-        dtype: floating-point dtype of the rows, as ``instrument(dtype=)`` has it. What rounding loses shows in the
-            receipts.
+        dtype: floating-point dtype of the rows or ``torch.int8``, as ``instrument(dtype=)`` has it. What rounding loses
+            shows in the receipts. Rows that are in 8 bits already are not rounded again.
         min_share: drop rows below this share of their step: the norm of the output gradient times that of the key,
             as part of the sum over all rows of the layer in the step. They are missing from then on: receipts say what
             the rest explains, the steps count as inexact, and every table names how many rows there were.
@@ -47,8 +47,8 @@ def compact(
         StoreError: there is no memory, it is damaged or being written, or the disk refused; it is as it was then.
         DualHookError: an argument of a wrong kind.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype for the rows, or None")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
+        raise DualHookError(f"dtype={dtype}: expected a floating-point torch.dtype or torch.int8 for the rows, or None")
     if not 0 <= min_share < 1:
         raise DualHookError(f"min_share={min_share}: expected a share of a step, from 0 (drop nothing) to below 1")
     if sparse is not None and not isinstance(sparse, bool):

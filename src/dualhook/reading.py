@@ -115,7 +115,9 @@ class Reading:
         question takes: one pass over the patterns, or a replay of the optimiser over them. ``exact`` says whether the
         rule is, if only up to the optimiser's own rounding, ``inexact_steps`` how many steps are marked otherwise.
         """
-        segments = f"{len(self._store.segments)} segments{' of sparse rows' if self._store.is_sparse else ''}"
+        kinds = [("sparse rows", self._store.is_sparse), ("rows in 8 bits", self._store.is_eight_bit)]
+        told = " and ".join(kind for kind, is_so in kinds if is_so)
+        segments = f"{len(self._store.segments)} segments{f' of {told}' if told else ''}"
         begin = f"steps {self._store.first_step + 1} to {self.steps}, earlier ones folded into the origin"
         return Table(
             explained_layers(self._store, self._primary.values(), self.steps),

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from capture.test_kinds import CASES, network
+from safetensors.torch import load_file
 from torch import nn
 
 import dualhook
@@ -31,6 +32,29 @@ def test_an_estimate_is_what_a_step_records_and_changes_nothing(case):
         stored = [segment.stored(memory._spec(layer)) for segment in memory._store.segments]
         written = sum(part.patterns(len(part.step)) for part in stored if part is not None)
         assert 0 < written <= estimated[layer]  # rows whose output gradient is zero are not written
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_estimate_in_8_bits_is_what_is_written(case, tmp_path):
+    model, x = network(case), CASES[case][1]()
+    recorder = dualhook.instrument(model, tmp_path / "run", layers="all", dtype=torch.int8, verbose=False)
+    table = recorder.estimate(x)
+    with recorder.batch(samples=range(len(x))):
+        model(x).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    sizes = {row["layer"]: row["bytes_per_row"] for row in recorder.coverage if row["bytes_per_row"]}
+    memory = recorder.close()
+    (segment,) = memory._store.segments
+    written = load_file(segment.path)
+    for layer, patterns, size in zip(table["layer"], table["patterns"], table["bytes"], strict=True):
+        own = segment.header["rows"].get(layer)
+        if own is None or "key_of" in own:
+            continue
+        found = sum(values.nbytes for name, values in written.items() if name.startswith(f"rows/{layer}/"))
+        assert found <= size
+        if own["count"] == patterns:  # else rows whose output gradient is zero are not written, or rows are maps
+            assert found == size
+            assert sizes.get(layer, found / patterns) == found / patterns  # coverage has tied weights once
 
 
 class Block(nn.Module):
@@ -58,12 +82,16 @@ def test_an_estimate_says_in_words_what_a_token_costs_and_what_would_cost_less()
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     total, words = footer(tokens)
     assert total == 16 * (4 * (4 * 20 + 54) + 5 * 24)
-    (narrow, _), (head, _) = footer(tokens, dtype=torch.bfloat16), footer(tokens, layers="head")
+    ways = ({"dtype": torch.bfloat16}, {"dtype": torch.int8}, {"layers": "head"})
+    narrow, least, head = (footer(tokens, **way)[0] for way in ways)
     first, second, third = words.splitlines()
     assert first == f"{human(total)} a step, {human(total / 16)} a token; the budget of 10 MB holds 952 steps"
     up, out = (round(100 * 16 * size / total) for size in (2 * (4 * 20 + 24), 4 * 54 + 24))
     assert second == f"the largest are out {out}%, blocks.*.up {up}%, blocks.*.down {up}%"
-    assert third == f"it would be {human(narrow)} with dtype=torch.bfloat16, {human(head)} with layers='head'"
+    assert third == (
+        f"it would be {human(narrow)} with dtype=torch.bfloat16, {human(least)} with dtype=torch.int8, "
+        f"{human(head)} with layers='head'"
+    )
 
 
 def test_an_estimate_tells_of_keys_that_are_stored_once():
@@ -91,7 +119,7 @@ def test_an_estimate_tells_of_keys_that_are_stored_once():
     ],
 )
 def test_an_estimate_counts_what_the_step_is_given(inputs, each):
-    words = footer(inputs, layers="out", dtype=torch.bfloat16)[1]
+    words = footer(inputs, layers="out", dtype=torch.int8)[1]
     assert words.splitlines() == [words]  # one layer, already narrow: no more to say
     assert words.partition(";")[0].endswith(each)
 

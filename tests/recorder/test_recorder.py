@@ -154,7 +154,7 @@ def test_path_that_holds_something(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"dtype": torch.int8}, "expected torch.float64, float32"),
+        ({"dtype": torch.int16}, "expected torch.float64, float32"),
         ({"on_full": "panic"}, "expected 'fold', 'stop' or 'error'"),
         ({"max_bytes": 0}, "expected a number of bytes above 0"),
         ({"dtype": "float16"}, "expected torch.float64, float32"),

@@ -132,6 +132,7 @@ def test_keys_that_differ_in_one_bit_are_not_shared():
         )
     assert shared_keys({"a": tensors(key), "b": tensors(key.clone())})["b"].holder == "a"
     assert shared_keys({"a": tensors(key), "b": tensors(key.double())}) == {}
+    assert shared_keys({"a": tensors(key), "b": tensors(key.clone())}, apart=["b"]) == {}
     assert (
         shared_keys({"a": tensors(key[:, :3].contiguous()), "b": tensors(key[:, :3].contiguous())}) == {}
     )  # too small
@@ -236,7 +237,7 @@ def llama(path: Path, way: str) -> tuple[dualhook.DualMemory, list[Tensor]]:
 @pytest.mark.parametrize("way", ["plain", "checkpointing", "dtype", "autocast"])
 def test_a_llama_is_recorded_as_without_sharing_in_fewer_bytes(tmp_path, monkeypatch, way):
     memory, weights = llama(tmp_path / "shared", way)
-    monkeypatch.setattr("dualhook.store.segment.shared_keys", lambda layers: {})
+    monkeypatch.setattr("dualhook.store.segment.shared_keys", lambda layers, apart: {})
     alone, same = llama(tmp_path / "alone", way)
     assert all(torch.equal(one, other) for one, other in zip(weights, same, strict=True))
     for found in headers(tmp_path / "shared"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,25 @@ from dualhook.maps import map_of
 from dualhook.model import run_model
 from dualhook.recorder.heads import computed_bytes
 from dualhook.records import COORDINATES, LayerSpec, Rows
-from dualhook.store import shared_keys
+from dualhook.store import eight_bit_bytes, shared_keys
 from dualhook.table import Table
 
 __all__ = ["estimate", "human", "row_sizes"]
 
 INDEX_BYTES = torch.int64.itemsize  # of each coordinate, and of the sides of maps
 SLOT_BYTES = torch.int32.itemsize
-NARROW = torch.bfloat16
+NARROWER = (torch.bfloat16, torch.int8)
 NAMED = 3  # kinds of layers that the words behind the table name
 
 
 def row_sizes(model: nn.Module, selection: Selection, stored_in: Mapping[str, torch.dtype]) -> dict[str, int | None]:
     """Bytes of one row of every layer, ``stored_in`` or in the weight's own dtype; None: it depends on the input."""
-    dtypes = {**_dtypes(model, selection), **stored_in}
-    widths = {spec: map_of(spec).row_width for spec in selection.specs}
+    computed_in = _dtypes(model, selection)
+    dtypes = {**computed_in, **stored_in}
+    widths = {spec: _widths(spec) for spec in selection.specs}
     return {
-        spec.name: None if width is None else width * dtypes[spec.name].itemsize + _index_bytes(spec)
-        for spec, width in widths.items()
+        spec.name: None if own is None else _bytes(own, dtypes[spec.name], computed_in[spec.name]) + _index_bytes(spec)
+        for spec, own in widths.items()
     }
 
 
@@ -46,26 +47,30 @@ def estimate(
         run_model(model, inputs)
     computed_in = _dtypes(model, selection)
     dtypes = {**computed_in, **stored_in}
-    patterns, sizes, narrow = [], {}, 0
+    patterns, sizes, narrower = [], {}, dict.fromkeys(NARROWER, 0)
     keys: dict[str, dict[str, Tensor]] = {}
     for spec in selection.specs:
         seen = [as_rows(spec, c.call, torch.zeros(c.shape), None) for c in calls[spec.name]]
         counts = [map_of(spec).counts(rows) for rows in seen]
         patterns.append(sum(len(r) if c is None else int(c.sum()) for r, c in zip(seen, counts, strict=True)))
-        costs = [_cost(spec, rows) for rows in seen]
-        sizes[spec.name] = sum(numbers * dtypes[spec.name].itemsize + index for numbers, index in costs)
-        narrow += sum(numbers * NARROW.itemsize + index for numbers, index in costs)
+        stored, computed = dtypes[spec.name], computed_in[spec.name]
+        sizes[spec.name] = sum(_cost(spec, rows, stored, computed) for rows in seen)
+        for dtype in NARROWER:
+            narrower[dtype] += sum(_cost(spec, rows, dtype, computed) for rows in seen)
         if len(seen) == 1:
             keys[spec.name] = {name: getattr(seen[0], name).cpu() for name in COORDINATES}
-            keys[spec.name]["key"] = seen[0].key.to("cpu", dtypes[spec.name])
-    sharing = shared_keys(keys)
-    shared = sum(keys[s.name]["key"].nbytes for s in selection.specs if s.name in sharing)
+            keys[spec.name]["key"] = seen[0].key.to("cpu", computed if stored == torch.int8 else stored)
+    sharing = shared_keys(keys, [name for name, dtype in stored_in.items() if dtype == torch.int8])
+    shared = sum(
+        len(key) * _bytes((key.shape[1],), dtypes[name], computed_in[name])
+        for name, key in ((name, keys[name]["key"]) for name in sharing)
+    )
     heads = {
-        spec.name: (n * spec.out_features * dtypes[spec.name].itemsize, own)
+        spec.name: (n * _bytes((spec.out_features,), dtypes[spec.name], computed_in[spec.name]), own)
         for spec, n in zip(selection.specs, patterns, strict=True)
         if (own := computed_bytes(spec, n, computed_in[spec.name].itemsize, dtypes[spec.name].itemsize)) is not None
     }
-    instead = {f"dtype={NARROW}": narrow, "layers='head'": _of_head(model, sizes)}
+    instead = {**{f"dtype={dtype}": size for dtype, size in narrower.items()}, "layers='head'": _of_head(model, sizes)}
     words = _words(sizes, inputs, budget, instead, shared, heads)
     return Table(
         {"layer": list(sizes), "patterns": patterns, "bytes": list(sizes.values())},
@@ -114,14 +119,28 @@ def _index_bytes(spec: LayerSpec) -> int:
     return len(COORDINATES) * INDEX_BYTES + (SLOT_BYTES if spec.slots > 1 else 0)
 
 
-def _cost(spec: LayerSpec, rows: Rows) -> tuple[int, int]:
-    """How many floating numbers rows hold, and the bytes of what else they carry."""
+def _widths(spec: LayerSpec) -> tuple[int, int] | None:
+    """How many numbers key and output gradient of a row are; None: it depends on the input."""
     width = map_of(spec).row_width
-    if width is not None:
-        return len(rows) * width, len(rows) * _index_bytes(spec)
+    return None if width is None else (width - spec.out_features, spec.out_features)
+
+
+def _bytes(widths: Sequence[int], stored_in: torch.dtype, computed_in: torch.dtype) -> int:
+    """What the floating numbers of a row take, of tensors of these widths."""
+    if stored_in == torch.int8:
+        return sum(eight_bit_bytes(width, computed_in) for width in widths)
+    return sum(widths) * stored_in.itemsize
+
+
+def _cost(spec: LayerSpec, rows: Rows, stored_in: torch.dtype, computed_in: torch.dtype) -> int:
+    """Bytes of rows."""
+    widths = _widths(spec)
+    if widths is not None:
+        return len(rows) * (_bytes(widths, stored_in, computed_in) + _index_bytes(spec))
     assert rows.extent is not None
     index = (len(rows) * len(COORDINATES) + rows.extent.numel()) * INDEX_BYTES
-    return rows.key.numel() + rows.output_grad.numel(), index
+    own = (rows.key.shape[1], rows.output_grad.shape[1])
+    return len(rows) * _bytes(own, stored_in, computed_in) + index
 
 
 def _shares(sizes: Mapping[str, int]) -> list[str]:

@@ -65,12 +65,15 @@ def instrument(
         optimizer: not needed, optimisers are found at their first step; named ones show in ``coverage`` before.
         dtype: dtype of the stored rows; default the one they were computed in (lossless). ``torch.float16`` keeps
             output gradients with a scale per row, so that small ones are not lost, and is the more exact of the 16-bit
-            ones; keys have to stay below 65,504. Keys that ``head_grads`` are computed from keep the dtype they had.
+            ones; keys have to stay below 65,504. ``torch.int8`` keeps keys and output gradients in 127 steps up and
+            down with a scale per row, rounded by chance so that each number is itself on average; what is not finite,
+            or too narrow for that to be less, stays whole. Keys that ``head_grads`` are computed from keep the dtype
+            they had.
             Or layer by layer, by names, globs and presets: ``{"all": torch.float16, "head": None}``, of which the last
             that names a layer counts, and None is as computed.
         sparse: write rows that are mostly zeros, as behind a ReLU, as the numbers that are not zero and a bit for every
             place: lossless, and about half the disk for a network of ReLUs. Questions take longer, since rows are
-            made whole again each time. Has to be said again with ``resume``.
+            made whole again each time. Has to be said again with ``resume``. Rows in 8 bits are not made sparse.
         max_bytes: budget for patterns on disk; default half of what is free there.
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
             exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop. Default
@@ -158,10 +161,11 @@ def _stored_in(model: nn.Module, selection: Selection, dtype: RowDtype | None) -
     """The dtype of each layer's stored rows, where it is not the one they are computed in."""
     names, found = [spec.name for spec in selection.specs], dict[str, torch.dtype | None]()
     for wanted, own in dtype.items() if isinstance(dtype, Mapping) else [(None, dtype)]:
-        if own not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        if own not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8):
             of_which = "" if wanted is None else f" of {wanted!r}"
             raise DualHookError(
-                f"dtype={own}{of_which}: expected torch.float64, float32, float16 or bfloat16 for stored rows, or None"
+                f"dtype={own}{of_which}: expected torch.float64, float32, float16, bfloat16 or int8 for stored rows, "
+                "or None"
             )
         chosen = names
         if wanted is not None:

@@ -99,6 +99,7 @@ class Recorder:
             after_write=folding_to(budget) if on_full == "fold" else None,
             rank=ranks.rank,
             sparse=sparse,
+            eight_bit=[layer for layer, dtype in stored_in.items() if dtype == torch.int8],
         )
         self._guard = Guard(self._failed)
         try:
@@ -344,8 +345,8 @@ class Recorder:
         if step != 1 or not self._verbose:
             return
         size = max(1, self._writer.builder.nbytes * self._ranks.size)
-        layers, sparse = len(self._first.selection.specs), self._writer.sparse
-        tell_of_costs(layers, size, self._budget, self._on_full, sparse=sparse)
+        layers, may_be_less = len(self._first.selection.specs), self._writer.sparse or bool(self._writer.eight_bit)
+        tell_of_costs(layers, size, self._budget, self._on_full, may_be_less=may_be_less)
 
     def _stop(self, *, is_current: bool = True) -> None:
         """Stop recording while training goes on; what was recorded up to now stays a whole memory."""

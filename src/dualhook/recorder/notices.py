@@ -77,10 +77,10 @@ class Notices:
             )
 
 
-def tell_of_costs(layers: int, step_bytes: int, budget: int, on_full: str, *, sparse: bool) -> None:
-    """Say in one line what recording costs, on standard error; ``sparse`` rows may turn out less."""
+def tell_of_costs(layers: int, step_bytes: int, budget: int, on_full: str, *, may_be_less: bool) -> None:
+    """Say in one line what recording costs, on standard error; rows ``may_be_less`` once they are written."""
     then = {"fold": "the oldest patterns fold into the origin", "stop": "recording stops", "error": "it raises"}
-    size, after = (f"up to {human(step_bytes)}", "at least") if sparse else (human(step_bytes), "about")
+    size, after = (f"up to {human(step_bytes)}", "at least") if may_be_less else (human(step_bytes), "about")
     print(
         f"dualhook: recording {layers} layers, {size} a step; the budget of {human(budget)} is reached "
         f"after {after} {budget // step_bytes:,} steps, then {then[on_full]} (max_bytes=, layers=, dtype= and sparse= "

@@ -33,7 +33,8 @@ class Pending:
         self.heads = heads
         self._writer = writer
         self._ranks = ranks
-        self._stored_in = stored_in
+        # 8 bits are for the disk alone: until they are written rows stay as computed
+        self._stored_in = {layer: dtype for layer, dtype in stored_in.items() if dtype != torch.int8}
         self._staging = Staging(self._arrived)
         self._waited: dict[str, int] = {}  # steps for which a layer's rows have been waiting
 

@@ -21,7 +21,7 @@ __all__ = ["resumed"]
 
 ENTRIES = 256  # of a parameter, that are compared
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of their norm: what rebuilding them can be off by
-NARROW = 3e-2  # the same in narrower dtypes
+NARROW = 3e-2  # the same in narrower dtypes, and from rows that are kept in such
 
 
 def resumed(
@@ -110,16 +110,18 @@ def _check_weights(store: Store, selection: Selection, step: int) -> None:
     """
     written = store.latest()  # after the last flush, with a checkpoint as a rule; of another step they are rebuilt
     if written and written[0] == step:
-        recorded = written[1]
+        recorded, rounded = written[1], frozenset[str]()
     else:  # what some step has left unexplained is not rebuilt as it was
         rebuilt = DualMemory(store.layout.root).state_dict(step).items()
         recorded = {name: value for name, value in rebuilt if not store.inexact_steps(name, step)}
+        rounded = frozenset(filter(store.is_rounded, recorded))
     for name, parameter in _parameters(selection):
         if name not in recorded:  # not trained by then
             continue
         own, expected = (_some(values) for values in (whole(parameter), recorded[name]))
         error = float((own - expected).norm() / expected.norm().clamp(min=1e-30))
-        if own.shape != expected.shape or not error <= TOLERANCE.get(parameter.dtype, NARROW):
+        tolerance = NARROW if name in rounded else TOLERANCE.get(parameter.dtype, NARROW)
+        if own.shape != expected.shape or not error <= tolerance:
             raise StoreError(
                 f"{name!r} of this model is off by {error:.2g} of its norm from what the memory has after step {step} "
                 f"({float(own.norm()):.6g} against {float(expected.norm()):.6g} in {len(own)} entries): load the "

@@ -6,6 +6,7 @@ from dualhook.store.answers import AnswerFiles
 from dualhook.store.compacting import Saving, compacted
 from dualhook.store.cutting import cut_after, tidy
 from dualhook.store.durable import put, write_bytes
+from dualhook.store.eightbit import eight_bit_bytes
 from dualhook.store.inspection import Damage, Inspection, inspected
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.lock import WriterLock
@@ -32,6 +33,7 @@ __all__ = [
     "WriterLock",
     "compacted",
     "cut_after",
+    "eight_bit_bytes",
     "inspected",
     "located",
     "put",

@@ -15,6 +15,7 @@ from torch import Tensor
 from dualhook.maps import map_of
 from dualhook.packing import Largest, Scaled, Softmax
 from dualhook.records import COORDINATES, VALUE, LayerSpec
+from dualhook.store.eightbit import EIGHT_BIT_DTYPES, EIGHT_BIT_FIELDS
 from dualhook.store.packed import PER_STEP, WEIGHT, WEIGHT_STEP, form_of
 from dualhook.store.sharing import KEY_ROW
 from dualhook.store.sparse import SPARSE_FIELDS
@@ -151,6 +152,9 @@ def _check_segment(header: Mapping[str, Any], tensors: Collection[str]) -> None:
             checked_count(f"width of {part!r:.80}", width, 1, WIDEST)
             if part not in SPARSE_FIELDS:
                 raise ValueError(f"sparse {part!r:.80}: expected one of {', '.join(SPARSE_FIELDS)}")
+        for part, dtype in _named("eight_bit", own.get("eight_bit", {})).items():
+            if part not in EIGHT_BIT_FIELDS or part in own.get("sparse", {}) or dtype not in EIGHT_BIT_DTYPES:
+                raise ValueError(f"eight_bit {part!r:.80} of {dtype!r:.80}: expected some of {EIGHT_BIT_FIELDS}")
     for what in SEGMENT_TEXTS:
         _texts(what, header[what])
 

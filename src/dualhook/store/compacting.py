@@ -7,7 +7,7 @@ memory is the old one, from then on the new one.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dualhook.errors import StoreError
-from dualhook.packing import Softmax, pack_scaled
+from dualhook.packing import Scaled, Softmax, pack_scaled
 from dualhook.records import LayerSpec, LedgerEntry, Mark, Rows
 from dualhook.store.checksums import mismatches
 from dualhook.store.cutting import tidy
@@ -32,13 +32,17 @@ from dualhook.store.writer import segment_header
 
 __all__ = ["Saving", "compacted"]
 
+Saved = tuple[Rows, Tensor | None, torch.dtype | None, Mapping[str, Tensor]]
+"""Rows of a step, an index of those that are kept, their dtype, and the scales of what has been in 8 bits."""
+
 
 @dataclass(frozen=True)
 class Saving:
     """What is made of the rows: floating numbers as ``dtype``, without those below ``min_share``, ``sparse`` or whole.
 
-    A row's share is the norm of its output gradient times that of its key, as part of the sum over all rows of the
-    layer in the same step (and process).
+    Rows that are in 8 bits stay as they are, to the last bit, unless another dtype is asked for. A row's share is the
+    norm of its output gradient times that of its key, as part of the sum over all rows of the layer in the same step
+    (and process).
     """
 
     dtype: torch.dtype | None = None
@@ -56,6 +60,16 @@ class Saving:
         kept = ~(size < self.min_share * size.sum())  # comparisons with NaN keep a row
         return None if bool(kept.all()) else kept.nonzero().squeeze(1)
 
+    @property
+    def in_eight_bits(self) -> bool:
+        """Whether rows are put in 8 bits."""
+        return self.dtype == torch.int8
+
+    @property
+    def keeps_eight_bits(self) -> bool:
+        """Whether those stay so that are."""
+        return self.dtype in (None, torch.int8)
+
     def converted(self, spec: LayerSpec, rows: Rows) -> tuple[Rows, torch.dtype | None]:
         """Rows in the form they get, and the dtype they are to be written in.
 
@@ -64,6 +78,8 @@ class Saving:
         """
         if self.dtype is None or isinstance(rows.packed, Softmax):  # a key's rounding would be in an exponent
             return rows, None
+        if self.in_eight_bits:
+            return (rows.unpacked(), rows.packed.scale.dtype) if isinstance(rows.packed, Scaled) else (rows, None)
         largest = float(rows.key.abs().max()) if rows.key.numel() else 0.0
         if torch.finfo(self.dtype).max < largest < torch.inf:
             name = str(self.dtype).removeprefix("torch.")
@@ -81,16 +97,16 @@ class _Lane:
     stamp: dict[str, str]
     rank: int
     segment_bytes: int
-    sparse: bool
+    saving: Saving
     builder: SegmentBuilder = field(default_factory=SegmentBuilder)
     number: int = 0
     needs: int = 1
     """The format version that the segments so far need."""
     file: DirectFile = field(default_factory=DirectFile)
 
-    def add(self, step: int, rows: dict[str, tuple[Rows, Tensor | None, torch.dtype | None]]) -> None:
+    def add(self, step: int, rows: Mapping[str, Saved]) -> None:
         """Add the rows of a step; those that are packed in another way than the ones before begin a new segment."""
-        if not all(self.builder.takes(layer, own) for layer, (own, _, _) in rows.items()):
+        if not all(self.builder.takes(layer, own[0]) for layer, own in rows.items()):
             self.seal()
         for layer, own in rows.items():
             self.builder.append(layer, *own)
@@ -106,7 +122,8 @@ class _Lane:
         """Write what is there as a segment."""
         if self.builder.steps is None:
             return
-        tensors, contents = self.builder.contents(sparse=self.sparse)
+        narrow, seed = self.builder.layers if self.saving.in_eight_bits else (), f"{self.rank} {self.number}"
+        tensors, contents = self.builder.contents(sparse=bool(self.saving.sparse), eight_bit=narrow, seed=seed)
         self.needs = max(self.needs, version_needed(contents["rows"], tensors))
         header = segment_header(contents, self.number, self.rank) | self.stamp
         write_tensors(self.layout.segment(self.number, self.rank), tensors, header, self.file)
@@ -153,7 +170,7 @@ def _rewritten(
     """Write the segments of all processes; how many rows of every layer are not in them, and the version they need."""
     needs, dropped = 1, dict[str, dict[int, int]]()  # rows by layer and step
     for rank in reversed(range(store.manifest.ranks)):  # the first one's ledger has to know what all have dropped
-        lane = _Lane(layout, store.manifest.stamp, rank, segment_bytes, bool(saving.sparse))
+        lane = _Lane(layout, store.manifest.stamp, rank, segment_bytes, saving)
         own = [segment for segment in store.segments if segment.rank == rank]
         for segment in reversed(own):
             for layer, rows in segment.header["rows"].items():
@@ -176,8 +193,8 @@ def _rewritten(
 
 def _saved(
     stored: Sequence[Stored], step: int, saving: Saving, dropped: dict[str, dict[int, int]]
-) -> Iterator[tuple[str, tuple[Rows, Tensor | None, torch.dtype | None]]]:
-    """What is kept of the rows of a step, layer by layer: rows, an index of them, and their dtype."""
+) -> Iterator[tuple[str, Saved]]:
+    """What is kept of the rows of a step, layer by layer."""
     for one in stored:
         start, stop = one.between(step, step)
         if start == stop:
@@ -188,7 +205,8 @@ def _saved(
             counts = dropped.setdefault(one.spec.name, {})
             counts[step] = counts.get(step, 0) + len(rows) - len(kept)
         converted, dtype = saving.converted(one.spec, rows)
-        yield one.spec.name, (converted, kept, dtype)
+        scales = one.scales(start, stop) if saving.keeps_eight_bits else {}
+        yield one.spec.name, (converted, kept, dtype, scales)
 
 
 def _marked(ledger: Sequence[LedgerEntry], short: Collection[str]) -> list[LedgerEntry]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
 from dualhook.store.checking import check_ledger, check_rows
+from dualhook.store.eightbit import EightBitRows, with_eight_bits
 from dualhook.store.layout import UNREADABLE, open_tensors, tensor_names
 from dualhook.store.ledger import LEDGER
 from dualhook.store.sparse import SparseRows, with_sparse
@@ -72,7 +73,7 @@ class Segment:
         return replace(self, header={"steps": self.header["steps"], "rank": self.rank, "rows": own})
 
     def stored(self, spec: LayerSpec, *, deep: bool = False) -> Stored | None:
-        """The layer's rows, memory-mapped; None if there are none. ``deep``: sparse ones are gone through.
+        """The layer's rows, memory-mapped; None if there are none. ``deep``: those that are not whole are gone through.
 
         Raises:
             StoreError: they are not what they have to be.
@@ -83,16 +84,18 @@ class Segment:
         names = [name for name in tensor_names(file) if name.startswith(prefix)]
         own = self.header["rows"][spec.name]
         places = {name.removeprefix(prefix): name for name in names}
-        sparse = own.get("sparse", {})
+        sparse, eight_bit = own.get("sparse", {}), own.get("eight_bit", {})
         if (holder := own.get("key_of")) is not None:
-            parts = [f"key/{field}" for field in SparseRows.FIELDS] if "key" in sparse else ["key"]
+            fields = SparseRows.FIELDS if "key" in sparse else EightBitRows.FIELDS if "key" in eight_bit else ()
+            parts = [f"key/{field}" for field in fields] or ["key"]
             places |= {part: f"rows/{holder}/{part}" for part in parts}
         try:
             found = file.get_tensors(list(places.values()))
             tensors = with_sparse({part: found[name] for part, name in places.items()}, sparse)
+            tensors = with_eight_bits(tensors, eight_bit)
             check_rows(spec, tensors, own["count"], self.header["steps"])
             for values in tensors.values() if deep else ():
-                if isinstance(values, SparseRows):
+                if isinstance(values, (SparseRows, EightBitRows)):
                     values.check()
         except UNREADABLE as error:
             raise StoreError(f"{self.path} has rows of {spec.name!r} that make no sense: {error}") from error

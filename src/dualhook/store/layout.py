@@ -39,12 +39,13 @@ __all__ = [
     "write_tensors",
 ]
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 RANKS_SINCE = 2  # a reader of version 1 would miss the rows of other processes without a word
 SHARED_KEYS_SINCE = 3  # one of version 2 would miss the keys that another layer holds
 PACKED_SINCE = 4  # one of version 3 would take packed output gradients for none
 COMPACTED_SINCE = 5  # one of version 4 would look for the segments where they were before
 SPARSE_SINCE = 6  # one of version 5 would miss keys and output gradients that are kept without their zeros
+EIGHT_BIT_SINCE = 7  # one of version 6 would miss those that are kept in 8 bits
 FOLDERS = ("origin", "snapshots", "columns")  # and one of segments
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What files that make no sense give."""
@@ -193,6 +194,8 @@ class Layout:
 
 def version_needed(rows: Mapping[str, Mapping[str, Any]], names: Collection[str]) -> int:
     """The first format version that knows how the ``rows`` of a segment's header lie in its tensors of these names."""
+    if any("eight_bit" in own for own in rows.values()):
+        return EIGHT_BIT_SINCE
     if any("sparse" in own for own in rows.values()):
         return SPARSE_SINCE
     if any(form_of(name.removeprefix(f"rows/{layer}/") for name in names) for layer in rows):
@@ -209,7 +212,8 @@ def segment_name(number: int, rank: int = 0) -> str:
 class Manifest:
     """What a memory holds: versions, the linear maps of the model, and how many processes have written it.
 
-    ``needs``: the format version that its segments need: of shared keys, of packed output gradients, of sparse rows.
+    ``needs``: the format version that its segments need: of shared keys, of packed output gradients, of sparse
+    rows, of those in 8 bits.
     ``id`` tells the memory from others. ``generation`` counts how often it has been compacted, ``dropped`` the rows
     that this has cost every layer.
     """

@@ -15,6 +15,7 @@ from dualhook.errors import StoreError
 from dualhook.maps import map_of
 from dualhook.records import INEXACT, VALUE, FactorVectors, History, LayerSpec, OriginPart, Rows
 from dualhook.store.checking import check_origin
+from dualhook.store.eightbit import EightBitRows
 from dualhook.store.inspection import inspected
 from dualhook.store.lanes import Lanes, Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, tensor_names, write_tensors
@@ -175,6 +176,21 @@ class Store:
     def is_sparse(self) -> bool:
         """Whether any rows are kept without their zeros."""
         return any("sparse" in rows for segment in self.segments for rows in segment.header["rows"].values())
+
+    @property
+    def is_eight_bit(self) -> bool:
+        """Whether any rows are kept in 8 bits."""
+        return any("eight_bit" in rows for segment in self.segments for rows in segment.header["rows"].values())
+
+    def is_rounded(self, parameter: str) -> bool:
+        """Whether rows of a parameter are kept in fewer bits than they may have been computed in."""
+        own = [spec for spec in self.trained_uses if parameter in spec.parameters]
+        rows = (stored.tensors for segment in self.segments for stored in stored_in(segment, own))
+        return any(
+            found["key"].dtype.itemsize < torch.float32.itemsize
+            or any(isinstance(values, EightBitRows) for values in found.values())
+            for found in rows
+        )
 
     @cached_property
     def fingerprint(self) -> str:

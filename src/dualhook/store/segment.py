@@ -6,7 +6,7 @@ Buffers are kept and filled again after writing, since first-touch of fresh memo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from dualhook.packing import Packed, Softmax, parts_of
 from dualhook.records import FIELDS, OPTIONAL, LedgerEntry, Rows, absent
 from dualhook.store.direct import empty_in_blocks
+from dualhook.store.eightbit import EIGHT_BIT_FIELDS, EightBitRows, in_eight_bits, scale_of
 from dualhook.store.ledger import pack
-from dualhook.store.packed import StepWeights
+from dualhook.store.packed import StepWeights, form_of
 from dualhook.store.sharing import KEY_ROW, shared_keys
 from dualhook.store.sparse import SPARSE_FIELDS, SparseRows, packed_in_place
 from dualhook.store.streams import rows_of
@@ -55,10 +56,13 @@ class LayerBuffer:
         """Whether rows can follow those that are here: output gradients are packed in one way, or not."""
         return not self.filled or type(rows.packed) is type(self._like)
 
-    def append(self, rows: Rows, kept: Tensor | None, dtype: torch.dtype | None) -> None:
+    def append(
+        self, rows: Rows, kept: Tensor | None, dtype: torch.dtype | None, scales: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Copy rows, or those of an index ``kept`` [m], behind the pending ones; floating numbers as ``dtype``.
 
-        In one go: fresh memory for a copy of the copy would cost more than both.
+        In one go: fresh memory for a copy of the copy would cost more than both. ``scales`` are those of the tensors
+        that have been in 8 bits.
         """
         assert self.takes(rows)
         if not self.filled and type(rows.packed) is not type(self._like):
@@ -68,7 +72,8 @@ class LayerBuffer:
         if isinstance(rows.packed, Softmax) and count:
             self.weights.take(rows.packed.weight)
         start, self.filled = self.filled, self.filled + count
-        for name, values in _fields(rows).items():
+        fields = _fields(rows) | {scale_of(name): values for name, values in (scales or {}).items()}
+        for name, values in fields.items():
             as_dtype = dtype or values.dtype if name in ("key", "output_grad") else values.dtype
             room = self._room(name, values, start, as_dtype)[start : self.filled]
             if room.shape[1:] != values.shape[1:]:  # a smaller map: its extent says how much of the row it takes
@@ -78,7 +83,7 @@ class LayerBuffer:
                 torch.index_select(values, 0, kept, out=room)
             else:
                 room.copy_(values if kept is None else values.index_select(0, kept))
-        for name in self.tensors.keys() - _fields(rows).keys():  # a column that this batch does not have
+        for name in self.tensors.keys() - fields.keys():  # a column that this batch does not have
             self._room(name, self.tensors[name], start, self.tensors[name].dtype)[start : self.filled].fill_(
                 absent(self.tensors[name])
             )
@@ -125,9 +130,19 @@ class SegmentBuilder:
         self.ledger: list[LedgerEntry] = []
         self.steps: tuple[int, int] | None = None  # the first and the last one
 
-    def append(self, layer: str, rows: Rows, kept: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
-        """Add pending rows, or those of an index ``kept`` [m], with keys and output gradients as ``dtype``."""
-        self.layers.setdefault(layer, LayerBuffer()).append(rows, kept, dtype)
+    def append(
+        self,
+        layer: str,
+        rows: Rows,
+        kept: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        scales: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add pending rows, or those of an index ``kept`` [m], with keys and output gradients as ``dtype``.
+
+        ``scales`` [n] of those tensors that have been in 8 bits: they will be again, and the same.
+        """
+        self.layers.setdefault(layer, LayerBuffer()).append(rows, kept, dtype, scales)
 
     def is_open(self, layer: str) -> bool:
         """Whether there are no rows of the layer yet."""
@@ -219,10 +234,13 @@ class SegmentBuilder:
             buffer.committed = buffer.filled = 0
             buffer.weights.reset()
 
-    def contents(self, *, sparse: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def contents(
+        self, *, sparse: bool = False, eight_bit: Collection[str] = (), seed: str = ""
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The committed part as named tensors and the header that goes with them.
 
-        With ``sparse`` rows that are mostly zeros leave them out; the builder's own are used up by that.
+        Rows of ``eight_bit`` layers are put in 8 bits, rounded by ``seed``. With ``sparse`` others that are mostly
+        zeros leave them out; the builder's own are used up by that.
         """
         tensors, header = pack(self.ledger)
         written = {name: buffer for name, buffer in self.layers.items() if buffer.committed}
@@ -233,22 +251,51 @@ class SegmentBuilder:
         counts: dict[str, dict[str, Any]] = {
             name: {"first": buffer.first, "count": buffer.committed} for name, buffer in written.items()
         }
-        for name, shared in shared_keys(rows).items():
+        narrow = {name: _to_narrow(own, asked=name in eight_bit) for name, own in rows.items()}
+        for name, shared in shared_keys(rows, [name for name, own in narrow.items() if "key" in own]).items():
             del rows[name]["key"]
             counts[name]["key_of"] = shared.holder
             if shared.rows is not None:
                 rows[name][KEY_ROW] = shared.rows
-        for name, own in rows.items() if sparse else ():
-            if widths := _without_zeros(own):
+        for name, own in rows.items():
+            if dtypes := _narrowed(own, narrow[name], f"{seed} {name}"):
+                counts[name]["eight_bit"] = dtypes
+            if sparse and (widths := _without_zeros(own)):
                 counts[name]["sparse"] = widths
         for own_header in counts.values():  # complete by itself: readers do not look at the holder's
-            of_holder = counts.get(own_header.get("key_of", ""), {}).get("sparse", {})
-            if "key" in of_holder:
-                own_header["sparse"] = own_header.get("sparse", {}) | {"key": of_holder["key"]}
+            of_holder = counts.get(own_header.get("key_of", ""), {})
+            for form in ("eight_bit", "sparse"):
+                if "key" in of_holder.get(form, {}):
+                    own_header[form] = own_header.get(form, {}) | {"key": of_holder[form]["key"]}
         for name, buffer in written.items():
             rows[name] |= buffer.weights.tensors()
         tensors |= {f"rows/{name}/{part}": values for name, own in rows.items() for part, values in own.items()}
         return tensors, {"steps": self.steps, **header, "rows": counts}
+
+
+def _to_narrow(tensors: dict[str, Tensor], *, asked: bool) -> dict[str, Tensor | None]:
+    """Which of a layer's tensors are to be put in 8 bits, with the scales that their rows had there before, if any.
+
+    Those are taken out. Without being ``asked`` for it, tensors all of whose rows have been in 8 bits stay so.
+    """
+    known = {name: tensors.pop(scale_of(name), None) for name in EIGHT_BIT_FIELDS}
+    whole = ("key",) if form_of(tensors) == Softmax.name else ()  # a key's rounding would be in an exponent
+    return {
+        name: scales
+        for name, scales in known.items()
+        if name not in whole and (asked or (scales is not None and not bool(scales.isnan().any())))
+    }
+
+
+def _narrowed(tensors: dict[str, Tensor], narrow: Mapping[str, Tensor | None], seed: str) -> dict[str, str]:
+    """Put rows in 8 bits in the place of some of a layer's tensors where that is less; their dtypes by name."""
+    dtypes = dict[str, str]()
+    for name, known in narrow.items():
+        if name in tensors and (found := in_eight_bits(tensors[name], f"{seed} {name}", known)) is not None:
+            del tensors[name]
+            tensors |= {f"{name}/{field}": getattr(found, field) for field in EightBitRows.FIELDS}
+            dtypes[name] = str(found.dtype).removeprefix("torch.")
+    return dtypes
 
 
 def _without_zeros(tensors: dict[str, Tensor]) -> dict[str, int]:

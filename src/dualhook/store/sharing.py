@@ -6,7 +6,7 @@ different, they come back as they were. A layer may lack rows that the other has
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,13 +61,16 @@ class _Marked:
         return SharedKey(self.name, rows.int())
 
 
-def shared_keys(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, SharedKey]:
-    """Of layers with their stored tensors those whose keys another one holds, which keeps its own."""
-    alike: dict[tuple[int, torch.dtype], list[str]] = {}
+def shared_keys(layers: Mapping[str, Mapping[str, Tensor]], apart: Collection[str] = ()) -> dict[str, SharedKey]:
+    """Of layers with their stored tensors those whose keys another one holds, which keeps its own.
+
+    Those that are kept ``apart``, since they will be written in another way, share theirs among themselves.
+    """
+    alike: dict[tuple[int, torch.dtype, bool], list[str]] = {}
     for name, tensors in layers.items():
         key = tensors["key"]
         if len(key) and key.shape[1] * key.dtype.itemsize >= WORTH_BYTES:
-            alike.setdefault((key.shape[1], key.dtype), []).append(name)
+            alike.setdefault((key.shape[1], key.dtype, name in apart), []).append(name)
     found: dict[str, SharedKey] = {}
     for names in alike.values():
         if len(names) > 1:

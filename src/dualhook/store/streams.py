@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dualhook.maps import map_of
 from dualhook.records import FIELDS, OPTIONAL, LayerSpec, Rows
+from dualhook.store.eightbit import EightBitRows
 from dualhook.store.packed import PER_STEP, form_of, packed_rows, packed_width, unpacked
 from dualhook.store.sharing import KEY_ROW
 from dualhook.store.sparse import SparseRows
@@ -21,12 +22,12 @@ __all__ = ["USE", "Stored", "patterns_of", "rows_of"]
 PLAIN = (*FIELDS, *OPTIONAL)  # what stands in rows as it is stored
 USE = "use"  # the column that tells the uses of one weight apart, by their numbers
 UNFOLDED_BYTES = 2**26  # of the keys of a map that are taken apart at a time
-FILLED_BYTES = 2**22  # of sparse rows that are made whole at a time: they are still in the cache when they are met
+FILLED_BYTES = 2**22  # of rows that are made whole at a time: they are still in the cache when they are met
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One use's rows in one segment, memory-mapped, some as :class:`SparseRows`; steps ascend."""
+    """One use's rows in one segment, memory-mapped, some as what reads like a tensor; steps ascend."""
 
     spec: LayerSpec
     tensors: Mapping[str, Tensor]
@@ -50,7 +51,7 @@ class Stored:
         return stop if self.counts is None else int(self.counts[:stop].sum())
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Stored rows; a copy is made of keys that another layer holds and has more of, of what is packed or sparse."""
+        """Stored rows; a copy is made of keys that another layer holds and has more of, of what is not whole."""
         part = self._part(start, stop)
         if form_of(self.tensors) is not None:
             part["output_grad"] = unpacked(self.tensors, part["key"], start, stop, self.spec.out_features)
@@ -70,6 +71,12 @@ class Stored:
         key = own.pop("key").index_select(0, self.tensors[KEY_ROW][start:stop])
         return {"key": key, **{name: values[start:stop] for name, values in own.items()}}
 
+    def scales(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The scales of stored rows, by the tensors that are in 8 bits."""
+        found = {name: values.scale for name, values in self.tensors.items() if isinstance(values, EightBitRows)}
+        rows = {"key": self.tensors[KEY_ROW][start:stop].long()} if KEY_ROW in self.tensors else {}
+        return {name: scale[rows.get(name, slice(start, stop))] for name, scale in found.items()}
+
     def between(self, first_step: int, last_step: int) -> tuple[int, int]:
         """Where the rows of some steps lie."""
         begin = int(torch.searchsorted(self.step, first_step))
@@ -80,12 +87,13 @@ class Stored:
         most = min(block_rows, max(1, UNFOLDED_BYTES // (4 * self.spec.in_features // self.spec.slots)))
         own, most = map_of(self.spec), block_rows if self.spec.kind == "linear" else most
         packed = packed_width(self.tensors, self.spec.out_features)
-        sparse = [rows.width * rows.dtype.itemsize for rows in self.tensors.values() if isinstance(rows, SparseRows)]
+        made = [rows for rows in self.tensors.values() if isinstance(rows, (SparseRows, EightBitRows))]
         at_once = stop - start
         if packed is not None:
             at_once = min(block_rows, max(1, UNFOLDED_BYTES // (4 * packed)))
-        if sparse:
-            at_once = min(block_rows, at_once, max(1, FILLED_BYTES // max(sparse)))
+        if made:
+            widest = max(rows.shape[1] * rows.dtype.itemsize for rows in made)
+            at_once = min(block_rows, at_once, max(1, FILLED_BYTES // widest))
         for first in range(start, stop, max(1, at_once)):
             for rows in own.patterns(self.rows(first, min(stop, first + at_once)), most):
                 for at in range(0, len(rows), block_rows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -30,8 +30,8 @@ class Writer:
     """Takes rows and ledger entries in :attr:`builder`; :meth:`seal` sends them to disk as one segment.
 
     ``after_write(writer)`` runs in the writing thread after every segment and may lower :attr:`bytes`. Where several
-    processes record one memory, each has a writer; but for segments, only that of ``rank`` 0 writes anything. With
-    ``sparse`` rows that are mostly zeros leave them out.
+    processes record one memory, each has a writer; but for segments, only that of ``rank`` 0 writes anything. Rows of
+    ``eight_bit`` layers are put in 8 bits; with ``sparse`` others that are mostly zeros leave them out.
     """
 
     def __init__(
@@ -42,10 +42,12 @@ class Writer:
         after_write: Callable[[Writer], None] | None = None,
         rank: int = 0,
         sparse: bool = False,
+        eight_bit: Collection[str] = (),
     ) -> None:
         self.layout = layout
         self.rank = rank
         self.sparse = sparse
+        self.eight_bit = eight_bit
         self.builder = SegmentBuilder()
         self.segment_bytes = segment_bytes
         self.bytes = 0
@@ -63,7 +65,7 @@ class Writer:
         self._after_write = after_write
         self._number = 0
         self._sealed_bytes = 0
-        self._spared_bytes = 0  # of what was sealed, not written: keys that another layer holds, and zeros
+        self._spared_bytes = 0  # of what was sealed, not written: keys that another layer holds, zeros, bits
         self._needs = 1  # the format version of what was written
         self._made = 1
         self._spare: queue.SimpleQueue[SegmentBuilder] = queue.SimpleQueue()
@@ -223,7 +225,8 @@ class Writer:
         self._sealed.task_done()
 
     def _write(self, builder: SegmentBuilder) -> None:
-        tensors, header = builder.contents(sparse=self.sparse)
+        seed = f"{self.rank} {self._number}"
+        tensors, header = builder.contents(sparse=self.sparse, eight_bit=self.eight_bit, seed=seed)
         self._spared_bytes += builder.nbytes - sum(values.nbytes for values in tensors.values())
         self._tell_version(version_needed(header["rows"], tensors))
         path = self.layout.segment(self._number, self.rank)
