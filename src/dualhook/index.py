@@ -2,7 +2,7 @@
 
 The largest inner products with a query are the nearest keys, once every key has one more component that makes all of
 them equally long (Bachrach et al., RecSys 2014). FAISS sorts keys into lists by the nearest of many centres and keeps
-them in 8 bits; a question looks into a few of the lists and ranks what it finds there by the recorded rows themselves.
+them in 16 bits; a question looks into a few of the lists and ranks what it finds there by the recorded rows themselves.
 
 Letters: ``n`` pattern, ``q`` query, ``i`` input, ``c`` candidate.
 """
@@ -20,6 +20,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dualhook.errors import DualHookError, LayerError, StoreError
 from dualhook.query import LayerQuery
@@ -33,7 +34,11 @@ LEARNED_FROM = 40  # keys a list that centres are learned from: FAISS asks for 3
 BLOCK_ROWS = 16384
 CANDIDATES = 8  # times as many patterns as are asked for are ranked by their rows …
 LEAST_CANDIDATES = 64  # … and at least so many
-RECALL, FOUND, TRIED = 0.95, 10, 64  # how much of the first ten the lists hold for so many recorded keys
+RECALL, FOUND, TRIED = (
+    0.98,
+    10,
+    64,
+)  # how much of the first ten the lists hold for so many recorded keys: tests find less
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class KeyIndex:
         if not bool(query.isfinite().all()):
             raise DualHookError(f"a query of {self.layer!r} holds NaN or infinity: nothing is nearest to it")
         longer = np.zeros((len(query), query.shape[1] + 1), np.float32)
-        longer[:, :-1] = query.detach().cpu().float().numpy()
+        longer[:, :-1] = F.normalize(query.detach().cpu().float(), dim=1).numpy()
         count, probes = min(self.patterns, max(LEAST_CANDIDATES, CANDIDATES * k)), min(self.probes, self.lists)
         while True:
             self._index.nprobe = probes
@@ -230,7 +235,7 @@ def _filled(faiss: Any, store: Store, spec: LayerSpec) -> tuple[Any, Tried]:
     learned, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))
     if not len(learned):
         raise LayerError(f"layer {spec.name!r} has no key whose length is a number: there is nothing to index")
-    index = faiss.index_factory(spec.in_features + 1, f"IVF{lists},SQ8", faiss.METRIC_L2)
+    index = faiss.index_factory(spec.in_features + 1, f"IVF{lists},SQfp16", faiss.METRIC_L2)
     index.train(_lengthened(learned, longest))
     some = torch.from_numpy(random.permutation(len(learned))[:TRIED])
     tried = Tried(learned[some], numbers[some], learned.new_zeros(len(some), 0))
@@ -250,9 +255,14 @@ def _keys(store: Store, spec: LayerSpec) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _lengthened(key: Tensor, longest: float) -> np.ndarray:
-    """Keys [n, i + 1] with one more component, so that the square of each one's length is ``longest``."""
+    """Keys [n, i + 1] with one more component that makes them equally long, and divided by their length.
+
+    ``longest`` is the largest of their squared lengths. In 8 bits the additional component, of many keys the largest
+    one, would be too coarse.
+    """
     more = (longest - (key**2).sum(1)).clamp(min=0).sqrt()
-    return torch.cat([key, more[:, None]], 1).numpy()
+    together = torch.cat([key, more[:, None]], 1)
+    return together.div_(longest**0.5 or 1.0).numpy()
 
 
 def _faiss() -> Any:

@@ -194,7 +194,7 @@ class DualMemory(Reading):
 
         The first time it is made, which goes through all patterns twice and sorts their keys into lists: minutes for a
         million. It is kept in ``folder`` (default ``answers/`` in the memory's directory, which may be deleted at any
-        time), with a byte for every number of a key, so much memory takes making it too, and from then on opened at
+        time), with two bytes for every number of a key, so much memory takes making it too, and from then on opened at
         once. Answers are approximate. Needs ``dualhook[faiss]``.
 
         Raises:
