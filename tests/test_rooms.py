@@ -98,6 +98,7 @@ HEAVY = {
     "matplotlib",
     "datasets",
     "dask",
+    "ray",
     "quanda",
     "dattri",
     "torch._dynamo",  # as long as the rest of torch
