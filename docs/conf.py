@@ -24,7 +24,7 @@ html_show_sphinx = html_copy_source = False
 highlight_language = "none"
 myst_heading_anchors = 3
 
-autodoc_mock_imports = ["quanda", "dattri"]  # large, and not needed to read what bridges to them
+autodoc_mock_imports = ["quanda", "dattri", "ray"]  # large, and not needed to read what bridges to them
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

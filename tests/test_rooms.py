@@ -100,6 +100,7 @@ HEAVY = {
     "datasets",
     "dask",
     "faiss",
+    "ray",
     "quanda",
     "dattri",
     "torch._dynamo",  # as long as the rest of torch

@@ -103,9 +103,9 @@ class DualMemory(Reading):
                 interrupted goes on from its finished layers, or within a long one from where it was a minute ago.
                 Answers of a layer that take more than a quarter of ``replay_bytes`` are not kept.
             executor: what goes through the patterns: threads, processes, or a cluster's (``client.get_executor()`` of
-                Dask) whose workers see the memory under the same path. Answers are the same to the last bit; a lost
-                worker's part is done here. Default twice ``torch.get_num_threads()`` threads where that is
-                more than 1; replays always take that many once.
+                Dask, :class:`dualhook.integrations.ray.RayExecutor`) whose workers see the memory under the same path.
+                Answers are the same to the last bit; a lost worker's part is done here. Default twice
+                ``torch.get_num_threads()`` threads where that is more than 1; replays always take that many once.
             device: where products are made, such as ``"cuda"``; default, and always for replays, the processor.
             **named: keyword arguments of the model, in place of ``inputs``:
                 ``attend(model, **tokenizer(prompt, return_tensors="pt"))``.

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("name", ["quanda", "dattri"])
+@pytest.mark.parametrize("name", ["quanda", "dattri", "ray"])
 def test_a_missing_library_is_named_with_its_extra(monkeypatch, name):
     for module in [name, *(loaded for loaded in sys.modules if loaded.startswith(f"{name}."))]:
         monkeypatch.setitem(sys.modules, module, None)

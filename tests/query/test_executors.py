@@ -7,7 +7,10 @@ import os
 import pickle
 import shutil
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import torch
 from held import Held, cases, dense, sample_group
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rays import MISSING, die, local_ray
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +29,7 @@ from dualhook.query.parts import SealedRows
 from dualhook.records import FactorVectors, LayerSpec, Rows
 
 STEPS, BATCH = 16, 16
-KINDS = ("threads", "processes", "dask")
+KINDS = ("threads", "processes", "dask", *(["ray"] if find_spec("ray") else []))
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +42,23 @@ def executors():
         distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
         client.get_executor() as dask,
+        ExitStack() as stack,
     ):
-        yield {"threads": threads, "processes": processes, "dask": dask}
+        kinds = {"threads": threads, "processes": processes, "dask": dask}
+        if "ray" in KINDS:
+            stack.enter_context(local_ray(2))
+            kinds["ray"] = stack.enter_context(ray_executor())
+        yield kinds
 
 
-@pytest.fixture(params=KINDS)
+def ray_executor(**options) -> Executor:
+    return import_module("dualhook.integrations.ray").RayExecutor(**options)
+
+
+@pytest.fixture(params=["threads", "processes", "dask", "ray"])
 def executor(request, executors) -> Executor:
+    if request.param not in executors:
+        pytest.skip(MISSING)
     return executors[request.param]
 
 
@@ -226,6 +241,25 @@ def test_a_killed_process_is_no_loss(recorded, serial):
         dying.submit(abs, 1).result()
         dying.submit(os._exit, 1)
         same(answers(recorded, executor=dying), serial)  # the pool is broken from its first or second task on
+
+
+class Killing(Executor):
+    """Hands every task to another executor, but for some that kill their worker."""
+
+    def __init__(self, executor: Executor, every: int) -> None:
+        self._executor, self._every, self.asked = executor, every, 0
+
+    def submit(self, do, /, *args, **kwargs):
+        self.asked += 1
+        return self._executor.submit(do if self.asked % self._every else die, *args, **kwargs)
+
+
+@pytest.mark.skipif("ray" not in KINDS, reason=MISSING)
+def test_killed_workers_of_ray_are_no_loss(recorded, serial, executors):
+    with ray_executor(max_retries=0) as workers:
+        killing = Killing(workers, every=40)
+        same(answers(recorded, executor=killing), serial)
+    assert killing.asked > 80
 
 
 def test_an_executor_that_was_shut_down_is_refused(recorded):
