@@ -1,7 +1,8 @@
 """Keys that several layers have read are stored once: queries, keys and values read the same input, gates and ups too.
 
 Found where a segment is written, bit by bit, off the training thread: whatever made the keys of two layers equal, or
-different, they come back as they were. A layer may lack rows that the other has: those without output gradient.
+different, they come back as they were. A layer may lack rows that the other has: those without output gradient. numpy
+finds them: torch would call threads in for it, and training would wait for these.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,29 +38,29 @@ class _Marked:
     """A layer's keys as integers [n, i], and of each row a number that equal rows of one place have in common [n]."""
 
     name: str
-    bits: Tensor
-    marks: Tensor
+    bits: np.ndarray
+    marks: np.ndarray
 
     @cached_property
-    def _sorted(self) -> tuple[Tensor, Tensor]:
-        """The marks in ascending order, and the rows they are of."""
-        ascending, rows = self.marks.sort(stable=True)
-        return ascending, rows
+    def _order(self) -> np.ndarray:
+        """The rows by ascending marks."""
+        return np.argsort(self.marks, kind="stable")
 
     def hold(self, other: _Marked) -> SharedKey | None:
         """The other layer's keys as some of these; None if it has one that is not here."""
-        if torch.equal(self.marks, other.marks):
-            return SharedKey(self.name, None) if torch.equal(self.bits, other.bits) else None
-        if not bool((self.marks == other.marks[0]).any()):  # nearly always, where layers read something else
+        if np.array_equal(self.marks, other.marks):
+            return SharedKey(self.name, None) if self._are_keys_of(other) else None
+        if not (self.marks == other.marks[0]).any():  # nearly always, where layers read something else
             return None
-        ascending, order = self._sorted
-        rows = order[torch.searchsorted(ascending, other.marks).clamp_(max=len(order) - 1)]
-        most = max(1, BLOCK_BYTES // self.bits[0].nbytes)
-        for start in range(0, len(rows), most):
-            part = slice(start, start + most)
-            if not torch.equal(self.bits[rows[part]], other.bits[part]):
-                return None
-        return SharedKey(self.name, rows.int())
+        place = np.searchsorted(self.marks, other.marks, sorter=self._order)
+        rows = self._order[np.minimum(place, len(self.marks) - 1)]
+        return SharedKey(self.name, torch.from_numpy(rows.astype(np.int32))) if self._are_keys_of(other, rows) else None
+
+    def _are_keys_of(self, other: _Marked, rows: np.ndarray | None = None) -> bool:
+        """Whether these keys, or those of some ``rows`` [n], are the other's."""
+        at_once = max(1, BLOCK_BYTES // self.bits[0].nbytes)
+        parts = (slice(start, start + at_once) for start in range(0, len(other.bits), at_once))
+        return all(np.array_equal(self.bits[part if rows is None else rows[part]], other.bits[part]) for part in parts)
 
 
 def shared_keys(layers: Mapping[str, Mapping[str, Tensor]], apart: Collection[str] = ()) -> dict[str, SharedKey]:
@@ -91,11 +93,9 @@ def _within(layers: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, S
 
 
 def _marked(name: str, tensors: Mapping[str, Tensor]) -> _Marked:
-    bits = as_integers(tensors["key"])
+    bits = as_integers(tensors["key"]).numpy()
     middle = max(0, bits.shape[1] - LOOKED_AT) // 2  # side by side: of each row a cache line or two
-    looked_at = bits[:, middle : middle + LOOKED_AT].long()
-    parts = [looked_at, *(tensors[one][:, None] for one in ("step", "sample", "position"))]
-    several = torch.cat(parts, 1)
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (several.shape[1],), generator=generator)
-    return _Marked(name, bits, (several * factors).sum(1))  # wraps around
+    looked_at = bits[:, middle : middle + LOOKED_AT].astype(np.int64)
+    parts = [looked_at, *(tensors[one].numpy()[:, None] for one in ("step", "sample", "position"))]
+    factors = np.random.default_rng(0).integers(-(2**62), 2**62, sum(part.shape[1] for part in parts))
+    return _Marked(name, bits, (np.concatenate(parts, 1) * factors).sum(1))  # wraps around
