@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dualhook.errors import DualHookError, LayerError
 from dualhook.host import asked_on_host
+from dualhook.index import KeyIndex
 from dualhook.progress import ReplayProgress
 from dualhook.query import (
     KEPT,
@@ -34,8 +35,6 @@ from dualhook.table import Table
 
 if TYPE_CHECKING:
     import matplotlib.axes
-
-    from dualhook.index import KeyIndex
 
 __all__ = ["Attention"]
 
