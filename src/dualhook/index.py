@@ -56,7 +56,7 @@ class Made:
 
 
 class KeyIndex:
-    """An index of one layer's keys, see :meth:`~dualhook.DualMemory.index`; answers that it takes part in are approximate.
+    """An index of one layer's keys, see :meth:`~dualhook.DualMemory.index`; answers it takes part in are approximate.
 
     ``probes`` is how many of its ``lists`` a question looks into: with more it finds more, and takes longer.
     ``recall`` is the share of the ten largest attention weights that the first ``probes`` held, for some recorded keys
