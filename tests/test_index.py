@@ -165,19 +165,25 @@ def test_equal_keys_are_as_good_as_each_other(tmp_path):
     assert index.probes < index.lists
 
 
-def test_keys_whose_length_is_no_number_are_left_out(tmp_path):
+@pytest.mark.parametrize("steps", [(5,), (0, 1, 2, 3, 4, 6, 7), range(8)])
+def test_keys_whose_length_is_no_number_are_left_out(tmp_path, steps, monkeypatch):
+    monkeypatch.setattr("dualhook.index.BLOCK_ROWS", 4)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, I), nn.ReLU(), nn.Linear(I, O))
     optimizer = torch.optim.SGD(model[2].parameters(), lr=0.0)
     with dualhook.instrument(model, tmp_path / "run", layers="2", verbose=False):
         for step in range(8):
             x = torch.randn(BATCH, 6)
-            if step == 5:
+            if step in steps:
                 x[:] = 1e25  # no NaN: it would become the weights
             optimizer.zero_grad()
             F.cross_entropy(model(x), torch.randint(O, (BATCH,))).backward()
             optimizer.step()
     memory = dualhook.load(tmp_path / "run")
+    if len(steps) == 8:
+        with pytest.raises(LayerError, match="'2' has no key whose length is a number"):
+            memory.index("2")
+        return
     index = memory.index("2")
     index.probes = index.lists
     found = memory.attend(model, torch.randn(3, 6), layers="2").top(1000, by="weight", index=index)

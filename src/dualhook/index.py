@@ -30,7 +30,7 @@ from dualhook.store import Span, Store, put, write_bytes
 __all__ = ["KeyIndex", "indexed"]
 
 LISTS = 2.0  # times the square root of the number of keys
-LEARNED_FROM = 40  # keys a list that centres are learned from: FAISS asks for 39
+LEARNED_FROM, LEAST_LEARNED_FROM = 44, 39  # keys a list that centres are learned from, and what FAISS asks for
 BLOCK_ROWS = 16384
 CANDIDATES = 8  # times as many patterns as are asked for are ranked by their rows …
 LEAST_CANDIDATES = 64  # … and at least so many
@@ -226,15 +226,15 @@ class Tried:
 def _filled(faiss: Any, store: Store, spec: LayerSpec) -> tuple[Any, Tried]:
     """An index of all keys that are numbers, and what to try it with; goes through the patterns twice."""
     count, random = store.count(spec.name), np.random.default_rng(0)
-    lists = max(1, min(int(LISTS * math.sqrt(count)), count // LEARNED_FROM))
-    longest, seen = 0.0, []
+    lists, longest, seen = int(LISTS * math.sqrt(count)), 0.0, []
     for key, number in _keys(store, spec):
         longest = max(longest, float((key**2).sum(1).max()))
         chosen = torch.from_numpy(random.random(len(key)) * count < max(LEARNED_FROM * lists, TRIED))
         seen.append((key[chosen], number[chosen]))
-    learned, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    learned, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True)) if seen else (torch.empty(0),) * 2
     if not len(learned):
         raise LayerError(f"layer {spec.name!r} has no key whose length is a number: there is nothing to index")
+    lists = max(1, min(lists, len(learned) // LEAST_LEARNED_FROM))
     index = faiss.index_factory(spec.in_features + 1, f"IVF{lists},SQfp16", faiss.METRIC_L2)
     index.train(_lengthened(learned, longest))
     some = torch.from_numpy(random.permutation(len(learned))[:TRIED])
@@ -251,7 +251,8 @@ def _keys(store: Store, spec: LayerSpec) -> Iterator[tuple[Tensor, Tensor]]:
     for rows in store.blocks(spec.name, last_step=store.last_step, block_rows=BLOCK_ROWS):
         key = rows.key.float()
         there = (key**2).sum(1).isfinite()
-        yield key[there], torch.arange(rows.first, rows.first + len(rows))[there]
+        if bool(there.any()):
+            yield key[there], torch.arange(rows.first, rows.first + len(rows))[there]
 
 
 def _lengthened(key: Tensor, longest: float) -> np.ndarray:
