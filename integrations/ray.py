@@ -63,7 +63,7 @@ class RayExecutor(futures.Executor):
             if self._over:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             try:
-                reference = self._task.remote(fn, *args, **kwargs)
+                reference = self._task.remote(fn, args, kwargs)
             except Exception as error:  # not to be pickled, or a store that is full
                 future.set_exception(error)
                 return future
@@ -102,5 +102,5 @@ class RayExecutor(futures.Executor):
         self._pending.discard(future)
 
 
-def _call(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+def _call(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
     return fn(*args, **kwargs)

@@ -109,11 +109,11 @@ def test_recall_is_what_it_says(tmp_path):
 
 
 def test_a_key_is_not_its_own_neighbour():
-    tried = Tried(torch.eye(12), torch.arange(12), torch.zeros(12, 0))
+    tried = Tried(torch.eye(12).double(), torch.arange(12), torch.zeros(12, 0).double())
     for start in (0, 5):  # in two blocks
         stop = 5 if start == 0 else 12
         tried.see(torch.eye(12)[start:stop], torch.arange(start, stop))
-    assert tried.largest.equal(torch.zeros(12, 10))
+    assert tried.largest.equal(torch.zeros(12, 10).double())
 
 
 @pytest.mark.parametrize("layer", ["0", "2", "4", "5"])
@@ -165,32 +165,48 @@ def test_equal_keys_are_as_good_as_each_other(tmp_path):
     assert index.probes < index.lists
 
 
-@pytest.mark.parametrize("steps", [(5,), (0, 1, 2, 3, 4, 6, 7), range(8)])
-def test_keys_whose_length_is_no_number_are_left_out(tmp_path, steps, monkeypatch):
-    monkeypatch.setattr("dualhook.index.BLOCK_ROWS", 4)
+def with_large_keys(path, steps, size, dtype):
+    """A memory with keys of that size in some of 8 steps; the weights stay as they are."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, I), nn.ReLU(), nn.Linear(I, O))
+    model = nn.Sequential(nn.Linear(6, I), nn.ReLU(), nn.Linear(I, O)).to(dtype)
     optimizer = torch.optim.SGD(model[2].parameters(), lr=0.0)
-    with dualhook.instrument(model, tmp_path / "run", layers="2", verbose=False):
+    with dualhook.instrument(model, path, layers="2", verbose=False) as recorder:
         for step in range(8):
-            x = torch.randn(BATCH, 6)
-            if step in steps:
-                x[:] = 1e25  # no NaN: it would become the weights
+            x = torch.randn(BATCH, 6, dtype=dtype) * (size if step in steps else 1.0)
             optimizer.zero_grad()
             F.cross_entropy(model(x), torch.randint(O, (BATCH,))).backward()
             optimizer.step()
-    memory = dualhook.load(tmp_path / "run")
+    return model, recorder.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*NaN or infinity in the gradient")  # the sum of their squares
+@pytest.mark.parametrize("steps", [(5,), (0, 1, 2, 3, 4, 6, 7), range(8)])
+def test_keys_whose_length_is_no_number_are_left_out(tmp_path, steps, monkeypatch):
+    monkeypatch.setattr("dualhook.index.BLOCK_ROWS", 4)
+    model, memory = with_large_keys(tmp_path / "run", steps, 1e160, torch.float64)
     if len(steps) == 8:
         with pytest.raises(LayerError, match="'2' has no key whose length is a number"):
             memory.index("2")
         return
     index = memory.index("2")
     index.probes = index.lists
-    found = memory.attend(model, torch.randn(3, 6), layers="2").top(1000, by="weight", index=index)
+    question = memory.attend(model, torch.randn(3, 6, dtype=torch.float64), layers="2")
+    found = question.top(1000, by="weight", index=index)
     keys = torch.cat([rows.key for rows in memory._store.blocks("2", last_step=8, block_rows=100)])
-    there = (keys**2).sum(1).isfinite()
+    there = keys.norm(dim=1).isfinite()
     assert 0 < (~there).sum() < len(keys)
+    assert index.patterns == there.sum()
     assert sorted(set(found["pattern"])) == there.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(("size", "asked_with"), [(1e25, 1.0), (1.0, 1e25), (1e30, 1e-30)])
+def test_large_keys_and_queries_are_found(tmp_path, size, asked_with):
+    model, memory = with_large_keys(tmp_path / "run", (5,), size, torch.float32)
+    index = memory.index("2")
+    index.probes = index.lists
+    question = memory.attend(model, asked_with * torch.randn(3, 6), layers="2")
+    found, exact = (question.top(5, by="weight", **more)["weight"] for more in ({"index": index}, {}))
+    assert found == pytest.approx(exact, rel=1e-5)
 
 
 def test_contributions_that_need_a_replay_stay_open(tmp_path):
@@ -288,6 +304,16 @@ def test_other_maps_are_refused(tmp_path):
     with pytest.raises(LayerError, match=r"'1' cannot be indexed: expected a linear layer with a weight of its own"):
         memory.index("1")
     assert memory.index("3").patterns == 20 * BATCH
+
+
+def test_an_index_beside_what_tells_of_another_is_refused(tmp_path):
+    _, memory = trained(tmp_path / "run")
+    memory.index("2")
+    _, other = trained(tmp_path / "other", steps=40)
+    other.index("2")
+    (memory.path / "answers/2.index").write_bytes((other.path / "answers/2.index").read_bytes())
+    with pytest.raises(StoreError, match="is damaged: make it anew"):
+        memory.index("2")
 
 
 @pytest.mark.parametrize("name", ["2.json", "2.index"])

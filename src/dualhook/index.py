@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from dualhook.errors import DualHookError, LayerError, StoreError
 from dualhook.query import LayerQuery
 from dualhook.records import LayerSpec, Rows
-from dualhook.store import Span, Store, put, write_bytes
+from dualhook.store import PARTIAL, Span, Store, put, settle, write_bytes
 
 __all__ = ["KeyIndex", "indexed"]
 
@@ -34,15 +35,13 @@ LEARNED_FROM, LEAST_LEARNED_FROM = 44, 39  # keys a list that centres are learne
 BLOCK_ROWS = 16384
 CANDIDATES = 8  # times as many patterns as are asked for are ranked by their rows …
 LEAST_CANDIDATES = 64  # … and at least so many
-RECALL, FOUND, TRIED = (
-    0.98,
-    10,
-    64,
-)  # how much of the first ten the lists hold for so many recorded keys: tests find less
+TRIED = 64  # recorded keys that are questions while an index is made …
+FOUND = 10  # … for so many patterns each, …
+RECALL = 0.98  # … of which this share has to be found; new inputs find somewhat less
 
 
 @dataclass(frozen=True)
-class Made:
+class Description:
     """What an index on disk is of, and how it was made."""
 
     layer: str
@@ -63,7 +62,7 @@ class KeyIndex:
     as queries (which had to find others than themselves).
     """
 
-    def __init__(self, store: Store, made: Made, index: Any) -> None:
+    def __init__(self, store: Store, made: Description, index: Any) -> None:
         self._store = store
         self._made = made
         self._index = index
@@ -78,7 +77,7 @@ class KeyIndex:
 
     @property
     def patterns(self) -> int:
-        """How many patterns it holds: those of all steps."""
+        """How many patterns it holds: those of all steps, but for keys whose length is no number."""
         return self._made.patterns
 
     @property
@@ -126,12 +125,13 @@ class KeyIndex:
         Raises:
             DualHookError: queries that are no numbers, or ``probes`` below 1.
         """
-        if not isinstance(self.probes, int) or self.probes < 1:
+        if self.probes < 1:
             raise DualHookError(f"probes={self.probes!r}: expected 1 to {self.lists}")
         if not bool(query.isfinite().all()):
             raise DualHookError(f"a query of {self.layer!r} holds NaN or infinity: nothing is nearest to it")
-        longer = np.zeros((len(query), query.shape[1] + 1), np.float32)
-        longer[:, :-1] = F.normalize(query.detach().cpu().float(), dim=1).numpy()
+        query = query.detach().cpu().double()
+        shorter = query / query.abs().amax(1, keepdim=True).clamp(min=torch.finfo(query.dtype).tiny)
+        longer = F.pad(F.normalize(shorter, dim=1), (0, 1)).float().numpy()
         count, probes = min(self.patterns, max(LEAST_CANDIDATES, CANDIDATES * k)), min(self.probes, self.lists)
         while True:
             self._index.nprobe = probes
@@ -163,17 +163,19 @@ def indexed(store: Store, spec: LayerSpec, folder: Path, *, rebuild: bool) -> Ke
     if not store.count(spec.name):
         raise LayerError(f"layer {spec.name!r} has no patterns to index")
     path = folder / f"{quote(spec.name, safe='')}.index"
-    told, again = path.with_suffix(".json"), f"make it anew with memory.index({spec.name!r}, rebuild=True)"
-    if rebuild or not told.is_file():
+    about, again = path.with_suffix(".json"), f"make it anew with memory.index({spec.name!r}, rebuild=True)"
+    if rebuild or not about.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        told.unlink(missing_ok=True)
+        about.unlink(missing_ok=True)
         made = _make(faiss, store, spec, path)
-        put(told, lambda partial: write_bytes(partial, json.dumps(asdict(made), indent=1).encode()))
+        put(about, lambda partial: write_bytes(partial, json.dumps(asdict(made), indent=1).encode()), _partial(about))
     try:
-        made = Made(**json.loads(told.read_text()))
+        made = Description(**json.loads(about.read_text()))
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        if (index.ntotal, index.nlist) != (made.patterns, made.lists):
+            raise ValueError("an index of something else")
     except (ValueError, TypeError, RuntimeError) as error:
-        raise StoreError(f"{path} or {told.name} beside it is damaged: {again}") from error
+        raise StoreError(f"{path} or {about.name} beside it is damaged: {again}") from error
     if made.memory != store.fingerprint:
         raise StoreError(
             f"{path} is of another state of the memory ({made.patterns:,} patterns up to step {made.last_step}, now "
@@ -182,11 +184,19 @@ def indexed(store: Store, spec: LayerSpec, folder: Path, *, rebuild: bool) -> Ke
     return KeyIndex(store, made, index)
 
 
-def _make(faiss: Any, store: Store, spec: LayerSpec, path: Path) -> Made:
+def _make(faiss: Any, store: Store, spec: LayerSpec, path: Path) -> Description:
     """Make an index under ``path``, and see into how many of its lists a question has to look."""
     index, tried = _filled(faiss, store, spec)
-    made = Made(spec.name, store.fingerprint, store.last_step, store.count(spec.name), index.nlist, 1, 1.0)
-    put(path, lambda partial: faiss.write_index(index, str(partial)))
+    made = Description(spec.name, store.fingerprint, store.last_step, index.ntotal, index.nlist, 1, 1.0)
+
+    def write(partial: Path) -> None:
+        faiss.write_index(index, str(partial))
+        settle(partial)
+
+    try:
+        put(path, write, _partial(path))
+    except (RuntimeError, OSError) as error:
+        raise StoreError(f"{path} could not be written: {error}") from error
     index.reset()
     found = KeyIndex(store, made, faiss.read_index(str(path), faiss.IO_FLAG_MMAP))
     while (recall := tried.recall(found)) < RECALL and found.probes < found.lists:
@@ -205,7 +215,7 @@ class Tried:
 
     def see(self, key: Tensor, number: Tensor) -> None:
         """Take in the keys [n, i] of patterns with a ``number`` [n]."""
-        own = (self.query @ key.T).masked_fill_(self.number[:, None] == number, -torch.inf)
+        own = (self.query @ key.double().T).masked_fill_(self.number[:, None] == number, -torch.inf)
         together = torch.cat([self.largest, own], 1)
         self.largest = together.topk(min(FOUND, together.shape[1]), dim=1).values
 
@@ -213,22 +223,22 @@ class Tried:
         """The share of the largest that an index finds; equally large ones are as good."""
         found = index.candidates(self.query, FOUND)
         numbers = torch.unique(found[found >= 0])
-        own = self.query @ index.rows(numbers).key.float().T
+        own = self.query @ index.rows(numbers).key.double().T
         mine = torch.zeros(len(found), len(numbers) + 1, dtype=torch.bool)
         mine.scatter_(1, torch.where(found < 0, len(numbers), torch.searchsorted(numbers, found)), True)
         own[~mine[:, :-1] | (self.number[:, None] == numbers)] = -torch.inf
         least = self.largest[:, -1:]
-        rounding = 1e-6 * self.query.norm(dim=1, keepdim=True) ** 2
+        rounding = 1e-12 * self.query.square().sum(1, keepdim=True)
         hits = (own >= least - rounding).sum(1).clamp(max=self.largest.shape[1])
         return float(hits.sum() / self.largest.numel())
 
 
 def _filled(faiss: Any, store: Store, spec: LayerSpec) -> tuple[Any, Tried]:
-    """An index of all keys that are numbers, and what to try it with; goes through the patterns twice."""
+    """An index of all keys whose length is a number, and what to try it with; goes through the patterns twice."""
     count, random = store.count(spec.name), np.random.default_rng(0)
     lists, longest, seen = int(LISTS * math.sqrt(count)), 0.0, []
     for key, number in _keys(store, spec):
-        longest = max(longest, float((key**2).sum(1).max()))
+        longest = max(longest, float(key.double().norm(dim=1).max()))
         chosen = torch.from_numpy(random.random(len(key)) * count < max(LEARNED_FROM * lists, TRIED))
         seen.append((key[chosen], number[chosen]))
     learned, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True)) if seen else (torch.empty(0),) * 2
@@ -236,9 +246,10 @@ def _filled(faiss: Any, store: Store, spec: LayerSpec) -> tuple[Any, Tried]:
         raise LayerError(f"layer {spec.name!r} has no key whose length is a number: there is nothing to index")
     lists = max(1, min(lists, len(learned) // LEAST_LEARNED_FROM))
     index = faiss.index_factory(spec.in_features + 1, f"IVF{lists},SQfp16", faiss.METRIC_L2)
+    index.cp.min_points_per_centroid = 1  # FAISS would speak of it where there are few keys at all
     index.train(_lengthened(learned, longest))
     some = torch.from_numpy(random.permutation(len(learned))[:TRIED])
-    tried = Tried(learned[some], numbers[some], learned.new_zeros(len(some), 0))
+    tried = Tried(learned[some].double(), numbers[some], torch.zeros(len(some), 0, dtype=torch.float64))
     del learned, seen
     for key, number in _keys(store, spec):
         index.add_with_ids(_lengthened(key, longest), number.numpy())
@@ -247,23 +258,26 @@ def _filled(faiss: Any, store: Store, spec: LayerSpec) -> tuple[Any, Tried]:
 
 
 def _keys(store: Store, spec: LayerSpec) -> Iterator[tuple[Tensor, Tensor]]:
-    """The keys [n, i] in float32 that are numbers, of patterns with a number [n], in blocks."""
+    """The keys [n, i] whose length is a number, of patterns with a number [n], in blocks."""
     for rows in store.blocks(spec.name, last_step=store.last_step, block_rows=BLOCK_ROWS):
-        key = rows.key.float()
-        there = (key**2).sum(1).isfinite()
+        there = rows.key.double().norm(dim=1).isfinite()
         if bool(there.any()):
-            yield key[there], torch.arange(rows.first, rows.first + len(rows))[there]
+            yield rows.key[there], torch.arange(rows.first, rows.first + len(rows))[there]
 
 
 def _lengthened(key: Tensor, longest: float) -> np.ndarray:
-    """Keys [n, i + 1] with one more component that makes them equally long, and divided by their length.
+    """Keys [n, i + 1] with one more component that makes them as long as the ``longest``, and divided by that length.
 
-    ``longest`` is the largest of their squared lengths. In 8 bits the additional component, of many keys the largest
-    one, would be too coarse.
+    In 8 bits the additional component, of many keys the largest one, would be too coarse.
     """
-    more = (longest - (key**2).sum(1)).clamp(min=0).sqrt()
-    together = torch.cat([key, more[:, None]], 1)
-    return together.div_(longest**0.5 or 1.0).numpy()
+    shorter = key.double() / (longest or 1.0)
+    more = (1.0 - shorter.square().sum(1)).clamp(min=0).sqrt()
+    return torch.cat([shorter, more[:, None]], 1).float().numpy()
+
+
+def _partial(path: Path) -> Path:
+    """Where this process writes a file: another one may be making the same."""
+    return path.with_suffix(f".{os.getpid()}{PARTIAL}")
 
 
 def _faiss() -> Any:

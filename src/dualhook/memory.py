@@ -204,7 +204,7 @@ class DualMemory(Reading):
         """
         spec = self._spec(layer)
         if folder is None and not self._store.layout.is_writable:
-            raise StoreError(f"{self.path} cannot be written to: name a folder=... for the index")
+            raise StoreError(f"{self.path} cannot be written to: name a folder=... for the index, or where it is")
         place = self._store.layout.answers if folder is None else Path(folder)
         return indexed(self._store, spec, place, rebuild=rebuild)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dualhook.store.answers import AnswerFiles
 from dualhook.store.compacting import Saving, compacted
 from dualhook.store.cutting import cut_after, tidy
-from dualhook.store.durable import put, write_bytes
+from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 from dualhook.store.eightbit import eight_bit_bytes
 from dualhook.store.inspection import Damage, Inspection, inspected
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
@@ -19,6 +19,7 @@ from dualhook.store.writer import SEGMENT_BYTES, Writer
 
 __all__ = [
     "FORMAT_VERSION",
+    "PARTIAL",
     "SEGMENT_BYTES",
     "AnswerFiles",
     "Damage",
@@ -37,6 +38,7 @@ __all__ = [
     "inspected",
     "located",
     "put",
+    "settle",
     "shared_keys",
     "tidy",
     "write_bytes",

@@ -105,8 +105,8 @@ class _Lane:
     file: DirectFile = field(default_factory=DirectFile)
 
     def add(self, step: int, rows: Mapping[str, Saved]) -> None:
-        """Add the rows of a step; those that are packed in another way than the ones before begin a new segment."""
-        if not all(self.builder.takes(layer, own[0]) for layer, own in rows.items()):
+        """Add the rows of a step; those that are kept in another way than the ones before begin a new segment."""
+        if not all(self.builder.takes(layer, own, scales) for layer, (own, _, _, scales) in rows.items()):
             self.seal()
         for layer, own in rows.items():
             self.builder.append(layer, *own)

@@ -39,6 +39,7 @@ class LayerBuffer:
         self.first = 0  # pattern number of row 0
         self._row_bytes: int | None = 0  # None: to be counted again
         self._like: Packed | None = None  # rows that are kept as those here are
+        self._narrow: frozenset[tuple[str, torch.dtype]] = frozenset()  # what of them has been in 8 bits, and its dtype
 
     @property
     def row_bytes(self) -> int:
@@ -52,9 +53,10 @@ class LayerBuffer:
         """Bytes of what is committed."""
         return self.committed * self.row_bytes + self.weights.nbytes
 
-    def takes(self, rows: Rows) -> bool:
-        """Whether rows can follow those that are here: output gradients are packed in one way, or not."""
-        return not self.filled or type(rows.packed) is type(self._like)
+    def takes(self, rows: Rows, scales: Mapping[str, Tensor] | None = None) -> bool:
+        """Whether rows can follow those that are here: packed in one way or not, the same of them in 8 bits before."""
+        alike = type(rows.packed) is type(self._like) and _narrow_before(rows, scales) == self._narrow
+        return not self.filled or alike
 
     def append(
         self, rows: Rows, kept: Tensor | None, dtype: torch.dtype | None, scales: Mapping[str, Tensor] | None = None
@@ -64,7 +66,8 @@ class LayerBuffer:
         In one go: fresh memory for a copy of the copy would cost more than both. ``scales`` are those of the tensors
         that have been in 8 bits.
         """
-        assert self.takes(rows)
+        assert self.takes(rows, scales)
+        self._narrow = _narrow_before(rows, scales)
         if not self.filled and type(rows.packed) is not type(self._like):
             self.tensors, self._row_bytes = {}, None
         self._like = rows.packed
@@ -148,9 +151,9 @@ class SegmentBuilder:
         """Whether there are no rows of the layer yet."""
         return layer not in self.layers or not self.layers[layer].filled
 
-    def takes(self, layer: str, rows: Rows) -> bool:
+    def takes(self, layer: str, rows: Rows, scales: Mapping[str, Tensor] | None = None) -> bool:
         """Whether rows of the layer can follow those that are here."""
-        return layer not in self.layers or self.layers[layer].takes(rows)
+        return layer not in self.layers or self.layers[layer].takes(rows, scales)
 
     def start_at(self, layer: str, number: int) -> None:
         """The layer's next row is the pattern with this number."""
@@ -307,6 +310,11 @@ def _without_zeros(tensors: dict[str, Tensor]) -> dict[str, int]:
             tensors |= {f"{name}/{field}": getattr(found, field) for field in SparseRows.FIELDS}
             widths[name] = found.width
     return widths
+
+
+def _narrow_before(rows: Rows, scales: Mapping[str, Tensor] | None) -> frozenset[tuple[str, torch.dtype]]:
+    """Which tensors of rows have been in 8 bits, and their dtypes."""
+    return frozenset((name, getattr(rows, name).dtype) for name in scales or ())
 
 
 def _fields(rows: Rows) -> dict[str, Tensor]:

@@ -66,11 +66,11 @@ class Span:
             begin, _ = stored[0].between(self.first_step, self.last_step)
             for start, stop in runs(places.tolist()):
                 parts += stored[0].blocks(begin + start, begin + stop, stop - start)
-            return replace(parts[0].joined(*parts[1:]), first=0)
-        for rows in self.blocks(AT_ONCE):
-            inside = places[(places >= begin) & (places < begin + len(rows))]
-            parts += [rows.at(inside - begin)] if len(inside) else []
-            begin += len(rows)
+        else:
+            for rows in self.blocks(AT_ONCE):
+                inside = places[(places >= begin) & (places < begin + len(rows))]
+                parts += [rows.at(inside - begin)] if len(inside) else []
+                begin += len(rows)
         return replace(parts[0].joined(*parts[1:]), first=0)
 
 
