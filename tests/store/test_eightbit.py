@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from store.test_compacting import rows as rows_of
 from store.test_compacting import same_rows
-from store.test_sparse import headers, names_of, recorded, version
+from store.test_sparse import damaged, headers, names_of, recorded, version
 from store.test_store import bits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ import dualhook
 from dualhook.errors import StoreError
 from dualhook.store import Layout, Manifest, Store, eight_bit_bytes, inspected
 from dualhook.store.eightbit import EightBitRows, in_eight_bits, with_eight_bits
-from dualhook.store.layout import open_tensors, read_header, tensor_names, write_tensors
+from dualhook.store.layout import open_tensors, tensor_names
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FINITE = [0.0, -0.0, 5e-324, 1e-45, -1e-40, 1e-30, -1.5, 2.0, 0.3, 6e4, -1e38, 3.4e38, 1.7e308]
@@ -461,18 +461,6 @@ def test_what_is_not_in_8_bits_may_be_sparse(tmp_path):
     assert version(tmp_path / "run") == 7
 
 
-def damaged(tmp_path: Path, change) -> Path:
-    """A memory whose segment was written by somebody else: checksums are right, ``change`` what it holds."""
-    _, memory = recorded(tmp_path / "run", steps=2, dtype=torch.int8)
-    (path,) = memory._store.layout.segments()
-    file = open_tensors(path)
-    tensors = {name: file.get_tensor(name).clone() for name in tensor_names(file)}
-    header = read_header(path, file)
-    change(tensors, header)
-    write_tensors(path, tensors, header)
-    return tmp_path / "run"
-
-
 def no_scale(tensors, header):
     tensors["rows/head/key/scale"][1] = float("nan")
 
@@ -537,7 +525,7 @@ def no_object(tensors, header):
     ],
 )  # fmt: skip
 def test_rows_in_8_bits_that_make_no_sense_are_refused(tmp_path, change):
-    path = damaged(tmp_path, change)
+    path = damaged(tmp_path, change, dtype=torch.int8)
     with pytest.raises(StoreError, match=r"make no sense|makes no sense|is damaged"):
         rows_of(dualhook.load(path), "head")
     found = inspected(Layout(path), Manifest.read(Layout(path)), deep=True).damage
@@ -548,7 +536,7 @@ def test_a_code_that_nothing_is_rounded_to_is_found(tmp_path):
     def lowest(tensors, header):
         tensors["rows/head/key/code"][0, 0] = -128
 
-    path = damaged(tmp_path, lowest)
+    path = damaged(tmp_path, lowest, dtype=torch.int8)
     found = inspected(Layout(path), Manifest.read(Layout(path)), deep=True).damage
     assert "codes below -127" in str(found[0])
 

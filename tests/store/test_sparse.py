@@ -223,9 +223,9 @@ def all_rows(path: Path) -> list[Rows]:
     return [rows_of(memory, layer) for layer in memory.layers]
 
 
-def damaged(tmp_path: Path, change) -> Path:
-    """A memory whose first segment was written by somebody else: checksums are right, ``change`` what it holds."""
-    _, memory = recorded(tmp_path / "run", steps=2, sparse=True)
+def damaged(tmp_path: Path, change, **settings) -> Path:
+    """A memory whose segment was written by somebody else: checksums are right, ``change`` what it holds."""
+    _, memory = recorded(tmp_path / "run", steps=2, **settings)
     (path,) = memory._store.layout.segments()
     file = open_tensors(path)
     tensors = {name: file.get_tensor(name).clone() for name in tensor_names(file)}
@@ -299,7 +299,7 @@ def without_mask(tensors, header):
     ],
 )
 def test_sparse_rows_that_make_no_sense_are_refused(tmp_path, change):
-    path = damaged(tmp_path, change)
+    path = damaged(tmp_path, change, sparse=True)
     with pytest.raises(StoreError, match=r"make no sense|is damaged"):
         all_rows(path)
     found = inspected(Layout(path), Manifest.read(Layout(path)), deep=True).damage
