@@ -2,7 +2,7 @@
 
 The paper's network (784-800-800-10) is trained on Fashion-MNIST images and its last layer recorded: keys 800 wide. Test
 images are the queries, one at a time: ``top(10, by="weight", index=...)``, and the same without index, which goes
-through all patterns. Where these fit into memory the two take turns on rows in the page cache.
+through all patterns, read from the page cache as far as they fit into memory.
 
     python benchmarks/keyindex.py [--patterns 1000000] [--queries 50] [--images FOLDER] [--dtype bfloat16]
 

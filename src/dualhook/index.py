@@ -62,33 +62,18 @@ class KeyIndex:
     as queries (which had to find others than themselves).
     """
 
-    def __init__(self, store: Store, made: Description, index: Any) -> None:
-        self._store = store
-        self._made = made
+    def __init__(self, store: Store, about: Description, index: Any) -> None:
+        self._memory, self._last_step = about.memory, about.last_step
         self._index = index
-        self._pieces: list[Span] = list(store.pieces(made.layer, last_step=made.last_step))
+        self._pieces: list[Span] = list(store.pieces(about.layer, last_step=about.last_step))
         self._begins = torch.tensor([piece.first for piece in self._pieces])
-        self.probes = made.probes
-
-    @property
-    def layer(self) -> str:
+        self.layer = about.layer
         """The layer whose keys it holds."""
-        return self._made.layer
-
-    @property
-    def patterns(self) -> int:
+        self.patterns = about.patterns
         """How many patterns it holds: those of all steps, but for keys whose length is no number."""
-        return self._made.patterns
-
-    @property
-    def lists(self) -> int:
-        """How many lists there are."""
-        return self._made.lists
-
-    @property
-    def recall(self) -> float:
-        """The share of the ten largest that was found when the index was made."""
-        return self._made.recall
+        self.lists = about.lists
+        self.probes = about.probes
+        self.recall = about.recall
 
     def __repr__(self) -> str:
         return (
@@ -102,11 +87,11 @@ class KeyIndex:
             raise LayerError(
                 f"an index of {self.layer!r} knows nothing of {asked.name!r}: ask for layers={self.layer!r}"
             )
-        if not asked.memory.startswith(self._made.memory):
+        if not asked.memory.startswith(self._memory):
             raise StoreError(f"this index of {self.layer!r} is of another memory, or another state of it: make it anew")
-        if asked.made_of.horizon != self._made.last_step:
+        if asked.made_of.horizon != self._last_step:
             raise DualHookError(
-                f"step {asked.made_of.horizon}: an index holds the patterns of all {self._made.last_step} steps; ask "
+                f"step {asked.made_of.horizon}: an index holds the patterns of all {self._last_step} steps; ask "
                 "about the last one, or without an index"
             )
 

@@ -61,10 +61,10 @@ def estimate(
             keys[spec.name] = {name: getattr(seen[0], name).cpu() for name in COORDINATES}
             keys[spec.name]["key"] = seen[0].key.to("cpu", computed if stored == torch.int8 else stored)
     sharing = shared_keys(keys, [name for name, dtype in stored_in.items() if dtype == torch.int8])
-    shared = sum(
-        len(key) * _bytes((key.shape[1],), dtypes[name], computed_in[name])
-        for name, key in ((name, keys[name]["key"]) for name in sharing)
-    )
+    shared = 0
+    for name in sharing:
+        count, width = keys[name]["key"].shape
+        shared += count * _bytes((width,), dtypes[name], computed_in[name])
     heads = {
         spec.name: (n * _bytes((spec.out_features,), dtypes[spec.name], computed_in[spec.name]), own)
         for spec, n in zip(selection.specs, patterns, strict=True)
