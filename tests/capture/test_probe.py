@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import dualhook
 from dualhook.capture import Use
+from dualhook.capture.measurement import Measurement, fit_scales
 from dualhook.capture.precision import is_reduced, operation_of
-from dualhook.capture.probe import LayerProbe, Measurement, fit_scales, looked
+from dualhook.capture.probe import LayerProbe, looked
 from dualhook.records import LayerSpec, Mark, Rows
 
 B, I, O = 16, 20, 4

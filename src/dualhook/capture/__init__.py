@@ -12,9 +12,10 @@ from dualhook.capture.installing import Removable, install
 from dualhook.capture.intake import Intake, Sink
 from dualhook.capture.kinds import ROOT, Tapped, linear_maps
 from dualhook.capture.loader import TrackedLoader, as_batch
+from dualhook.capture.measurement import Measurement, fit_scales
 from dualhook.capture.observe import Observed, directions, observe
 from dualhook.capture.precision import operation_of
-from dualhook.capture.probe import Corner, LayerProbe, Measurement, fit_scales, looked
+from dualhook.capture.probe import Corner, LayerProbe, looked
 from dualhook.capture.recompute import sequence_number
 from dualhook.capture.selection import Selection, select_layers, unwrapped
 from dualhook.capture.sharded import Place, is_sharded, local, whole

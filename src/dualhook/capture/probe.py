@@ -11,86 +11,30 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
+from dualhook.capture.measurement import Array, Measurement, tolerance
 from dualhook.capture.precision import Operation, is_reduced
 from dualhook.capture.sharded import is_sharded, local, rows_at, spread
 from dualhook.capture.uses import Use, are_alike, signed_sums
 from dualhook.gathering import columns_at, in_runs
 from dualhook.maps import map_of
 from dualhook.packing import Softmax
-from dualhook.records import LayerSpec
+from dualhook.records import LayerSpec, Rows
 
-__all__ = ["Corner", "LayerProbe", "Look", "Measurement", "fit_scales", "looked"]
+__all__ = ["Corner", "LayerProbe", "Look", "looked"]
 
 GRID = (32, 16)  # outputs × inputs: some hundred entries for two thin gathers
 RUN = 16  # outputs side by side: what is gathered of a row is some cache lines, not as many as there are outputs
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# of the sum of absolute row contributions: near-null gradients make the gradient's own size a wrong yardstick
-COMPUTED = 1e-4  # the same of a softmax that is computed again, whose logits may be large
-REDUCED = 1e-2  # the same where float32 products may be made of fewer digits
+# what may be off of the absolute parts of a sum, where it is more than the rounding of a dtype
+COMPUTED = 1e-4  # of a softmax that is computed again, whose logits may be large
+REDUCED = 1e-2  # where float32 products may be made of fewer digits
 
 BY_MATRICES = frozenset[Operation]({"matmul"})
-
-SUBNORMAL = torch.finfo(torch.float32).tiny  # below it rounding is no longer relative to the number
-
-EPS = float(np.finfo(np.float64).eps)
-
-Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One parameter's probed entries [k]: the gradient, what the rows rebuild, and the sum of their absolute parts."""
-
-    gradient: Array
-    rebuilt: Array
-    absolute: Array
-    dtype: torch.dtype
-    whole: Measurement | None = None  # the same of every output's sum over all inputs with random signs
-    rounding: float = 0.0  # of the rows, where it is more than that of the dtype
-
-    @cached_property
-    def squared(self) -> float:
-        """``|rebuilt|²``."""
-        return _dot(self.rebuilt, self.rebuilt)
-
-    @cached_property
-    def crossed(self) -> float:
-        """``gradient · rebuilt``."""
-        return _dot(self.gradient, self.rebuilt)
-
-    @cached_property
-    def size(self) -> float:
-        """Norm of the sums of absolute parts: what rounding errors are measured against."""
-        return math.sqrt(_dot(self.absolute, self.absolute))
-
-    @cached_property
-    def tells_scale(self) -> bool:
-        """Whether the rebuilt gradient stands out of its own rounding."""
-        noise = 1e4 * torch.finfo(self.dtype).eps if self.dtype.itemsize > 2 else 1e-2
-        return math.sqrt(self.squared) > noise * self.size
-
-    def left(self, scale: float) -> float:
-        """Norm of what the rows leave open at a scale."""
-        rest = self.gradient - scale * self.rebuilt
-        return math.sqrt(_dot(rest, rest))
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a measurement says: the scale, the share of the gradient it leaves open, and whether that is too much."""
-
-    scale: float
-    residual: float
-    explained: bool
-    finite: bool
-
 
 Look = Generator[Sequence[Tensor], Sequence[Array], dict[str, Measurement]]
 """Measurements in the making: yields tensors wherever they are, and is sent their numbers [k] each."""
@@ -159,6 +103,10 @@ class LayerProbe:
         self._usual_on: dict[torch.device, Tensor] = {}
         self._outputs = in_runs(spec.out_features, GRID[0], RUN, generator)
         self._inputs = self._map.grid_inputs(GRID[1], generator)
+        self._entries: dict[tuple[str, torch.device], Tensor] = {}
+        self._dead_on: set[torch.device] = set()
+        self.is_plain = spec.kind in ("linear", "transposed") and spec.slots == 1 and list(others) in ([], [spec])
+        """Whether its gradients can be looked at before its rows are: :meth:`glance`."""
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
 
     def measure(self, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool = False) -> Look:
@@ -182,13 +130,67 @@ class LayerProbe:
         sums = (yield from self._sums(gradients, uses)) if whole else {}
         seen = yield [self._seen(corner, name, own) for name, own in gradients.items()]
         rebuilt, absolute = self._rebuilt(corner, uses)
+        return self._compared(dict(zip(gradients, seen, strict=True)), gradients, uses, rebuilt, absolute, sums)
+
+    def _compared(
+        self,
+        seen: Mapping[str, Array],
+        gradients: Mapping[str, Tensor],
+        uses: Sequence[Use],
+        rebuilt: Array,
+        absolute: Array,
+        sums: Mapping[str, Measurement] | None = None,
+    ) -> dict[str, Measurement]:
+        """What is ``seen`` of gradients beside what was rebuilt: [outputs, inputs] and, in a last column, the bias."""
         found = {}
-        for (name, own), there in zip(gradients.items(), seen, strict=True):
+        for name, there in seen.items():
             entries = np.s_[:, :-1] if name == self.spec.weight else np.s_[:, -1]
-            dtype, rounding = _dtype_of(own, uses), self._rounding(own, uses)
+            dtype, rounding = _dtype_of(gradients[name], uses), self._rounding(gradients[name], uses)
             made, size = rebuilt[entries].ravel(), absolute[entries].ravel()
-            found[name] = Measurement(there, made, size, dtype, sums.get(name), rounding)
+            found[name] = Measurement(there, made, size, dtype, (sums or {}).get(name), rounding)
         return found
+
+    def glance(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The probed entries [k] of gradients, in memory of their own and where they are; :meth:`later` goes on.
+
+        None where that would not do: the corner is dead, or has no numbers. On a device it is taken to be alive until
+        it has been found dead once, since training would wait for the answer.
+        """
+        if any(gradient.device in self._dead_on for gradient in gradients.values()):
+            return None
+        seen = {name: torch.take(own.detach(), self._entries_of(name, own.device)) for name, own in gradients.items()}
+        sizes = [float(vector_norm(own, math.inf)) for own in seen.values() if own.device.type == "cpu"]
+        return seen if all(0 < size < math.inf for size in sizes) else None
+
+    def later(
+        self, seen: Sequence[Mapping[str, Tensor]], rows: Rows, bounds: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Measurement]]:
+        """What glances at the gradients of several steps say, whose rows lie within ``bounds`` of ``rows``."""
+        uses = [Use(self.spec, self.spec, rows)]
+        both = self._columns(self.usual(0), uses[0])
+        made = _products(*both, bounds)
+        arrays = iter(_brought([values for own in seen for values in own.values()]))
+        found = [
+            self._compared({name: next(arrays) for name in own}, own, uses, *parts)
+            for own, parts in zip(seen, zip(*made, strict=True), strict=True)
+        ]
+        for own, one in zip(seen, found, strict=True):
+            if self.is_dead(one):
+                self._dead_on |= {values.device for values in own.values() if values.device.type != "cpu"}
+        return found
+
+    def _entries_of(self, name: str, device: torch.device) -> Tensor:
+        """Which numbers of a plain parameter are its probed entries [k]."""
+        if (name, device) not in self._entries:
+            outputs, inputs = self._outputs[:, None], self._inputs
+            if name != self.spec.weight:
+                index = self._outputs
+            elif self._map.is_transposed:
+                index = (inputs * self.spec.out_features + outputs).flatten()
+            else:
+                index = (outputs * self.spec.in_features + inputs).flatten()
+            self._entries[name, device] = index.to(device)
+        return self._entries[name, device]
 
     def _seen(self, corner: Corner, name: str, gradient: Tensor) -> Tensor:
         """What a corner has of a parameter's gradient."""
@@ -207,15 +209,19 @@ class LayerProbe:
 
     def _rebuilt(self, corner: Corner, uses: Sequence[Use]) -> tuple[Array, Array]:
         """What the rows rebuild of a corner and, in a last column, of the bias; and the sums of absolute parts."""
-        found = torch.zeros(2, len(corner.outputs), len(corner.inputs) + 1, dtype=torch.float64)
+        shape = len(corner.outputs), len(corner.inputs) + 1
+        rebuilt, absolute = np.zeros(shape), np.zeros(shape)
         for use in uses:
-            d, x, one = use.some(corner.slot, corner.outputs, corner.inputs)
-            keys = torch.cat([x, one[:, None]], 1)
-            found[0] += d.double().T @ keys.double()
-            # a yardstick for rounding need not be exact
-            coarse = torch.promote_types(d.dtype, torch.float32)
-            found[1] += d.abs().to(coarse).T @ keys.abs().to(coarse)
-        return found[0].numpy(), found[1].numpy()
+            d, keys = self._columns(corner, use)
+            (made,), (size,) = _products(d, keys, [(0, len(d))])
+            rebuilt += made
+            absolute += size
+        return rebuilt, absolute
+
+    def _columns(self, corner: Corner, use: Use) -> tuple[Tensor, Tensor]:
+        """Output gradients [n, outputs] and keys [n, inputs + 1] of a corner, with the constant of the bias."""
+        d, x, one = use.some(corner.slot, corner.outputs, corner.inputs)
+        return d, torch.cat([x, one[:, None]], 1)
 
     @staticmethod
     def is_dead(found: Mapping[str, Measurement]) -> bool:
@@ -299,56 +305,29 @@ class LayerProbe:
         return found
 
 
-def fit_scales(measurements: Sequence[Measurement]) -> list[Fit]:
-    """The scale of every parameter of one optimiser step.
+def _products(d: Tensor, keys: Tensor, bounds: Sequence[tuple[int, int]]) -> tuple[Array, Array]:
+    """``dᵀ keys`` [b, o, c] of the rows within each of some bounds, and the same of absolute values."""
+    # a yardstick for rounding need not be exact
+    coarse = torch.promote_types(d.dtype, torch.float32)
+    exact, rough = (d.double(), keys.double()), (d.abs().to(coarse), keys.abs().to(coarse))
+    count = bounds[0][1] - bounds[0][0]
+    if bounds == [(start, start + count) for start in range(0, count * len(bounds), count or 1)]:
+        parts = len(bounds), count
 
-    A parameter whose rows nearly cancel (its gradient is rounding noise) says nothing about its scale and takes the
-    one that the step's other parameters agree on.
-    """
-    with np.errstate(all="ignore"):
-        telling = [measurement for measurement in measurements if measurement.tells_scale]
-        squared = sum(measurement.squared for measurement in telling)
-        shared = sum(measurement.crossed for measurement in telling) / squared if telling else 1.0
-        return [_fit(measurement, shared) for measurement in measurements]
+        def product(d: Tensor, keys: Tensor) -> Array:
+            return torch.bmm(d.reshape(*parts, -1).transpose(1, 2), keys.reshape(*parts, -1)).double().numpy()
+    else:
 
+        def product(d: Tensor, keys: Tensor) -> Array:
+            return torch.stack([d[start:stop].T @ keys[start:stop] for start, stop in bounds]).double().numpy()
 
-def _fit(measured: Measurement, shared: float) -> Fit:
-    if not math.isfinite(measured.squared):
-        return Fit(1.0, 0.0, True, False)  # the rows carry the NaN themselves
-    scale = measured.crossed / measured.squared if measured.tells_scale else shared
-    if not math.isfinite(scale):
-        return Fit(scale, 0.0, True, False)
-    left = measured.left(scale)
-    if measured.tells_scale:
-        # indistinguishable from 1 means that nothing was scaled: do not put the rounding of one step into it
-        spread = left / math.sqrt(measured.rebuilt.size * measured.squared)
-        if abs(scale - 1.0) <= 4 * max(spread, EPS):
-            scale, left = 1.0, measured.left(1.0)
-    size = math.sqrt(_dot(measured.gradient, measured.gradient))
-    limit = max(_tolerance(measured.dtype), measured.rounding) * abs(scale) * measured.size + SUBNORMAL
-    explained = left <= limit and (measured.whole is None or _adds_up(measured.whole, scale))
-    return Fit(scale, left / size if size else 0.0, explained, math.isfinite(left))
-
-
-def _adds_up(sums: Measurement, scale: float) -> bool:
-    """Whether every single sum is explained, up to the rounding of its own parts."""
-    left = abs(sums.gradient - scale * sums.rebuilt)
-    tolerance = max(_tolerance(sums.dtype), sums.rounding)
-    return bool((left <= tolerance * abs(scale) * sums.absolute + SUBNORMAL).all())
-
-
-def _dot(a: Array, b: Array) -> float:
-    return float(a @ b)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return TOLERANCE.get(dtype, 1e-2)
+    return product(*exact), product(*rough)
 
 
 def _dtype_of(gradient: Tensor, uses: Sequence[Use]) -> torch.dtype:
     """The coarsest dtype of a gradient and the rows that rebuild it."""
     every = [gradient.dtype, *(use.rows.output_grad.dtype for use in uses)]
-    return max(every, key=lambda dtype: TOLERANCE.get(dtype, 1e-2))
+    return max(every, key=tolerance)
 
 
 def _numpy(values: Tensor) -> Array:

@@ -283,6 +283,10 @@ class Recorder:
             try:
                 if whole:
                     self._book.notice()
+                self._book.settle()
+            except Exception:
+                self._book.end(in_step=False)  # what stands is written all the same
+                raise
             finally:
                 self._writer.close()
             if whole:

@@ -67,6 +67,10 @@ class Pending:
         """Whether the layer has rows that no step has used."""
         return self._staging.holds(layer) or self._writer.builder.holds(layer)
 
+    def has_plain(self, layer: str) -> bool:
+        """Whether the layer has rows that no step has used, all of them in host memory and none packed."""
+        return not self._staging.holds(layer) and self._writer.builder.holds_plain(layer)
+
     def settle(self) -> None:
         """Wait for rows that are still on their way from a device."""
         self._staging.drain()

@@ -8,15 +8,17 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dualhook.capture import Audit, Guard, Selection, Use, fit_scales, whole
-from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, StepFit, Tracker, class_name, rule_for
+from dualhook.capture import Audit, Guard, Selection, Use, whole
+from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, class_name, rule_for
+from dualhook.recorder.backlog import Backlog
+from dualhook.recorder.fitting import Fitting
 from dualhook.recorder.heads import Heads
 from dualhook.recorder.layers import Layers
 from dualhook.recorder.measuring import Measuring, is_whole
@@ -26,7 +28,7 @@ from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.selfcheck import is_due, predict
 from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
-from dualhook.recorder.step import Step
+from dualhook.recorder.step import Glance, Step
 from dualhook.recorder.watched import Watched, changed_since, gradient_of, state_of
 from dualhook.records import VALUE, Batch, LayerSpec, LedgerEntry, Mark, Rows
 from dualhook.store import Writer
@@ -69,12 +71,13 @@ class StepBook:
         self.audit: Audit | None = None
         self.input_sizes: frozenset[int] = frozenset()
         self.snapshots = Snapshots(writer)
-        self._trackers: weakref.WeakKeyDictionary[Optimizer, dict[str, Tracker]] = weakref.WeakKeyDictionary()
+        self._fitting = Fitting()
         self._stepping: list[Optimizer] = []  # the optimisers that have stepped in the current step
         self._current: Step | None = None
         self._skipping: list[Watched] = []  # the parameters of a step that is called and will skip itself
         self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
         self._notices = Notices(silent=ranks.rank > 0)
+        self._backlog = Backlog(writer, ranks, self.pending, self._notices)
 
     def go_on(self, step: int, begun: Container[str]) -> None:
         """Continue after a step; the recording of some parameters has begun."""
@@ -177,7 +180,7 @@ class StepBook:
             step.fitting = {w.name: whole(w.parameter).clone() for w, _, _ in stepped if w.parameter is not None}
         if not has_closure:
             self._measure(step)
-            self._show_trackers(step)
+            self._fitting.see(step)
             self._predict(step, rule)
         self._current = step
 
@@ -193,26 +196,33 @@ class StepBook:
             watched_now = self.layers.watched
             step.stepped = [one for one in step.stepped if watched_now.get(one[0].name) is one[0]]
             self._measure(step)
-            self._show_trackers(step)
+            self._fitting.see(step)
         if not self._stepping:
             self.step += 1
         self._stepping.append(optimizer)
-        entries = list(self._entries(step))
-        self.writer.builder.add(self.step, [] if self.ranks.rank else entries)
         for spec in dict.fromkeys(watched.spec for watched, _, _ in step.stepped):
             for layer in self.layers.uses(spec):
                 self.pending.commit(layer, self.step)
+        self._backlog.take(step.taken(self.step, self._fitting.of(step), recording=self.recording))
         for watched, _, _ in step.stepped:
             watched.remember(optimizer, self.step)
             self._broken.discard(watched.name)
         self.snapshots.stepped(optimizer, step.name, [watched for watched, _, _ in step.stepped])
         self._whole, self._moves = self.step, False
 
+    def settle(self) -> None:
+        """Put every step that is over in the ledger."""
+        self._backlog.work()
+
     def end(self, *, in_step: bool) -> bool:
         """Go back to the last whole step for good; whether the weights are still those that it has left.
 
         ``in_step``: an optimiser's step has been cut off, on a backward pass on which others may have stepped.
         """
+        with suppress(Exception):  # it may be what has gone wrong: then steps that are not in the ledger are lost
+            self._backlog.work()
+        left = self._backlog.give_up()
+        self._whole = self._whole if left is None else min(self._whole, left - 1)
         if in_step and self._stepping:
             self._whole = min(self._whole, self.step - 1)
         is_current = self._whole == self.step and self._current is None and not self._moves
@@ -243,6 +253,7 @@ class StepBook:
                 hyper = {"alpha": found[0], "slow_step": float(found[1])}
                 entries.append(LedgerEntry(self.step, watched.name, LOOKAHEAD, hyper, {}, 1.0, 0.0, Mark(0)))
         if entries:
+            self._backlog.work()  # of one parameter the ledger is in order
             self.writer.builder.add(self.step, [] if self.ranks.rank else entries)
         return changed
 
@@ -281,15 +292,33 @@ class StepBook:
             )
 
     def _measure(self, step: Step) -> None:
-        """Compare every gradient of the step with what the rows rebuild."""
-        self.pending.settle()
+        """Compare every gradient of the step with what the rows rebuild; of plain layers see it only, most times."""
         layers: dict[str, dict[str, Tensor]] = {}
         for watched, _, _ in step.stepped:
             gradient = gradient_of(watched)
             if gradient is not None:
                 layers.setdefault(watched.spec.name, {})[watched.name] = gradient
-        uses = {layer: self._uses_of(self.layers.spec(layer)) for layer in layers}
-        step.measured = self.measuring.measure(layers, uses, whole=is_whole(self.step))
+        whole = is_whole(self.step)
+        step.glances = [] if whole else list(self._glances(layers))
+        for glance in step.glances:
+            del layers[glance.probe.spec.name]
+        if layers:
+            self.pending.settle()
+            uses = {layer: self._uses_of(self.layers.spec(layer)) for layer in layers}
+            step.measured = self.measuring.measure(layers, uses, whole=whole)
+
+    def _glances(self, layers: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Glance]:
+        """Those of the gradients, by layer, that can be compared with the rows later."""
+        for layer, gradients in layers.items():
+            probe = self.measuring.plain_probe(layer)
+            if probe is None:
+                continue
+            for intake in self.layers.intakes_of(probe.spec):
+                intake.discard_if_zeroed()
+            if self.pending.has_plain(layer):
+                seen = probe.glance(gradients)
+                if seen is not None:
+                    yield Glance(probe, seen)
 
     def _uses_of(self, spec: LayerSpec) -> list[Use]:
         """The rows that a step on a layer uses, of all uses of its weight."""
@@ -299,23 +328,6 @@ class StepBook:
         committed = self.step if self._stepping else None
         found = {layer: self.pending.of(layer, committed) for layer in self.layers.uses(spec)}
         return self.layers.seen_as(spec, {layer: rows for layer, rows in found.items() if rows is not None})
-
-    def _show_trackers(self, step: Step) -> None:
-        """Let those who fit the step see its gradients; a foreach step may write to them."""
-        if not step.fitting:
-            return
-        trackers = self._trackers.setdefault(step.optimizer, {})
-        for watched, group, _ in step.stepped:
-            gradient, before, hyper = step.gradient_of(watched), step.fitting.get(watched.name), step.hyper[group]
-            if before is not None and gradient is not None:
-                trackers.setdefault(watched.name, Tracker(hyper)).see(whole(gradient), before, hyper)
-
-    def _fit(self, step: Step, watched: Watched) -> StepFit | None:
-        """What a step without a rule has done to a parameter."""
-        before, parameter = step.fitting.get(watched.name), watched.parameter
-        if before is None or parameter is None:
-            return None
-        return self._trackers[step.optimizer][watched.name].fit(before, whole(parameter))
 
     def _predict(self, step: Step, rule: Rule) -> None:
         """The self-check, where it is due: what the rule says that the step will do."""
@@ -328,35 +340,6 @@ class StepBook:
                 found = predict(watched, step.optimizer, rule, gradient, step.hyper[group], numbers, fresh)
                 if found is not None:
                     step.predicted[watched.name] = found
-
-    def _entries(self, step: Step) -> Iterator[LedgerEntry]:
-        fits = dict(zip(step.measured, fit_scales(list(step.measured.values())), strict=True))
-        for watched, group, mark in step.stepped:
-            if watched.name not in fits:  # a closure that left no gradient: torch skips the parameter
-                continue
-            fit = fits[watched.name]
-            if not fit.finite:
-                mark |= Mark.NONFINITE
-                self._notices.nonfinite(self.step, watched.name)
-            if not fit.explained:
-                mark |= Mark.UNEXPLAINED if self.recording else Mark.MISSING
-            off_by = step.predicted[watched.name].off_by() if watched.name in step.predicted else None
-            if off_by is not None:
-                mark |= Mark.MISPREDICTED
-                self._notices.mispredicted(self.step, watched.name, step.name, off_by)
-            self._notices.of_mark(self.step, watched.name, mark, fit.residual)
-            done = self._fit(step, watched)
-            yield LedgerEntry(
-                self.step,
-                watched.name,
-                step.name,
-                step.hyper[group],
-                step.state[watched.name] | (done.numbers if done else {}),
-                fit.scale / step.loss_scale,
-                fit.residual,
-                mark,
-                None if done is None or done.vectors is None else done.vectors.to_cpu(),
-            )
 
     def _reaches(self, watched: Watched, slow_step: int) -> bool:
         """Whether the weights after ``slow_step`` will still be known to a synchronisation.

@@ -6,10 +6,11 @@ Buffers are kept and filled again after writing, since first-touch of fresh memo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,11 @@ class LayerBuffer:
         self._row_bytes: int | None = 0  # None: to be counted again
         self._like: Packed | None = None  # rows that are kept as those here are
         self._narrow: frozenset[tuple[str, torch.dtype]] = frozenset()  # what of them has been in 8 bits, and its dtype
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether output gradients are kept in another way than whole."""
+        return self._like is not None
 
     @property
     def row_bytes(self) -> int:
@@ -132,6 +138,8 @@ class SegmentBuilder:
         self.layers: dict[str, LayerBuffer] = {}
         self.ledger: list[LedgerEntry] = []
         self.steps: tuple[int, int] | None = None  # the first and the last one
+        self.expected = 0
+        """How many ledger entries of these steps are still to come."""
 
     def append(
         self,
@@ -170,6 +178,10 @@ class SegmentBuilder:
         buffer = self.layers.get(layer)
         return buffer is not None and buffer.filled > buffer.committed
 
+    def holds_plain(self, layer: str) -> bool:
+        """Whether the layer has pending rows, and none that are packed."""
+        return self.holds(layer) and not self.layers[layer].is_packed
+
     def pending(self, layer: str) -> Rows | None:
         """The layer's pending rows, or None."""
         buffer = self.layers.get(layer)
@@ -182,6 +194,14 @@ class SegmentBuilder:
             return None
         start = int(torch.searchsorted(buffer.tensors["step"][: buffer.committed], step))
         return buffer.view(start, buffer.committed)
+
+    def of_steps(self, layer: str, steps: Sequence[int]) -> tuple[Rows, list[tuple[int, int]]]:
+        """The layer's committed rows from the first to the last of ``steps``, and where in them those of each lie."""
+        buffer = self.layers[layer]
+        committed = buffer.tensors["step"][: buffer.committed].numpy()
+        starts, stops = np.searchsorted(committed, steps, "left"), np.searchsorted(committed, steps, "right")
+        rows = buffer.view(int(starts[0]), int(stops[-1]))
+        return rows, [(int(a), int(b)) for a, b in zip(starts - starts[0], stops - starts[0], strict=True)]
 
     def commit(self, layer: str, step: int) -> None:
         """Turn the layer's pending rows into patterns of ``step``."""
@@ -203,13 +223,13 @@ class SegmentBuilder:
 
     def add(self, step: int, entries: Iterable[LedgerEntry]) -> None:
         """Add the ledger entries of a step; it may have none, where all that it stepped on was frozen."""
-        self.steps = (step if self.steps is None else self.steps[0], step)
+        self.steps = (step, step) if self.steps is None else (min(step, self.steps[0]), max(step, self.steps[1]))
         self.ledger.extend(entries)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the committed rows and the ledger."""
-        return sum(buffer.nbytes for buffer in self.layers.values()) + ENTRY_BYTES * len(self.ledger)
+        return sum(buffer.nbytes for buffer in self.layers.values()) + ENTRY_BYTES * (len(self.ledger) + self.expected)
 
     @property
     def recorded_rows(self) -> int:
@@ -232,6 +252,7 @@ class SegmentBuilder:
     def reset(self) -> None:
         """Empty the builder; its memory stays."""
         self.ledger = []
+        self.expected = 0
         self.steps = None
         for buffer in self.layers.values():
             buffer.committed = buffer.filled = 0

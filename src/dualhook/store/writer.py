@@ -60,6 +60,8 @@ class Writer:
         """What has gone wrong in the writing thread, or elsewhere so that nothing more is to be written."""
         self.last_step = 0
         """The newest step on disk."""
+        self.before_seal: Callable[[], None] | None = None
+        """What has to happen before committed rows go to disk; it may add to the ledger."""
         self.waited = 0.0
         """Seconds for which other threads than the writing one have waited for the disk."""
         self._after_write = after_write
@@ -109,6 +111,8 @@ class Writer:
         """
         if self.builder.steps is None or self.error is not None:
             return
+        if self.before_seal is not None:
+            self.before_seal()
         self._sealed_bytes += self.builder.nbytes
         done, self.builder = self.builder, self._next_builder()
         done.carry(self.builder)

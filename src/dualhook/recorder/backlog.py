@@ -1,0 +1,69 @@
+"""Steps that are over, but for what their rows say.
+
+A step needs its gradients looked at before it changes them: some entries of each. Its rows stay where they are until
+they are written, so that those of several steps can be compared with what was seen in one go. On a device training
+does not wait for either until then.
+"""
+
+from __future__ import annotations
+
+from dualhook.recorder.notices import Notices
+from dualhook.recorder.pending import Pending
+from dualhook.recorder.ranks import Ranks
+from dualhook.recorder.step import Glance, TakenStep
+from dualhook.store import Writer
+
+__all__ = ["Backlog"]
+
+
+class Backlog:
+    """Takes steps in order and puts them in the ledger, at the latest before their rows are handed on for writing."""
+
+    def __init__(self, writer: Writer, ranks: Ranks, pending: Pending, notices: Notices) -> None:
+        self._writer = writer
+        self._ranks = ranks
+        self._pending = pending
+        self._notices = notices
+        self._steps: list[TakenStep] = []
+        writer.before_seal = self.work
+
+    def take(self, step: TakenStep) -> None:
+        """A step is over; its rows are committed."""
+        self._steps.append(step)
+        self._writer.builder.add(step.number, [])
+        self._expect()
+        if not step.glances or step.is_worth_telling:
+            self.work()
+
+    def work(self) -> None:
+        """Measure what is left to be, and put all steps in the ledger."""
+        if any(step.glances for step in self._steps):
+            self._pending.settle()
+            self._measure()
+        while self._steps:
+            entries = list(self._steps[0].entries(self._notices))
+            self._writer.builder.add(self._steps[0].number, [] if self._ranks.rank else entries)
+            del self._steps[0]
+        self._expect()
+
+    def give_up(self) -> int | None:
+        """Forget the steps that are left; the number of the first one."""
+        left, self._steps = self._steps, []
+        self._expect()
+        return left[0].number if left else None
+
+    def _expect(self) -> None:
+        self._writer.builder.expected = sum(len(step.drafts) for step in self._steps)
+
+    def _measure(self) -> None:
+        layers: dict[str, list[tuple[TakenStep, Glance]]] = {}
+        for step in self._steps:
+            for glance in step.glances:
+                layers.setdefault(glance.probe.spec.name, []).append((step, glance))
+        for layer, own in layers.items():
+            rows, bounds = self._writer.builder.of_steps(layer, [step.number for step, _ in own])
+            found = own[0][1].probe.later([glance.seen for _, glance in own], rows, bounds)
+            for (step, _), measured in zip(own, found, strict=True):
+                step.measured.update(measured)
+        for step in self._steps:
+            step.glances.clear()
