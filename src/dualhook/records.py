@@ -129,6 +129,7 @@ class Rows:
     ``slot`` [n] says which they fill; None: keys are whole. ``constant`` [n] is the key's component for the bias;
     None: 1. Stored rows that are whole maps carry their ``extent`` [n, 2 · dimensions], input and output. Rows of one
     step on their way to the disk may be ``packed``: their ``output_grad`` is [n, 0], :meth:`grads` makes it.
+    ``fixed_keys``: there, whether no trained weight has had a part in the keys.
     """
 
     key: Tensor
@@ -142,6 +143,7 @@ class Rows:
     constant: Tensor | None = None
     extent: Tensor | None = None
     packed: Packed | None = None
+    fixed_keys: bool = False
 
     def __len__(self) -> int:
         return int(self.key.shape[0])
@@ -191,7 +193,7 @@ class Rows:
         parts: dict[str, Any] = {name: change(getattr(self, name)) for name in there}
         columns = {name: change(values) for name, values in self.columns.items()}
         packed = None if self.packed is None else changed(self.packed, change)
-        return Rows(**parts, columns=columns, first=self.first, packed=packed)
+        return Rows(**parts, columns=columns, first=self.first, packed=packed, fixed_keys=self.fixed_keys)
 
 
 def absent(like: Tensor) -> float:

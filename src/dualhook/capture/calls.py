@@ -53,6 +53,7 @@ class Call:
     ``outputs`` are the first and last output that were computed, where it was not all. ``is_sequence_first``: the
     batch is the second dimension. ``of_places`` [n] tells which place a row is of, where there are more rows than
     places of the output: the bags of an embedding bag. ``may_be_flat``: rows may be a multiple of the batch.
+    ``is_fixed``: no trained weight has had a part in the input; None: as long as it is on the graph, that tells.
     """
 
     key: Tensor
@@ -62,11 +63,12 @@ class Call:
     places: Places | None = None
     of_places: Tensor | None = None
     may_be_flat: bool = True
+    is_fixed: bool | None = None
 
     def owned(self, *, copy: bool) -> Call:
         """The same off the graph; ``copy``: safe from changes in place."""
         key = self.key.detach().clone() if copy else self.key.detach()
-        return replace(self, key=key)
+        return replace(self, key=key, is_fixed=not self.key.requires_grad if self.is_fixed is None else self.is_fixed)
 
 
 def call_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -101,7 +103,8 @@ def compiled_input(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
 
 def compiled_call(module: nn.Module, spec: LayerSpec, kept: Tensor) -> Call:
     """The call of a module of which compiled code has kept an input."""
-    return Call(kept) if isinstance(module, nn.Bilinear) else module_call(module, spec, (kept,), {})
+    call = Call(kept) if isinstance(module, nn.Bilinear) else module_call(module, spec, (kept,), {})
+    return replace(call, is_fixed=False)  # it is off the graph: nothing is known of where it comes from
 
 
 def embedding_call(ids: Tensor, dtype: torch.dtype, padding: int | None, scaled: bool) -> Call:
@@ -138,9 +141,8 @@ def _bag_call(
 
 def as_rows(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None) -> Rows:
     """The rows of one call with the gradient of its output [..., o], with their coordinates."""
-    if map_of(spec).stores_maps:
-        return _maps(spec, call, output_grad, batch)
-    return _vectors(spec, call, output_grad, batch)
+    made = _maps if map_of(spec).stores_maps else _vectors
+    return replace(made(spec, call, output_grad, batch), fixed_keys=bool(call.is_fixed))
 
 
 def _vectors(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None) -> Rows:

@@ -12,7 +12,7 @@ from dualhook.maps import map_of
 from dualhook.optimizers import LOOKAHEAD, components
 from dualhook.query import rebuild
 from dualhook.records import SLOW, VALUE, LayerSpec
-from dualhook.store import Store, Writer
+from dualhook.store import Segment, Store, Writer
 
 __all__ = ["folding_to"]
 
@@ -31,12 +31,14 @@ def _fold(budget: int, writer: Writer) -> None:
     if writer.bytes <= budget:
         return
     store = Store(writer.layout.root)
-    gone, left = [], writer.bytes
+    gone, left = list[Segment](), writer.bytes
+    last_used = {path: segment.path for segment in store.segments for path in segment.key_files}
     for segment in store.segments[:-1]:
         if left <= budget:
             break
         gone.append(segment)
         left -= segment.path.stat().st_size
+        left -= sum(path.stat().st_size for path, user in last_used.items() if user == segment.path)
     if not gone:
         return
     step = writer.folded = gone[-1].last_step
@@ -52,6 +54,8 @@ def _fold(budget: int, writer: Writer) -> None:
     writer.write_origin(step, parts, dtypes, folded=step, inexact=inexact)
     for segment in gone:
         segment.path.unlink()
+    paths = {segment.path for segment in gone}
+    writer.pool.remove([path for path, user in last_used.items() if user in paths])
     writer.bytes = left
     for path in store.superseded_by(parts):
         path.unlink()

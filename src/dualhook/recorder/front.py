@@ -40,6 +40,7 @@ __all__ = ["OPEN", "Recorder"]
 
 T = TypeVar("T")
 WORTH_TELLING = 1.0  # seconds
+POOL_SHARE = 4  # part of a budget within which steps are to be held, that keys for all of them may take
 
 OPEN: weakref.WeakValueDictionary[Path, Recorder] = weakref.WeakValueDictionary()
 """The recorders of this process that are writing, by their directory."""
@@ -99,6 +100,7 @@ class Recorder:
             after_write=folding_to(budget) if on_full == "fold" else None,
             rank=ranks.rank,
             sparse=sparse,
+            pool_bytes=budget // POOL_SHARE if on_full == "fold" else budget,
             eight_bit=[layer for layer, dtype in stored_in.items() if dtype == torch.int8],
         )
         self._guard = Guard(self._failed)

@@ -8,6 +8,7 @@ from dualhook.store.cutting import cut_after, tidy
 from dualhook.store.durable import PARTIAL, put, settle, write_bytes
 from dualhook.store.eightbit import eight_bit_bytes
 from dualhook.store.inspection import Damage, Inspection, inspected
+from dualhook.store.lanes import Segment
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.lock import WriterLock
 from dualhook.store.reader import Store
@@ -27,6 +28,7 @@ __all__ = [
     "Layout",
     "Manifest",
     "Saving",
+    "Segment",
     "SegmentBuilder",
     "Span",
     "Store",

@@ -148,10 +148,10 @@ def _check_segment(header: Mapping[str, Any], tensors: Collection[str]) -> None:
         holder = own.get("key_of", layer)
         if holder not in rows or (holder != layer and "key_of" in rows[holder]):
             raise ValueError(f"{layer!r:.80} has the keys of {holder!r:.80}, which has none of its own")
-        for part, width in _named("sparse", own.get("sparse", {})).items():
-            checked_count(f"width of {part!r:.80}", width, 1, WIDEST)
-            if part not in SPARSE_FIELDS:
-                raise ValueError(f"sparse {part!r:.80}: expected one of {', '.join(SPARSE_FIELDS)}")
+        _check_sparse(own, SPARSE_FIELDS)
+        numbers = [_checked_file(file) for file in own.get("key_files", ())]
+        if len(set(numbers)) < len(numbers) or bool(numbers) != ("key_files" in own):
+            raise ValueError(f"{layer!r:.80} has its keys in the files {numbers!r:.80}")
         for part, dtype in _named("eight_bit", own.get("eight_bit", {})).items():
             if part not in EIGHT_BIT_FIELDS or part in own.get("sparse", {}) or dtype not in EIGHT_BIT_DTYPES:
                 raise ValueError(f"eight_bit {part!r:.80} of {dtype!r:.80}: expected some of {EIGHT_BIT_FIELDS}")
@@ -159,8 +159,29 @@ def _check_segment(header: Mapping[str, Any], tensors: Collection[str]) -> None:
         _texts(what, header[what])
 
 
+def _check_keys(header: Mapping[str, Any], tensors: Collection[str]) -> None:
+    for own in _named("rows", header["rows"]).values():
+        checked_count("count", _named("rows", own)["count"], 1)
+        _check_sparse(own, ("key",))
+
+
+def _checked_file(given: Any) -> int:
+    """The number of a file of keys, told with how many it has."""
+    number, count = given
+    checked_count("count", count, 1, 2**31 - 1)
+    return checked_count("number", number)
+
+
+def _check_sparse(own: Mapping[str, Any], known: Collection[str]) -> None:
+    for part, width in _named("sparse", own.get("sparse", {})).items():
+        checked_count(f"width of {part!r:.80}", width, 1, WIDEST)
+        if part not in known:
+            raise ValueError(f"sparse {part!r:.80}: expected one of {', '.join(known)}")
+
+
 HEADERS: Mapping[str, Callable[[Mapping[str, Any], Collection[str]], None]] = {
     "segment": _check_segment,
+    "keys": _check_keys,
     "origin": _check_origin,
     "snapshot": _check_parameters,
     "latest": _check_step,

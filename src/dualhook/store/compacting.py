@@ -21,10 +21,10 @@ from dualhook.store.checksums import mismatches
 from dualhook.store.cutting import tidy
 from dualhook.store.direct import DirectFile
 from dualhook.store.durable import settle
-from dualhook.store.lanes import Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, version_needed, write_tensors
 from dualhook.store.ledger import entries
 from dualhook.store.lock import WriterLock
+from dualhook.store.pool import KeyPool
 from dualhook.store.reader import Store
 from dualhook.store.segment import SegmentBuilder
 from dualhook.store.streams import Stored
@@ -103,6 +103,10 @@ class _Lane:
     needs: int = 1
     """The format version that the segments so far need."""
     file: DirectFile = field(default_factory=DirectFile)
+    pool: KeyPool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pool = KeyPool(self.layout, rank=self.rank, sparse=bool(self.saving.sparse))
 
     def add(self, step: int, rows: Mapping[str, Saved]) -> None:
         """Add the rows of a step; those that are kept in another way than the ones before begin a new segment."""
@@ -123,7 +127,11 @@ class _Lane:
         if self.builder.steps is None:
             return
         narrow, seed = self.builder.layers if self.saving.in_eight_bits else (), f"{self.rank} {self.number}"
-        tensors, contents = self.builder.contents(sparse=bool(self.saving.sparse), eight_bit=narrow, seed=seed)
+        keys = self.pool.segment(self.number)
+        tensors, contents = self.builder.contents(
+            sparse=bool(self.saving.sparse), eight_bit=narrow, seed=seed, keys=keys
+        )
+        keys.write(self.stamp)
         self.needs = max(self.needs, version_needed(contents["rows"], tensors))
         header = segment_header(contents, self.number, self.rank) | self.stamp
         write_tensors(self.layout.segment(self.number, self.rank), tensors, header, self.file)
@@ -169,6 +177,8 @@ def _rewritten(
 ) -> tuple[dict[str, int], int]:
     """Write the segments of all processes; how many rows of every layer are not in them, and the version they need."""
     needs, dropped = 1, dict[str, dict[int, int]]()  # rows by layer and step
+    for path in sorted({path for segment in store.segments for path in segment.key_files}):
+        _check(path, store)
     for rank in reversed(range(store.manifest.ranks)):  # the first one's ledger has to know what all have dropped
         lane = _Lane(layout, store.manifest.stamp, rank, segment_bytes, saving)
         own = [segment for segment in store.segments if segment.rank == rank]
@@ -176,7 +186,7 @@ def _rewritten(
             for layer, rows in segment.header["rows"].items():
                 lane.builder.start_at(layer, int(rows["first"]))
         for segment in own:
-            _check(segment, store)
+            _check(segment.path, store)
             ledger: dict[int, list[LedgerEntry]] = {}
             for entry in entries(open_tensors(segment.path), segment.header):
                 ledger.setdefault(entry.step, []).append(entry)
@@ -214,9 +224,9 @@ def _marked(ledger: Sequence[LedgerEntry], short: Collection[str]) -> list[Ledge
     return [replace(e, mark=e.mark | Mark.UNEXPLAINED) if e.parameter in short else e for e in ledger]
 
 
-def _check(segment: Segment, store: Store) -> None:
+def _check(path: Path, store: Store) -> None:
     """Damaged rows must not come out with checksums that are right."""
-    file = open_tensors(segment.path)
-    if damaged := list(mismatches(file, read_header(segment.path, file))):
-        name = segment.path.relative_to(store.layout.root).as_posix()
+    file = open_tensors(path)
+    if damaged := list(mismatches(file, read_header(path, file))):
+        name = path.relative_to(store.layout.root).as_posix()
         raise StoreError(f"{store.layout.root} is damaged: {name} is not as it was written: {damaged[0]}")

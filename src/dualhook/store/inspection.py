@@ -13,14 +13,17 @@ from typing import Any
 from dualhook.errors import StoreError
 from dualhook.store.checking import SEGMENT_TEXTS, check_header
 from dualhook.store.checksums import CHECKSUMS, HEADER_ITSELF, mismatches
+from dualhook.store.keyfiles import check_keys
 from dualhook.store.lanes import Segment
-from dualhook.store.layout import UNREADABLE, Layout, Manifest, glance, open_tensors, segment_name
+from dualhook.store.layout import UNREADABLE, Layout, Manifest, glance, key_file_name, open_tensors, segment_name
 
 __all__ = ["Damage", "Inspection", "inspected"]
 
-KINDS = {"segments": "segment", "origin": "origin", "snapshots": "snapshot", "columns": "column"}  # by folder
+KINDS = {"segments": "segment", "keys": "keys", "origin": "origin", "snapshots": "snapshot", "columns": "column"}
+"""Kinds of files by the folder that they lie in; keys lie among the segments."""
 Lane = Sequence[tuple[int, Path, "Segment | None"]]  # one process's files by number, None where one is damaged
 COLUMN = "/column/"  # between a layer's rows and the name of a column
+Loss = tuple[tuple[int, int], frozenset[str]]  # steps and layers
 NAMED = 3  # damaged tensors that are named one by one
 
 
@@ -72,23 +75,31 @@ def inspected(
     found, layout = Inspection(), replace(layout, generation=manifest.generation)
     # before the segments, which a recorder that is at work writes first
     latest = _looked_at(layout.latest, "latest", layout, manifest, found, deep=deep) if layout.latest.exists() else None
-    folders = {"origin": layout.origins(), "segments": layout.segments()}
+    segments = layout.segments()  # before the keys that they refer to, which are written first
+    folders = {"origin": layout.origins(), "keys": layout.key_files(), "segments": segments}
     if deep:
         folders |= {"snapshots": layout.snapshots(), "columns": layout.columns()}
     lanes: dict[int, list[tuple[int, Path, Segment | None]]] = {rank: [] for rank in range(manifest.ranks)}
     before: dict[str, Any] = {}
+    keys: dict[Path, Mapping[str, Any]] = {}
+    lost_keys: dict[Path, Loss] = {}
     with _nothing_to_collect():
         for folder, path in ((folder, path) for folder, paths in folders.items() for path in paths):
             header = _looked_at(path, KINDS[folder], layout, manifest, found, deep=deep)
             if folder == "origin" and header is not None:
                 found.origins[path] = header
+            elif folder == "keys" and header is not None:
+                keys[path] = header
             elif folder == "segments":
                 before = before if header is None else _kept_once(header, before)
+                if header is not None:
+                    header = _with_lost_keys(Segment(path, header), keys, lost_keys)
                 rank, number = _place(path)
                 segment = _segment(path, header, manifest, found, layout.root, deep=deep)
                 lanes.setdefault(rank, []).append((number, path, segment))
             if on_file is not None:
                 on_file(path.stat().st_size)
+    _note_keys(lost_keys, found, layout.root)
     folded = max((int(header["folded"]) for header in found.origins.values()), default=0)
     is_known = all(path in found.origins for path in folders["origin"])
     for rank, lane in lanes.items():
@@ -147,6 +158,8 @@ def _looked_at(
         if file is None:
             header.pop(CHECKSUMS, None)  # most of it, and looked at with the tensors
             return header | {"columns": columns} if columns else header
+        if kind == "keys":
+            check_keys(path, header)
         found.without_checksums += CHECKSUMS not in header
         damaged = list(mismatches(file, header))
         if not damaged:
@@ -158,8 +171,9 @@ def _looked_at(
         found.damage.append(Damage(_name(path, layout.root), f"is not as it was written: {listed}", steps, layers))
         if layers:
             return header | {"columns": columns, "left_out": layers}
-    except _FileError as damaged_file:
-        found.damage.append(Damage(_name(path, layout.root), str(damaged_file)))
+    except (_FileError, StoreError) as damaged_file:
+        what = str(damaged_file).removeprefix(f"{path} ")
+        found.damage.append(Damage(_name(path, layout.root), what))
     found.damaged_paths.add(path)
     return None
 
@@ -180,8 +194,9 @@ def _check_place(path: Path, kind: str, header: Mapping[str, Any], layout: Layou
 
 def _file_name(kind: str, header: Mapping[str, Any], path: Path, layout: Layout) -> str:
     """What a header says that its file is called."""
-    if kind == "segment":  # of these there are many
-        return segment_name(int(header["number"]), int(header.get("rank", 0)))
+    if kind in ("segment", "keys"):  # of these there are many
+        called = segment_name if kind == "segment" else key_file_name
+        return called(int(header["number"]), int(header.get("rank", 0)))
     if kind == "origin":
         return layout.origin(int(header.get("number", path.stem))).name
     if kind == "snapshot":
@@ -213,6 +228,32 @@ def _segment(
         found.damaged_paths.add(path)
         return None
     return segment
+
+
+def _with_lost_keys(segment: Segment, keys: Mapping[Path, Mapping[str, Any]], lost: dict[Path, Loss]) -> dict[str, Any]:
+    """A segment's header, layers left out whose keys are in no other file as it says; that is noted in ``lost``."""
+    header, left_out = dict(segment.header), frozenset(segment.header.get("left_out", ()))
+    for layer, own in header["rows"].items():
+        holder = own.get("key_of", layer)
+        for path, count in segment.key_paths(layer):
+            if keys.get(path, {}).get("rows", {}).get(holder, {}).get("count") == count:
+                continue
+            left_out |= {layer}
+            (first, last), layers = lost.get(path, ((segment.first_step, segment.last_step), frozenset()))
+            lost[path] = (min(first, segment.first_step), max(last, segment.last_step)), layers | {layer}
+    return header | {"left_out": left_out} if left_out else header
+
+
+def _note_keys(lost: Mapping[Path, Loss], found: Inspection, root: Path) -> None:
+    """Files of keys that segments refer to: missing, or damaged, with what is lost with them."""
+    known = {one.file: at for at, one in enumerate(found.damage)}
+    for path, (steps, layers) in lost.items():
+        if (at := known.get(_name(path, root))) is not None:
+            found.damage[at] = replace(found.damage[at], steps=steps, layers=layers)
+        else:
+            what = "lacks keys that segments refer to" if path.exists() else "is missing"
+            found.damage.append(Damage(_name(path, root), what, steps, layers))
+            found.damaged_paths.add(path)
 
 
 def _layers_of(damaged: Sequence[str], header: Mapping[str, Any]) -> frozenset[str]:

@@ -8,11 +8,11 @@ that order, and do not change as more steps come.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ from dualhook.errors import StoreError
 from dualhook.records import LayerSpec
 from dualhook.store.checking import check_ledger, check_rows
 from dualhook.store.eightbit import EightBitRows, with_eight_bits
-from dualhook.store.layout import UNREADABLE, open_tensors, tensor_names
+from dualhook.store.keyfiles import KEY_FILES, PooledKeys
+from dualhook.store.layout import UNREADABLE, key_file_name, open_tensors, tensor_names
 from dualhook.store.ledger import LEDGER
+from dualhook.store.sharing import KEY_ROW
 from dualhook.store.sparse import SparseRows, with_sparse
 from dualhook.store.streams import Stored
 
@@ -80,12 +82,15 @@ class Segment:
         """
         if not self.count(spec.name):
             return None
-        file, prefix = open_tensors(self.path), f"rows/{spec.name}/"
+        file, prefix, files = open_tensors(self.path), f"rows/{spec.name}/", self.key_paths(spec.name)
         names = [name for name in tensor_names(file) if name.startswith(prefix)]
         own = self.header["rows"][spec.name]
         places = {name.removeprefix(prefix): name for name in names}
         sparse, eight_bit = own.get("sparse", {}), own.get("eight_bit", {})
-        if (holder := own.get("key_of")) is not None:
+        holder = own.get("key_of")
+        if files:
+            places.setdefault(KEY_ROW, f"rows/{holder or spec.name}/{KEY_ROW}")
+        elif holder is not None:
             fields = SparseRows.FIELDS if "key" in sparse else EightBitRows.FIELDS if "key" in eight_bit else ()
             parts = [f"key/{field}" for field in fields] or ["key"]
             places |= {part: f"rows/{holder}/{part}" for part in parts}
@@ -93,6 +98,8 @@ class Segment:
             found = file.get_tensors(list(places.values()))
             tensors = with_sparse({part: found[name] for part, name in places.items()}, sparse)
             tensors = with_eight_bits(tensors, eight_bit)
+            if files:
+                tensors["key"] = cast(Tensor, PooledKeys(files, holder or spec.name))
             check_rows(spec, tensors, own["count"], self.header["steps"])
             for values in tensors.values() if deep else ():
                 if isinstance(values, (SparseRows, EightBitRows)):
@@ -100,6 +107,23 @@ class Segment:
         except UNREADABLE as error:
             raise StoreError(f"{self.path} has rows of {spec.name!r} that make no sense: {error}") from error
         return Stored(spec, tensors)
+
+    def key_paths(self, layer: str) -> list[tuple[Path, int]]:
+        """The files that a layer's keys are in, with how many rows they have of it; none: they are in the segment."""
+        files = self.header["rows"][layer].get(KEY_FILES, ())
+        return [(self.path.parent / key_file_name(number, self.rank), count) for number, count in files]
+
+    @property
+    def key_files(self) -> set[Path]:
+        """All of these of the layers that are not left out."""
+        return {
+            path for layer in self.header["rows"] if layer not in self.left_out for path, _ in self.key_paths(layer)
+        }
+
+    def tensors(self, layer: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some of a layer's tensors by name."""
+        file = open_tensors(self.path)
+        return {name: file.get_tensor(f"rows/{layer}/{name}") for name in names}
 
     def ledger(self) -> dict[str, Tensor]:
         """The ledger's tensors by name.

@@ -31,6 +31,7 @@ __all__ = [
     "Layout",
     "Manifest",
     "glance",
+    "key_file_name",
     "open_tensors",
     "read_header",
     "segment_name",
@@ -39,13 +40,15 @@ __all__ = [
     "write_tensors",
 ]
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 RANKS_SINCE = 2  # a reader of version 1 would miss the rows of other processes without a word
 SHARED_KEYS_SINCE = 3  # one of version 2 would miss the keys that another layer holds
 PACKED_SINCE = 4  # one of version 3 would take packed output gradients for none
 COMPACTED_SINCE = 5  # one of version 4 would look for the segments where they were before
 SPARSE_SINCE = 6  # one of version 5 would miss keys and output gradients that are kept without their zeros
 EIGHT_BIT_SINCE = 7  # one of version 6 would miss those that are kept in 8 bits
+KEY_FILES_SINCE = 8  # one of version 7 would miss keys in files of their own
+KEYS = "keys-"  # what the names of files of keys begin with, among the segments
 FOLDERS = ("origin", "snapshots", "columns")  # and one of segments
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What files that make no sense give."""
@@ -96,10 +99,21 @@ class Layout:
         """The file of a segment, counted from 0 in every process that records."""
         return self.segment_folder / segment_name(number, rank)
 
+    def key_file(self, number: int, rank: int = 0) -> Path:
+        """The file of the keys that a segment has brought and later ones refer to."""
+        return self.segment_folder / key_file_name(number, rank)
+
     def segments(self, rank: int | None = None) -> list[Path]:
         """Every committed segment, or those that one process has written: process by process, oldest first."""
+        return self._files("", rank)
+
+    def key_files(self, rank: int | None = None) -> list[Path]:
+        """The same of keys that segments refer to."""
+        return self._files(KEYS, rank)
+
+    def _files(self, prefix: str, rank: int | None) -> list[Path]:
         process = r"(r\d{4}-)?" if rank is None else f"r{rank:04d}-" if rank else ""
-        own = re.compile(process + r"\d{8,}\.safetensors")
+        own = re.compile(prefix + process + r"\d{8,}\.safetensors")
         folder = self.segment_folder
         if isinstance(folder, RemotePath):
             names = [path.name for path in folder.glob("*")]
@@ -194,6 +208,8 @@ class Layout:
 
 def version_needed(rows: Mapping[str, Mapping[str, Any]], names: Collection[str]) -> int:
     """The first format version that knows how the ``rows`` of a segment's header lie in its tensors of these names."""
+    if any("key_files" in own for own in rows.values()):
+        return KEY_FILES_SINCE
     if any("eight_bit" in own for own in rows.values()):
         return EIGHT_BIT_SINCE
     if any("sparse" in own for own in rows.values()):
@@ -208,12 +224,17 @@ def segment_name(number: int, rank: int = 0) -> str:
     return f"{f'r{rank:04d}-' if rank else ''}{number:08d}.safetensors"
 
 
+def key_file_name(number: int, rank: int = 0) -> str:
+    """What the file is called of the keys that came with a segment."""
+    return f"{KEYS}{segment_name(number, rank)}"
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a memory holds: versions, the linear maps of the model, and how many processes have written it.
 
     ``needs``: the format version that its segments need: of shared keys, of packed output gradients, of sparse
-    rows, of those in 8 bits.
+    rows, of those in 8 bits, of keys in files of their own.
     ``id`` tells the memory from others. ``generation`` counts how often it has been compacted, ``dropped`` the rows
     that this has cost every layer.
     """

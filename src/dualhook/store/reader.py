@@ -169,8 +169,9 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all segments."""
-        return sum(segment.path.stat().st_size for segment in self.segments)
+        """Bytes of all segments, and of the keys that they refer to."""
+        paths = {path for segment in self.segments for path in (segment.path, *segment.key_files)}
+        return sum(path.stat().st_size for path in paths)
 
     @property
     def is_sparse(self) -> bool:

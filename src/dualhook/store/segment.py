@@ -18,8 +18,10 @@ from dualhook.packing import Packed, Softmax, parts_of
 from dualhook.records import FIELDS, OPTIONAL, LedgerEntry, Rows, absent
 from dualhook.store.direct import empty_in_blocks
 from dualhook.store.eightbit import EIGHT_BIT_FIELDS, EightBitRows, in_eight_bits, scale_of
+from dualhook.store.keyfiles import KEY_FILES
 from dualhook.store.ledger import pack
 from dualhook.store.packed import StepWeights, form_of
+from dualhook.store.pool import NewKeys
 from dualhook.store.sharing import KEY_ROW, shared_keys
 from dualhook.store.sparse import SPARSE_FIELDS, SparseRows, packed_in_place
 from dualhook.store.streams import rows_of
@@ -39,6 +41,7 @@ class LayerBuffer:
         self.filled = 0
         self.first = 0  # pattern number of row 0
         self._row_bytes: int | None = 0  # None: to be counted again
+        self.fixed_keys = False  # whether no trained weight has had a part in the keys of any row
         self._like: Packed | None = None  # rows that are kept as those here are
         self._narrow: frozenset[tuple[str, torch.dtype]] = frozenset()  # what of them has been in 8 bits, and its dtype
 
@@ -77,6 +80,7 @@ class LayerBuffer:
         if not self.filled and type(rows.packed) is not type(self._like):
             self.tensors, self._row_bytes = {}, None
         self._like = rows.packed
+        self.fixed_keys = rows.fixed_keys and (self.fixed_keys or not self.filled)
         count = len(rows) if kept is None else len(kept)
         if isinstance(rows.packed, Softmax) and count:
             self.weights.take(rows.packed.weight)
@@ -100,7 +104,7 @@ class LayerBuffer:
     def view(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` without a copy."""
         cut = {name: values[start:stop] for name, values in self.tensors.items()}
-        rows, like = rows_of(cut, self.first + start), self._like
+        rows, like = replace(rows_of(cut, self.first + start), fixed_keys=self.fixed_keys), self._like
         if like is None:
             return rows
         fields: dict[str, Any] = {field: cut[f"{like.name}/{field}"] for field in like.fields}
@@ -259,12 +263,13 @@ class SegmentBuilder:
             buffer.weights.reset()
 
     def contents(
-        self, *, sparse: bool = False, eight_bit: Collection[str] = (), seed: str = ""
+        self, *, sparse: bool = False, eight_bit: Collection[str] = (), seed: str = "", keys: NewKeys | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The committed part as named tensors and the header that goes with them.
 
         Rows of ``eight_bit`` layers are put in 8 bits, rounded by ``seed``. With ``sparse`` others that are mostly
-        zeros leave them out; the builder's own are used up by that.
+        zeros leave them out; the builder's own are used up by that. Keys that no trained weight has made go to
+        ``keys``, as far as these take them.
         """
         tensors, header = pack(self.ledger)
         written = {name: buffer for name, buffer in self.layers.items() if buffer.committed}
@@ -276,11 +281,15 @@ class SegmentBuilder:
             name: {"first": buffer.first, "count": buffer.committed} for name, buffer in written.items()
         }
         narrow = {name: _to_narrow(own, asked=name in eight_bit) for name, own in rows.items()}
-        for name, shared in shared_keys(rows, [name for name, own in narrow.items() if "key" in own]).items():
+        apart = [name for name, own in narrow.items() if "key" in own]
+        for name, shared in shared_keys(rows, apart).items():
             del rows[name]["key"]
             counts[name]["key_of"] = shared.holder
             if shared.rows is not None:
                 rows[name][KEY_ROW] = shared.rows
+        if keys is not None:
+            fixed = [name for name, buffer in written.items() if buffer.fixed_keys and name not in apart]
+            _refer(keys, fixed, rows, counts)
         for name, own in rows.items():
             if dtypes := _narrowed(own, narrow[name], f"{seed} {name}"):
                 counts[name]["eight_bit"] = dtypes
@@ -295,6 +304,26 @@ class SegmentBuilder:
             rows[name] |= buffer.weights.tensors()
         tensors |= {f"rows/{name}/{part}": values for name, own in rows.items() for part, values in own.items()}
         return tensors, {"steps": self.steps, **header, "rows": counts}
+
+
+def _refer(
+    keys: NewKeys,
+    fixed: Collection[str],
+    rows: Mapping[str, dict[str, Tensor]],
+    counts: Mapping[str, dict[str, Any]],
+) -> None:
+    """Put in the place of the keys of some layers, and of those that share them, where else these are."""
+    nbytes = sum(values.nbytes for own in rows.values() for values in own.values())
+    for name in (name for name in fixed if "key" in rows[name]):
+        found = keys.take(name, rows[name], nbytes)
+        if found is None:
+            continue
+        del rows[name]["key"]
+        for sharer in (other for other, own in counts.items() if own.get("key_of") == name):
+            counts[sharer][KEY_FILES] = found.files
+            if KEY_ROW in rows[sharer]:  # else all of the holder's, in their order
+                rows[sharer][KEY_ROW] = torch.from_numpy(found.rows.numpy()[rows[sharer][KEY_ROW].numpy()])
+        rows[name][KEY_ROW], counts[name][KEY_FILES] = found.rows, found.files
 
 
 def _to_narrow(tensors: dict[str, Tensor], *, asked: bool) -> dict[str, Tensor | None]:

@@ -95,10 +95,12 @@ class SparseRows:
         """The numbers of some rows, of a slice without a copy."""
         if isinstance(rows, slice):
             return self.value[int(self.end[rows.start - 1]) if rows.start else 0 : int(self.end[rows.stop - 1])]
-        starts = torch.where(rows > 0, self.end[(rows - 1).clamp(min=0)], 0)
-        counts = self.end[rows] - starts
-        behind = (starts - counts.cumsum(0) + counts).repeat_interleave(counts)
-        return self.value[behind + torch.arange(len(behind))]
+        chosen, end = rows.numpy(), self.end.numpy()  # by numpy: the writing thread looks here too, which is to be one
+        starts = np.where(chosen > 0, end[np.maximum(chosen - 1, 0)], 0)
+        counts = end[chosen] - starts
+        behind = np.repeat(starts - counts.cumsum() + counts, counts)
+        numbers = as_integers(self.value).numpy()[behind + np.arange(len(behind))]
+        return torch.from_numpy(numbers).view(self.dtype)
 
 
 def with_sparse(tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:

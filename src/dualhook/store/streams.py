@@ -13,6 +13,7 @@ from torch import Tensor
 from dualhook.maps import map_of
 from dualhook.records import FIELDS, OPTIONAL, LayerSpec, Rows
 from dualhook.store.eightbit import EightBitRows
+from dualhook.store.keyfiles import PooledKeys
 from dualhook.store.packed import PER_STEP, form_of, packed_rows, packed_width, unpacked
 from dualhook.store.sharing import KEY_ROW
 from dualhook.store.sparse import SparseRows
@@ -51,7 +52,7 @@ class Stored:
         return stop if self.counts is None else int(self.counts[:stop].sum())
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Stored rows; a copy is made of keys that another layer holds and has more of, of what is not whole."""
+        """Stored rows; a copy is made of keys that are chosen from others, and of what is not whole."""
         part = self._part(start, stop)
         if form_of(self.tensors) is not None:
             part["output_grad"] = unpacked(self.tensors, part["key"], start, stop, self.spec.out_features)
@@ -60,9 +61,10 @@ class Stored:
     def as_kept(self, start: int, stop: int) -> Rows:
         """Stored rows of one step, those that are packed as they are."""
         part = self._part(start, stop)
+        rows = replace(rows_of(part), fixed_keys=isinstance(self.tensors["key"], PooledKeys))
         if form_of(self.tensors) is None or start == stop:
-            return rows_of(part)
-        return replace(rows_of(part), packed=packed_rows(self.tensors, start, stop, self.spec.out_features))
+            return rows
+        return replace(rows, packed=packed_rows(self.tensors, start, stop, self.spec.out_features))
 
     def _part(self, start: int, stop: int) -> dict[str, Tensor]:
         own = {name: values for name, values in self.tensors.items() if name in PLAIN or name.startswith("column/")}
@@ -87,7 +89,7 @@ class Stored:
         most = min(block_rows, max(1, UNFOLDED_BYTES // (4 * self.spec.in_features // self.spec.slots)))
         own, most = map_of(self.spec), block_rows if self.spec.kind == "linear" else most
         packed = packed_width(self.tensors, self.spec.out_features)
-        made = [rows for rows in self.tensors.values() if isinstance(rows, (SparseRows, EightBitRows))]
+        made = [rows for rows in self.tensors.values() if isinstance(rows, (SparseRows, EightBitRows, PooledKeys))]
         at_once = stop - start
         if packed is not None:
             at_once = min(block_rows, max(1, UNFOLDED_BYTES // (4 * packed)))

@@ -18,6 +18,7 @@ from dualhook.errors import StoreError
 from dualhook.store.direct import DirectFile
 from dualhook.store.lanes import Segment
 from dualhook.store.layout import Layout, Manifest, open_tensors, read_header, version_needed, write_tensors
+from dualhook.store.pool import KeyPool
 from dualhook.store.segment import SegmentBuilder
 
 __all__ = ["SEGMENT_BYTES", "Writer", "segment_header"]
@@ -31,7 +32,8 @@ class Writer:
 
     ``after_write(writer)`` runs in the writing thread after every segment and may lower :attr:`bytes`. Where several
     processes record one memory, each has a writer; but for segments, only that of ``rank`` 0 writes anything. Rows of
-    ``eight_bit`` layers are put in 8 bits; with ``sparse`` others that are mostly zeros leave them out.
+    ``eight_bit`` layers are put in 8 bits; with ``sparse`` others that are mostly zeros leave them out. At most
+    ``pool_bytes`` (None: as many as there are) go to keys that later segments refer to.
     """
 
     def __init__(
@@ -43,15 +45,17 @@ class Writer:
         rank: int = 0,
         sparse: bool = False,
         eight_bit: Collection[str] = (),
+        pool_bytes: int | None = None,
     ) -> None:
         self.layout = layout
         self.rank = rank
         self.sparse = sparse
         self.eight_bit = eight_bit
+        self.pool = KeyPool(layout, rank=rank, sparse=sparse, most_bytes=pool_bytes)
         self.builder = SegmentBuilder()
         self.segment_bytes = segment_bytes
         self.bytes = 0
-        """Bytes of the segments on disk."""
+        """Bytes of the segments on disk, with the keys that they refer to."""
         self.folded = 0
         """The step up to which patterns are being made part of the origin, or have been."""
         self.slow_steps: dict[str, int] = {}
@@ -89,7 +93,8 @@ class Writer:
         self._origin_number = max((int(path.stem) + 1 for path in self.layout.origins()), default=0)
         self.last_step = max((segment.last_step for segment in own), default=0)
         self.folded = max((int(read_header(p, open_tensors(p))["folded"]) for p in self.layout.origins()), default=0)
-        self.bytes = self._sealed_bytes = sum(segment.path.stat().st_size for segment in own)
+        self.pool.go_on(own)
+        self.bytes = self._sealed_bytes = self.pool.nbytes + sum(segment.path.stat().st_size for segment in own)
         for segment in own:
             for layer, rows in segment.header["rows"].items():
                 self.builder.start_at(layer, int(rows["first"]) + int(rows["count"]))
@@ -229,15 +234,16 @@ class Writer:
         self._sealed.task_done()
 
     def _write(self, builder: SegmentBuilder) -> None:
-        seed = f"{self.rank} {self._number}"
-        tensors, header = builder.contents(sparse=self.sparse, eight_bit=self.eight_bit, seed=seed)
-        self._spared_bytes += builder.nbytes - sum(values.nbytes for values in tensors.values())
+        seed, keys = f"{self.rank} {self._number}", self.pool.segment(self._number)
+        tensors, header = builder.contents(sparse=self.sparse, eight_bit=self.eight_bit, seed=seed, keys=keys)
+        brought = keys.write(self._stamp)  # first: the segment refers to it
+        self._spared_bytes += builder.nbytes - brought - sum(values.nbytes for values in tensors.values())
         self._tell_version(version_needed(header["rows"], tensors))
         path = self.layout.segment(self._number, self.rank)
         write_tensors(path, tensors, segment_header(header, self._number, self.rank) | self._stamp, self._file)
         self._number += 1
         self.last_step = header["steps"][1]
-        self.bytes += path.stat().st_size
+        self.bytes += brought + path.stat().st_size
         if self._after_write is not None:
             self._after_write(self)
 
