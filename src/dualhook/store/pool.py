@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KeyPool", "NewKeys", "Reference"]
 
+Look = Callable[[np.ndarray], np.ndarray]
 WORTH_BYTES = 256  # of a key, from where on what tells where it is found is clearly smaller
 WORTH_SHARE = 16  # part of a segment that keys have to be: of less there would be many small files for little
 WORTH_FOUND = 2  # part of the keys looked for that have to be found, or no more are looked for
@@ -146,6 +147,21 @@ class KeyPool:
             known = self.tables[layer] = _Table(width, key.dtype)
         return known
 
+    def look_up(self, layer: str, where: Reference) -> tuple[Look, np.ndarray]:
+        """What gives the keys of some rows of these files as integers, and the rows [k]."""
+        files = [(self.layout.key_file(number, self.rank), count) for number, count in where.files]
+        keys = PooledKeys(files, layer)
+        return lambda rows: _wide(keys.index_select(0, torch.from_numpy(rows))), where.rows.numpy()
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so many more bytes fit."""
+        return self.most_bytes is None or self.nbytes + nbytes <= self.most_bytes
+
+    def give_up(self, layer: str) -> None:
+        """Leave a layer's keys where they are from now on."""
+        self.given_up.add(layer)
+        del self.tables[layer]
+
     def _know(self, segment: Segment, layer: str, files: list[list[int]]) -> None:
         tensors = segment.tensors(layer, ("sample", "position", KEY_ROW))
         paths = segment.key_paths(layer)
@@ -170,32 +186,25 @@ class NewKeys:
         pool, key = self._pool, tensors["key"]
         if layer in pool.given_up or not _is_eligible(tensors, nbytes):
             return None
-        table, marks = pool.table(layer, key), _marks(tensors)
-        rows = table.find(marks)
-        _, first, place = np.unique(marks, return_index=True, return_inverse=True)
-        leader = first[place]  # the row's first one in the segment
-        is_known, is_first = rows >= 0, leader == np.arange(len(marks))
-        bits = _wide(key)
-        is_equal = np.zeros(len(marks), bool)
-        if is_known.any():
-            known = table.refer(rows[is_known])
-            files = [(pool.layout.key_file(number, pool.rank), count) for number, count in known.files]
-            before, own = PooledKeys(files, layer), np.flatnonzero(is_known)
-            is_equal[own] = _are_equal(bits, own, lambda part: _wide(before.index_select(0, part)), known.rows)
-        own = np.flatnonzero(~is_known & ~is_first)
-        is_equal[own] = _are_equal(bits, own, lambda part: bits[part.numpy()], torch.from_numpy(leader[own]))
-        looked_for = len(marks) - int((~is_known & is_first).sum())
-        new = np.flatnonzero(~is_equal)
-        if (WORTH_FOUND * int(is_equal.sum()) < looked_for) or not self._has_room(len(new) * key[0].nbytes):
-            pool.given_up.add(layer)
-            del pool.tables[layer]
+        table, marks, bits = pool.table(layer, key), _marks(tensors), _wide(key)
+        rows, first = table.find(marks), _first_of(marks)
+        known = np.flatnonzero(rows >= 0)
+        again = np.flatnonzero((rows < 0) & (first < np.arange(len(marks))))  # not the first in the segment
+        is_found = np.zeros(len(marks), bool)
+        if len(known):
+            is_found[known] = _are_equal(bits, known, *pool.look_up(layer, table.refer(rows[known])))
+        is_found[again] = _are_equal(bits, again, lambda part: bits[part], first[again])
+        new = np.flatnonzero(~is_found)
+        pays = WORTH_FOUND * int(is_found.sum()) >= len(known) + len(again)
+        if not (pays and pool.has_room(len(new) * key[0].nbytes)):
+            pool.give_up(layer)
             return None
         if len(new):
             rows[new] = table.add(self._number, len(new)) + np.arange(len(new))
-            rows[own] = np.where(is_equal[own], rows[leader[own]], rows[own])
+            rows[again] = np.where(is_found[again], rows[first[again]], rows[again])
             table.put(marks[new], rows[new])
-            chosen = torch.from_numpy(as_integers(key).numpy()[new]).view(key.dtype)
-            self._keys[layer] = key if len(new) == len(key) else chosen
+            is_all = len(new) == len(key)
+            self._keys[layer] = key if is_all else torch.from_numpy(as_integers(key).numpy()[new]).view(key.dtype)
         return table.refer(rows)
 
     def write(self, stamp: Mapping[str, str]) -> int:
@@ -218,9 +227,6 @@ class NewKeys:
         pool.nbytes += size
         return size
 
-    def _has_room(self, nbytes: int) -> bool:
-        return self._pool.most_bytes is None or self._pool.nbytes + nbytes <= self._pool.most_bytes
-
 
 def _is_eligible(tensors: Mapping[str, Tensor], nbytes: int) -> bool:
     """Whether the keys are large, of a segment too, and of rows that can be told from others."""
@@ -242,11 +248,17 @@ def _wide(key: Tensor) -> np.ndarray:
     return bits.view(np.int64) if bits[0].nbytes % 8 == 0 else bits
 
 
-def _are_equal(bits: np.ndarray, own: np.ndarray, look: Callable[[Tensor], np.ndarray], rows: Tensor) -> np.ndarray:
-    """Which of the rows ``own`` of keys as ``bits`` are the same as ``rows`` of others, which ``look`` gives."""
-    found, order = np.empty(len(own), bool), np.argsort(rows.numpy(), kind="stable")
+def _first_of(marks: np.ndarray) -> np.ndarray:
+    """Of each row the first one with its mark [n]."""
+    _, first, place = np.unique(marks, return_index=True, return_inverse=True)
+    return cast(np.ndarray, first[place])
+
+
+def _are_equal(bits: np.ndarray, own: np.ndarray, look: Look, rows: np.ndarray) -> np.ndarray:
+    """Which of the rows ``own`` [k] of keys as integers are the same as ``rows`` [k], which ``look`` gives."""
+    found, order = np.empty(len(own), bool), np.argsort(rows, kind="stable")  # file by file
     at_once = max(1, BLOCK_BYTES // bits[0].nbytes)
     for begin in range(0, len(own), at_once):
         part = order[begin : begin + at_once]
-        found[part] = (bits[own[part]] == look(rows[torch.from_numpy(part)])).all(1)
+        found[part] = (bits[own[part]] == look(rows[part])).all(1)
     return found
