@@ -109,6 +109,15 @@ def test_an_estimate_tells_of_keys_that_are_stored_once():
     assert "about 160 B of it are keys that another layer reads too: these are stored once" in words.splitlines()
 
 
+@pytest.mark.parametrize(("dtype", "told"), [(None, "2.56 kB"), (torch.bfloat16, "1.28 kB"), (torch.int8, None)])
+def test_an_estimate_tells_of_keys_that_later_epochs_find_again(dtype, told):
+    recorder = dualhook.instrument(nn.Sequential(nn.Linear(128, 8), nn.Linear(8, 128)), verbose=False, dtype=dtype)
+    words = recorder.estimate(torch.randn(5, 128)).footer.splitlines()
+    recorder.discard()
+    found = [line for line in words if "no trained weight has made" in line]
+    assert [line.partition(" of it ")[0] for line in found] == ([] if told is None else [f"about {told}"])
+
+
 @pytest.mark.parametrize(
     ("inputs", "each"),
     [

@@ -16,7 +16,7 @@ from dualhook.maps import map_of
 from dualhook.model import run_model
 from dualhook.recorder.heads import computed_bytes
 from dualhook.records import COORDINATES, LayerSpec, Rows
-from dualhook.store import eight_bit_bytes, shared_keys
+from dualhook.store import eight_bit_bytes, is_worth_finding, shared_keys
 from dualhook.table import Table
 
 __all__ = ["estimate", "human", "row_sizes"]
@@ -47,7 +47,7 @@ def estimate(
         run_model(model, inputs)
     computed_in = _dtypes(model, selection)
     dtypes = {**computed_in, **stored_in}
-    patterns, sizes, narrower = [], {}, dict.fromkeys(NARROWER, 0)
+    patterns, sizes, narrower = [], dict[str, int](), dict.fromkeys(NARROWER, 0)
     keys: dict[str, dict[str, Tensor]] = {}
     for spec in selection.specs:
         seen = [as_rows(spec, c.call, torch.zeros(c.shape), None) for c in calls[spec.name]]
@@ -60,18 +60,24 @@ def estimate(
         if len(seen) == 1:
             keys[spec.name] = {name: getattr(seen[0], name).cpu() for name in COORDINATES}
             keys[spec.name]["key"] = seen[0].key.to("cpu", computed if stored == torch.int8 else stored)
+    fixed = {name for name in keys if all(c.call.is_fixed for c in calls[name])}
     sharing = shared_keys(keys, [name for name, dtype in stored_in.items() if dtype == torch.int8])
     shared = 0
     for name in sharing:
         count, width = keys[name]["key"].shape
         shared += count * _bytes((width,), dtypes[name], computed_in[name])
+    found_again, total = 0, sum(sizes.values())
+    for name in fixed - sharing.keys():
+        key = keys[name]["key"]
+        if stored_in.get(name) != torch.int8 and is_worth_finding(len(key), key[:1].nbytes, total):
+            found_again += key.nbytes
     heads = {
         spec.name: (n * _bytes((spec.out_features,), dtypes[spec.name], computed_in[spec.name]), own)
         for spec, n in zip(selection.specs, patterns, strict=True)
         if (own := computed_bytes(spec, n, computed_in[spec.name].itemsize, dtypes[spec.name].itemsize)) is not None
     }
     instead = {**{f"dtype={dtype}": size for dtype, size in narrower.items()}, "layers='head'": _of_head(model, sizes)}
-    words = _words(sizes, inputs, budget, instead, shared, heads)
+    words = _words(sizes, inputs, budget, instead, shared, found_again, heads)
     return Table(
         {"layer": list(sizes), "patterns": patterns, "bytes": list(sizes.values())},
         title="one step",
@@ -86,11 +92,13 @@ def _words(
     budget: int,
     instead: Mapping[str, int],
     shared: int,
+    found_again: int,
     heads: Mapping[str, tuple[int, float]],
 ) -> str:
     """What a step takes, what of it is most, and how it would be less; of all that only what there is to say.
 
-    ``shared`` are bytes of keys that are stored once; ``heads`` those of a head's output gradients, whole and computed.
+    ``shared`` are bytes of keys that are stored once; ``found_again`` those that are not stored again in later epochs;
+    ``heads`` those of a head's output gradients, whole and computed.
     """
     total, (count, unit) = sum(sizes.values()), _units(inputs)
     each = f", {human(total / count)} a {unit}" if count > 1 else ""
@@ -99,6 +107,11 @@ def _words(
         words.append("the largest are " + ", ".join(shares[:NAMED]))
     if shared:
         words.append(f"about {human(shared)} of it are keys that another layer reads too: these are stored once")
+    if found_again:
+        words.append(
+            f"about {human(found_again)} of it are keys that no trained weight has made: as long as samples are known, "
+            "those that come again in later epochs are not stored again"
+        )
     for name, (whole, computed) in heads.items():
         words.append(
             f"under softmax cross-entropy the output gradients of {name} are computed again when asked for: they "

@@ -351,7 +351,7 @@ class Recorder:
         if step != 1 or not self._verbose:
             return
         size = max(1, self._writer.builder.nbytes * self._ranks.size)
-        layers, may_be_less = len(self._first.selection.specs), self._writer.sparse or bool(self._writer.eight_bit)
+        layers, may_be_less = len(self._first.selection.specs), self._writer.may_write_less
         tell_of_costs(layers, size, self._budget, self._on_full, may_be_less=may_be_less)
 
     def _stop(self, *, is_current: bool = True) -> None:

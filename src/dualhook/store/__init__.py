@@ -11,6 +11,7 @@ from dualhook.store.inspection import Damage, Inspection, inspected
 from dualhook.store.lanes import Segment
 from dualhook.store.layout import FORMAT_VERSION, Layout, Manifest
 from dualhook.store.lock import WriterLock
+from dualhook.store.pool import is_worth_finding
 from dualhook.store.reader import Store
 from dualhook.store.remote import located
 from dualhook.store.segment import SegmentBuilder
@@ -38,6 +39,7 @@ __all__ = [
     "cut_after",
     "eight_bit_bytes",
     "inspected",
+    "is_worth_finding",
     "located",
     "put",
     "settle",

@@ -26,7 +26,7 @@ from dualhook.store.sparse import SparseRows, packed_in_place
 if TYPE_CHECKING:
     from dualhook.store.lanes import Segment
 
-__all__ = ["KeyPool", "NewKeys", "Reference"]
+__all__ = ["KeyPool", "NewKeys", "Reference", "is_worth_finding"]
 
 Look = Callable[[np.ndarray], np.ndarray]
 WORTH_BYTES = 256  # of a key, from where on what tells where it is found is clearly smaller
@@ -173,6 +173,11 @@ class KeyPool:
         table.put(_marks(tensors), rows - (np.cumsum(counts) - counts)[place] + begins[place])
 
 
+def is_worth_finding(count: int, row_bytes: int, nbytes: int) -> bool:
+    """Whether so many keys of so many bytes each are large, and a large part of a segment of ``nbytes``."""
+    return row_bytes >= WORTH_BYTES and WORTH_SHARE * count * row_bytes >= nbytes
+
+
 class NewKeys:
     """The keys that one segment brings: what of them is new is a file of its own, before the segment."""
 
@@ -231,7 +236,7 @@ class NewKeys:
 def _is_eligible(tensors: Mapping[str, Tensor], nbytes: int) -> bool:
     """Whether the keys are large, of a segment too, and of rows that can be told from others."""
     key = tensors["key"]
-    is_large = key[0].nbytes >= WORTH_BYTES and WORTH_SHARE * key.nbytes >= nbytes
+    is_large = is_worth_finding(len(key), key[0].nbytes, nbytes)
     return is_large and not bool((tensors["sample"].numpy() == NO_SAMPLE).any())
 
 

@@ -105,6 +105,11 @@ class Writer:
         return self._sealed_bytes - self._spared_bytes + self.builder.nbytes
 
     @property
+    def may_write_less(self) -> bool:
+        """Whether rows may take less on disk than they do on their way there."""
+        return self.sparse or bool(self.eight_bit) or any(own.fixed_keys for own in self.builder.layers.values())
+
+    @property
     def full(self) -> bool:
         """Whether the builder has grown to a segment."""
         return self.builder.nbytes >= self.segment_bytes
