@@ -43,12 +43,12 @@ NAMES = {
 
 
 class DirectFile:
-    """Writes safetensors files, one after the other, through one buffer; not ``direct``: through the page cache."""
+    """Writes safetensors files, one after the other, through one buffer."""
 
-    def __init__(self, *, direct: bool = True) -> None:
+    def __init__(self) -> None:
         self._buffer = mmap.mmap(-1, BUFFER_BYTES)  # anonymous memory is aligned to pages
         self._view = memoryview(self._buffer)
-        self._direct = getattr(os, "O_DIRECT", 0) if direct else 0  # Linux
+        self._direct = getattr(os, "O_DIRECT", 0)  # Linux
 
     def write(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write contiguous CPU tensors under ``path``, in their order, on disk when this returns.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dualhook.records import NO_SAMPLE
 from dualhook.store.direct import DirectFile, as_integers
-from dualhook.store.keyfiles import KEY_FILES, PooledKeys, keys_in
+from dualhook.store.keyfiles import KEY_FILES, keys_in
 from dualhook.store.layout import Layout, write_tensors
 from dualhook.store.sharing import KEY_ROW
 from dualhook.store.sparse import SparseRows, packed_in_place
@@ -32,7 +33,7 @@ Look = Callable[[np.ndarray], np.ndarray]
 WORTH_BYTES = 256  # of a key, from where on what tells where it is found is clearly smaller
 WORTH_SHARE = 16  # part of a segment that keys have to be: of less there would be many small files for little
 WORTH_FOUND = 2  # part of the keys looked for that have to be found, or no more are looked for
-BLOCK_BYTES = 2**22  # of keys, compared at a time
+BLOCK_BYTES = 2**19  # of keys, compared at a time: as many as stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class KeyPool:
         """Bytes of the files."""
         self.tables: dict[str, _Table] = {}
         self.given_up: set[str] = set()
-        self.file = DirectFile(direct=False)  # what is read again soon had better stay in the page cache
+        self.file = DirectFile()  # a run of one epoch never reads it
 
     def segment(self, number: int) -> NewKeys:
         """For the rows of the segment with this number, which is about to be written."""
@@ -147,11 +148,15 @@ class KeyPool:
             known = self.tables[layer] = _Table(width, key.dtype)
         return known
 
-    def look_up(self, layer: str, where: Reference) -> tuple[Look, np.ndarray]:
-        """What gives the keys of some rows of these files as integers, and the rows [k]."""
-        files = [(self.layout.key_file(number, self.rank), count) for number, count in where.files]
-        keys = PooledKeys(files, layer)
-        return lambda rows: _wide(keys.index_select(0, torch.from_numpy(rows))), where.rows.numpy()
+    def are_there(self, layer: str, where: Reference, bits: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Which of the rows ``own`` [k] of keys as integers are those that stand there in the files."""
+        rows, found, begin = where.rows.numpy(), np.empty(len(own), bool), 0
+        for number, count in where.files:
+            keys = keys_in(self.layout.key_file(number, self.rank), layer, count)
+            there = np.flatnonzero((rows >= begin) & (rows < begin + count))
+            found[there] = _are_equal(bits, own[there], partial(_bits_at, keys), rows[there] - begin)
+            begin += count
+        return found
 
     def has_room(self, nbytes: int) -> bool:
         """Whether so many more bytes fit."""
@@ -197,7 +202,7 @@ class NewKeys:
         again = np.flatnonzero((rows < 0) & (first < np.arange(len(marks))))  # not the first in the segment
         is_found = np.zeros(len(marks), bool)
         if len(known):
-            is_found[known] = _are_equal(bits, known, *pool.look_up(layer, table.refer(rows[known])))
+            is_found[known] = pool.are_there(layer, table.refer(rows[known]), bits, known)
         is_found[again] = _are_equal(bits, again, lambda part: bits[part], first[again])
         new = np.flatnonzero(~is_found)
         pays = WORTH_FOUND * int(is_found.sum()) >= len(known) + len(again)
@@ -259,9 +264,16 @@ def _first_of(marks: np.ndarray) -> np.ndarray:
     return cast(np.ndarray, first[place])
 
 
+def _bits_at(keys: Tensor, rows: np.ndarray) -> np.ndarray:
+    """Some rows of keys in a file as integers; torch would call threads in to choose them."""
+    if isinstance(keys, SparseRows):
+        return _wide(keys.index_select(0, torch.from_numpy(rows)))
+    return cast(np.ndarray, _wide(keys)[rows])
+
+
 def _are_equal(bits: np.ndarray, own: np.ndarray, look: Look, rows: np.ndarray) -> np.ndarray:
     """Which of the rows ``own`` [k] of keys as integers are the same as ``rows`` [k], which ``look`` gives."""
-    found, order = np.empty(len(own), bool), np.argsort(rows, kind="stable")  # file by file
+    found, order = np.empty(len(own), bool), np.argsort(rows, kind="stable")
     at_once = max(1, BLOCK_BYTES // bits[0].nbytes)
     for begin in range(0, len(own), at_once):
         part = order[begin : begin + at_once]

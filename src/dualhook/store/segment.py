@@ -21,7 +21,7 @@ from dualhook.store.eightbit import EIGHT_BIT_FIELDS, EightBitRows, in_eight_bit
 from dualhook.store.keyfiles import KEY_FILES
 from dualhook.store.ledger import pack
 from dualhook.store.packed import StepWeights, form_of
-from dualhook.store.pool import NewKeys
+from dualhook.store.pool import NewKeys, is_worth_finding
 from dualhook.store.sharing import KEY_ROW, shared_keys
 from dualhook.store.sparse import SPARSE_FIELDS, SparseRows, packed_in_place
 from dualhook.store.streams import rows_of
@@ -234,6 +234,12 @@ class SegmentBuilder:
     def nbytes(self) -> int:
         """Bytes of the committed rows and the ledger."""
         return sum(buffer.nbytes for buffer in self.layers.values()) + ENTRY_BYTES * (len(self.ledger) + self.expected)
+
+    @property
+    def may_find_keys(self) -> bool:
+        """Whether keys of some layer are such that later epochs may find them again."""
+        nbytes, own = self.nbytes, [buffer for buffer in self.layers.values() if buffer.committed and buffer.fixed_keys]
+        return any(is_worth_finding(one.committed, one.tensors["key"][0].nbytes, nbytes) for one in own)
 
     @property
     def recorded_rows(self) -> int:

@@ -107,7 +107,7 @@ class Writer:
     @property
     def may_write_less(self) -> bool:
         """Whether rows may take less on disk than they do on their way there."""
-        return self.sparse or bool(self.eight_bit) or any(own.fixed_keys for own in self.builder.layers.values())
+        return self.sparse or bool(self.eight_bit) or self.builder.may_find_keys
 
     @property
     def full(self) -> bool:
