@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import dualhook
+from dualhook.store import pool
 
+pool.WORTH_BYTES = 1  # these keys are small, and to be stored once all the same
+EPOCH = 4  # steps, after which the same inputs come again
 STEPS, EVERY, LATE = 30, 3, 8  # steps, those between two checkpoints, that from which one layer trains
 Say = Callable[[str], None]
 
@@ -69,10 +72,10 @@ def train(
     """Some steps; what they do depends on the model, the optimiser's state and the step's number only."""
     for step in steps:
         model.late.requires_grad_(step >= LATE)
-        torch.manual_seed(step)
+        torch.manual_seed(step % EPOCH)
         x, y = torch.randn(4, 6, dtype=torch.float64), torch.randint(0, 3, (4,))
         if recorder is not None:
-            recorder.batch(samples=4 * step + torch.arange(4))
+            recorder.batch(samples=4 * (step % EPOCH) + torch.arange(4))
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()

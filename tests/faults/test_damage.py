@@ -223,16 +223,19 @@ def contributions(memory: dualhook.DualMemory, model: loop.Net, layer: str) -> d
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("what", ["key", "segment", "ledger", "last"])
+@pytest.mark.parametrize("what", ["key", "keys", "segment", "ledger", "last"])
 def test_the_healthy_rest_is_usable_and_says_what_is_missing(tmp_path, make, what):
     path = tmp_path / "memory"
-    settings = {"momentum": 0.9} if make is torch.optim.SGD and what == "key" else {}
+    settings = {"momentum": 0.9} if make is torch.optim.SGD and what in ("key", "keys") else {}
     model = recorded(path, make, **settings)
     expected = {layer: contributions(dualhook.load(path), model, layer) for layer in ("one", "other", "head")}
     number = 4 if what == "last" else 2
     name, lost = SEGMENT.format(number), range(3 * number + 1, 3 * number + 4)
     if what == "key":
-        flip(path, name, "rows/other/key")  # which 'one' reads too
+        flip(path, name, "rows/other/key_row")  # which 'one' reads too
+    elif what == "keys":  # the inputs of step 4, which come again in 8 and 12
+        name, lost = "segments/keys-00000001.safetensors", range(4, 13)
+        flip(path, name, "rows/other/key")
     elif what == "ledger":
         flip(path, name, "ledger/hyper")
     else:
@@ -243,7 +246,7 @@ def test_the_healthy_rest_is_usable_and_says_what_is_missing(tmp_path, make, wha
     for table in (attention.receipt, attention.top(3), attention.sum_by("sample"), memory.info(), memory.verify(model)):
         assert name in table.footer
         assert f"step {lost[0]} to {lost[-1]}" in table.footer
-    intact = ["late", "head"] if what == "key" else []
+    intact = ["late", "head"] if what in ("key", "keys") else []
     report = memory.verify(model, step=memory.steps)
     if what == "last":
         assert (report["error"] > 1e-3).all()  # the model is further than the memory
