@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -20,12 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dualhook
-from dualhook.errors import StoreError
 from dualhook.records import LayerSpec, Rows
 from dualhook.store import Layout, Manifest, Store, Writer, inspected
-from dualhook.store.keyfiles import PooledKeys, keys_in
 from dualhook.store.layout import open_tensors, read_header, tensor_names, write_tensors
-from dualhook.store.pool import KeyPool, _Table
+from dualhook.store.pool import _Table
 
 SPECIAL = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-8, -1.5, 2.0], dtype=torch.float64)
 SPEC = LayerSpec("fc", 8, 2, "fc.weight", None)
@@ -251,7 +247,7 @@ def test_a_sample_that_changes_its_content_is_stored_again_and_found_as_it_is_no
     sample, none = torch.arange(6), torch.zeros(6, dtype=torch.int64)
     changed = none.clone()
     changed[2] = 1
-    for step, change in enumerate((none, changed, changed, none), start=1):
+    for step, change in enumerate((none, changed, changed, changed, none), start=1):
         writer.builder.append(SPEC.name, of_samples(sample, none, change, torch.float32))
         writer.builder.commit(SPEC.name, step)
         writer.builder.add(step, [entry(step)])
@@ -261,6 +257,20 @@ def test_a_sample_that_changes_its_content_is_stored_again_and_found_as_it_is_no
         keys["rows"]["fc"]["count"] for keys in (read_header(p, open_tensors(p)) for p in key_files(tmp_path / "run"))
     ]
     assert counts == [6, 1, 1]  # the first content was not looked for again, only the newest is
+
+
+@pytest.mark.parametrize("lacks", [None, "a sample", "a flag"])
+def test_a_segment_with_a_row_of_no_known_sample_keeps_its_keys(tmp_path, monkeypatch, lacks):
+    monkeypatch.setattr("dualhook.store.pool.WORTH_BYTES", 1)
+    writer, number = written(tmp_path / "run", (SPEC,)), torch.arange(6)
+    samples = torch.where(number == 5, -1, number) if lacks == "a sample" else number
+    for part in (slice(0, 5), slice(5, 6)):
+        fixed = lacks != "a flag" or part.start > 0
+        writer.builder.append("fc", of_samples(samples[part], number[part], 0 * number[part], torch.float32, fixed))
+    writer.builder.commit("fc", 1)
+    writer.builder.add(1, [entry(1)])
+    writer.close()
+    assert len(key_files(tmp_path / "run")) == (lacks is None)
 
 
 def test_bytes_that_are_found_are_not_counted_as_recorded(tmp_path):
@@ -288,6 +298,22 @@ def test_going_on_finds_what_is_there(tmp_path, sparse):
     assert memory.patterns("one") == 4 * SAMPLES
     assert memory.verify()["exact"].all()
     assert torch.equal(all_keys(memory).unique(dim=0), images().unique(dim=0))
+
+
+def test_going_on_in_another_dtype_begins_again(tmp_path):
+    model = network()
+    train(model, recorder := dualhook.instrument(model, tmp_path / "run", verbose=False), range(2))
+    before = recorder.close()
+    expected = all_keys(before).clone()
+    again = dualhook.instrument(model, tmp_path / "run", verbose=False, dtype=torch.bfloat16, resume=True)
+    train(model, again, range(2, 4))
+    memory = again.close()
+    counts = [read_header(path, open_tensors(path))["rows"]["other"]["count"] for path in key_files(tmp_path / "run")]
+    assert counts == [BATCH] * 6  # three files of each dtype
+    assert damage(tmp_path / "run") == []
+    rows = list(memory._store.blocks("one", last_step=12, block_rows=7))
+    assert torch.equal(bits(torch.cat([own.key for own in rows])[: len(expected)].float()), bits(expected))
+    assert all(torch.equal(own.key.float(), images()[own.sample].bfloat16().float()) for own in rows[-6:])
 
 
 def all_keys(memory: dualhook.DualMemory, layer: str = "one") -> Tensor:
@@ -395,6 +421,16 @@ def test_compacting_keeps_what_is_referred_to_and_no_more(tmp_path, dtype, spars
     assert not found.damage
 
 
+def test_a_memory_of_which_only_such_keys_are_sparse_is_a_sparse_one(tmp_path):
+    """And stays so when it is compacted."""
+    _, memory = recorded(tmp_path / "run", epochs=3, make=lambda: nn.Linear(WIDE, 5), sparse=True)
+    compact = dualhook.compact(tmp_path / "run")
+    for one in (memory, compact):
+        assert "sparse rows" in str(one)
+    (path,) = key_files_of(compact)
+    assert "sparse" in next(iter(read_header(path, open_tensors(path))["rows"].values()))
+
+
 def key_files_of(memory: dualhook.DualMemory) -> list[Path]:
     return memory._store.layout.key_files()
 
@@ -411,99 +447,6 @@ def test_compacting_leaves_out_keys_of_rows_that_are_dropped(tmp_path):
         kept = next(compact._store.blocks(layer, last_step=6, block_rows=10**6))
         assert count == len(set(kept.sample.tolist())) < SAMPLES
     assert counts
-
-
-def missing(path: Path) -> str:
-    path.unlink()
-    return "is missing"
-
-
-def flipped(path: Path) -> str:
-    data = bytearray(path.read_bytes())
-    data[4096 + 100] ^= 1
-    path.write_bytes(data)
-    return "is not as it was written"
-
-
-def cut_short(path: Path) -> str:
-    path.write_bytes(path.read_bytes()[:-7])
-    return "cannot be read"
-
-
-def of_another_place(path: Path) -> str:
-    shutil.copy(path.with_name(path.name.replace("1", "0")), path)
-    return "is in the place of another file"
-
-
-def shorter(path: Path) -> str:
-    file = open_tensors(path)
-    header = read_header(path, file)
-    header["rows"]["other"]["count"] -= 1
-    write_tensors(path, {name: file.get_tensor(name)[:-1].clone() for name in tensor_names(file)}, header)
-    return "lacks keys that segments refer to"
-
-
-@pytest.mark.parametrize("change", [missing, flipped, cut_short, of_another_place, shorter])
-def test_a_file_of_keys_that_is_not_there_is_named_and_the_rest_is_answered(tmp_path, change):
-    model, memory = recorded(tmp_path / "run", epochs=3)
-    expected = memory.attend(model, images()[:2], layers="head").top(3)
-    what = change(Layout(tmp_path / "run").key_file(1))
-    (one,) = inspected(Layout(tmp_path / "run"), Manifest.read(Layout(tmp_path / "run")), deep=True).damage
-    assert (one.file, one.what.startswith(what)) == ("segments/keys-00000001.safetensors", True)
-    assert (one.steps, one.layers) == ((2, 9), {"one", "other", "some"})
-    if change is not flipped:  # bits are looked at in deep inspections only
-        with pytest.raises(StoreError, match=r"damaged: segments/keys-00000001.safetensors .* \(step 2 to 9\)"):
-            dualhook.load(tmp_path / "run")
-    rest = dualhook.load(tmp_path / "run", on_damage="skip")
-    assert "keys-00000001" in str(rest.info())
-    found = rest.attend(model, images()[:2], layers="head").top(3)
-    assert (found["pattern"] == expected["pattern"]).all()
-    assert rest.patterns("one") == 2 * BATCH  # of the steps that do not refer to it
-    table = {row["layer"]: row["exact"] for row in rows_of(rest.verify())}
-    assert (table["head"], table["one"]) == (True, False)
-    with pytest.raises(StoreError, match="damaged"):
-        dualhook.compact(tmp_path / "run")
-
-
-def rows_of(table) -> list[dict]:
-    return [dict(zip(("layer", "exact"), one, strict=True)) for one in zip(table["layer"], table["exact"], strict=True)]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda own: own.update(key_files=[]),
-        lambda own: own.update(key_files=[[0, 8], [0, 8]]),
-        lambda own: own.update(key_files=[[0, -8]]),
-        lambda own: own.update(key_files=[["0", 8]]),
-        lambda own: own.update(key_files=[[0]]),
-        lambda own: own.update(key_files=7),
-        lambda own: own.update(key_files=[[0, 2**40]]),
-        lambda own: own.update(key_files=[[4, 8]]),
-        lambda own: own.pop("key_files"),
-    ],
-)
-def test_headers_that_make_no_sense_are_refused(tmp_path, change):
-    recorded(tmp_path / "run", epochs=1)
-    path = Layout(tmp_path / "run").segment(0)
-    file = open_tensors(path)
-    header = read_header(path, file)
-    change(header["rows"]["other"])
-    write_tensors(path, {name: file.get_tensor(name).clone() for name in tensor_names(file)}, header)
-    assert damage(tmp_path / "run")
-    with pytest.raises(StoreError):
-        list(dualhook.load(tmp_path / "run")._store.blocks("other", last_step=3, block_rows=8))
-
-
-def test_rows_beyond_the_files_are_refused(tmp_path):
-    recorded(tmp_path / "run", epochs=1)
-    path = Layout(tmp_path / "run").segment(0)
-    file = open_tensors(path)
-    tensors = {name: file.get_tensor(name).clone() for name in tensor_names(file)}
-    tensors["rows/other/key_row"][3] = 8
-    write_tensors(path, tensors, read_header(path, file))
-    with pytest.raises(StoreError, match="make no sense"):
-        all_keys(dualhook.load(tmp_path / "run"))
 
 
 def test_two_processes_have_their_own(tmp_path):
@@ -534,59 +477,3 @@ def test_two_processes_have_their_own(tmp_path):
     compact = dualhook.compact(tmp_path / "run")
     assert torch.equal(everything(compact._store, "fc").key, found.key)
     assert len(key_files_of(compact)) == 2
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_a_memory_in_object_storage_reads_the_same(tmp_path, sparse):
-    model, memory = recorded(tmp_path / "run", epochs=3, sparse=sparse)
-    files = fsspec.filesystem("memory")
-    if files.exists("/pool"):
-        files.rm("/pool", recursive=True)
-    files.put(str(tmp_path / "run"), "/pool", recursive=True)
-    remote = dualhook.load("memory://pool")
-    same_rows(memory, remote)
-    assert remote.nbytes == memory.nbytes
-    assert str(remote.verify(model)) == str(memory.verify(model))
-    assert not remote._store.damage
-
-
-def test_pieces_travel_to_other_processes(tmp_path):
-    _, memory = recorded(tmp_path / "run", epochs=2, every=2)
-    for piece in memory._store.pieces("some", last_step=6):
-        there = pickle.loads(pickle.dumps(piece))
-        for one, other in zip(piece.blocks(5), there.blocks(5), strict=True):
-            assert torch.equal(bits(one.key), bits(other.key))
-
-
-@given(data=st.data(), counts=st.lists(st.integers(1, 5), min_size=1, max_size=5), sparse=st.booleans())
-def test_keys_of_several_files_read_like_one_tensor(tmp_path_factory, data, counts, sparse):
-    root = tmp_path_factory.mktemp("run") / "memory"
-    Layout(root).create(overwrite=False)
-    Manifest((SPEC,), {}).write(Layout(root))
-    truth, files, layout = [], [], Layout(root)
-    for number, count in enumerate(counts):
-        key = SPECIAL[torch.randint(0, 8, (count, 8), generator=torch.Generator().manual_seed(number))]
-        truth.append(key.clone())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dualhook.store.sparse.WORTH", 100.0)
-            new = KeyPool(layout, sparse=sparse).segment(number)
-            new._keys["fc"] = key
-            new.write({})
-        files.append((layout.key_file(number), count))
-    whole, read = torch.cat(truth), PooledKeys(files, "fc")
-    assert (read.shape, read.dtype, len(read), read.dim()) == (whole.shape, whole.dtype, len(whole), 2)
-    index = data.draw(st.one_of(
-        st.lists(st.integers(0, len(whole) - 1)),
-        st.integers(0, len(whole) - 1).map(lambda begin: list(range(begin, len(whole)))),
-    ))  # fmt: skip
-    found = read.index_select(0, torch.tensor(index, dtype=torch.int32))
-    assert torch.equal(bits(found), bits(whole[index]))
-    with pytest.raises(StoreError, match="make no sense"):
-        keys_in(files[0][0], "fc", counts[0] + 1)
-
-
-def test_older_versions_refuse_keys_in_files_of_their_own(tmp_path, monkeypatch):
-    recorded(tmp_path / "run", epochs=1)
-    monkeypatch.setattr("dualhook.store.layout.FORMAT_VERSION", 7)
-    with pytest.raises(StoreError, match="format version 8, this dualhook reads up to 7: install a newer"):
-        dualhook.load(tmp_path / "run")

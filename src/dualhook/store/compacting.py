@@ -179,6 +179,7 @@ def _rewritten(
     needs, dropped = 1, dict[str, dict[int, int]]()  # rows by layer and step
     for path in sorted({path for segment in store.segments for path in segment.key_files}):
         _check(path, store)
+        on_bytes(path.stat().st_size)
     for rank in reversed(range(store.manifest.ranks)):  # the first one's ledger has to know what all have dropped
         lane = _Lane(layout, store.manifest.stamp, rank, segment_bytes, saving)
         own = [segment for segment in store.segments if segment.rank == rank]

@@ -31,7 +31,7 @@ def cut_after(layout: Layout, step: int, *, rank: int = 0) -> None:
         elif segment.last_step > step:
             tensors, header = _shortened(segment, step)
             write_tensors(path, tensors, header)
-    remove_unused_keys(layout, rank)
+    _remove_unused_keys(layout, rank)
     if rank:
         return
     for path in layout.snapshots():
@@ -54,14 +54,13 @@ def tidy(layout: Layout) -> None:
     for path in layout.segments():
         if Segment(path, read_header(path, open_tensors(path))).last_step <= folded:
             path.unlink()
-    remove_unused_keys(layout)
     counting = {name: path for path, header in headers.items() for name in header["parameters"]}
     for path in headers.keys() - set(counting.values()):
         path.unlink()
 
 
-def remove_unused_keys(layout: Layout, rank: int | None = None) -> None:
-    """Remove the files of keys, of all processes or of one, that no segment refers to."""
+def _remove_unused_keys(layout: Layout, rank: int) -> None:
+    """Remove the files of a process's keys that none of its segments refers to."""
     segments = (Segment(path, read_header(path, open_tensors(path))) for path in layout.segments(rank))
     used = {path for segment in segments for path in segment.key_files}
     for path in layout.key_files(rank):

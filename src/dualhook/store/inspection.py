@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -55,6 +55,7 @@ class Inspection:
 
     segments: list[Segment] = field(default_factory=list)
     origins: dict[Path, Mapping[str, Any]] = field(default_factory=dict)
+    keys: dict[Path, Mapping[str, Any]] = field(default_factory=dict)
     damage: list[Damage] = field(default_factory=list)
     damaged_paths: set[Path] = field(default_factory=set)
     without_checksums: int = 0
@@ -81,7 +82,6 @@ def inspected(
         folders |= {"snapshots": layout.snapshots(), "columns": layout.columns()}
     lanes: dict[int, list[tuple[int, Path, Segment | None]]] = {rank: [] for rank in range(manifest.ranks)}
     before: dict[str, Any] = {}
-    keys: dict[Path, Mapping[str, Any]] = {}
     lost_keys: dict[Path, Loss] = {}
     with _nothing_to_collect():
         for folder, path in ((folder, path) for folder, paths in folders.items() for path in paths):
@@ -89,17 +89,17 @@ def inspected(
             if folder == "origin" and header is not None:
                 found.origins[path] = header
             elif folder == "keys" and header is not None:
-                keys[path] = header
+                found.keys[path] = header
             elif folder == "segments":
                 before = before if header is None else _kept_once(header, before)
                 if header is not None:
-                    header = _with_lost_keys(Segment(path, header), keys, lost_keys)
+                    header = _with_lost_keys(Segment(path, header), found.keys, lost_keys)
                 rank, number = _place(path)
                 segment = _segment(path, header, manifest, found, layout.root, deep=deep)
                 lanes.setdefault(rank, []).append((number, path, segment))
             if on_file is not None:
                 on_file(path.stat().st_size)
-    _note_keys(lost_keys, found, layout.root)
+    _note_keys(lost_keys, set(folders["keys"]), found, layout.root)
     folded = max((int(header["folded"]) for header in found.origins.values()), default=0)
     is_known = all(path in found.origins for path in folders["origin"])
     for rank, lane in lanes.items():
@@ -244,14 +244,16 @@ def _with_lost_keys(segment: Segment, keys: Mapping[Path, Mapping[str, Any]], lo
     return header | {"left_out": left_out} if left_out else header
 
 
-def _note_keys(lost: Mapping[Path, Loss], found: Inspection, root: Path) -> None:
-    """Files of keys that segments refer to: missing, or damaged, with what is lost with them."""
+def _note_keys(lost: Mapping[Path, Loss], there: Set[Path], found: Inspection, root: Path) -> None:
+    """Files of keys that segments refer to: missing, or damaged, with what is lost with them; others do not matter."""
+    unused = {_name(path, root) for path in there - lost.keys()}
+    found.damage = [one for one in found.damage if one.file not in unused]
     known = {one.file: at for at, one in enumerate(found.damage)}
     for path, (steps, layers) in lost.items():
         if (at := known.get(_name(path, root))) is not None:
             found.damage[at] = replace(found.damage[at], steps=steps, layers=layers)
         else:
-            what = "lacks keys that segments refer to" if path.exists() else "is missing"
+            what = "lacks keys that segments refer to" if path in there else "is missing"
             found.damage.append(Damage(_name(path, root), what, steps, layers))
             found.damaged_paths.add(path)
 

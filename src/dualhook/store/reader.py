@@ -56,6 +56,7 @@ class Store:
         # what a moved origin has swallowed may still lie there, if the recording was cut off in that moment
         folded = max((header["folded"] for header in self._origin_headers.values()), default=0)
         self.segments = found.segments
+        self._key_headers = found.keys
         self.first_step = folded
         self._counted: dict[str, list[int]] = {}
         self._lanes = Lanes(self.segments, self.manifest.ranks, folded)
@@ -176,7 +177,8 @@ class Store:
     @property
     def is_sparse(self) -> bool:
         """Whether any rows are kept without their zeros."""
-        return any("sparse" in rows for segment in self.segments for rows in segment.header["rows"].values())
+        headers = [*(segment.header for segment in self.segments), *self._key_headers.values()]
+        return any("sparse" in rows for header in headers for rows in header["rows"].values())
 
     @property
     def is_eight_bit(self) -> bool:
