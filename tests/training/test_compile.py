@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from training.ways import PATTERNS, STEPS, assert_exact, close, loader, loss_of, net, plain, rows_of, sgd, trained
 
 import dualhook
+from dualhook.store.mapped import glanced
 
 
 @pytest.fixture(autouse=True)
@@ -326,3 +328,24 @@ def test_a_function_that_somebody_wraps_meanwhile_stays_usable(puts_back):
         assert recorder.close().verify()["exact"].all()
     finally:
         F.linear = before
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_keys_of_a_raw_input_and_of_no_other_are_stored_once(tmp_path, fullgraph):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 5))
+    data, recorder = torch.randn(12, 64), dualhook.instrument(model, tmp_path / "run", verbose=False)
+    fast, optimizer = compiled(model, fullgraph=fullgraph), torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        for batch in torch.randperm(12).split(4):
+            recorder.batch(samples=batch)
+            optimizer.zero_grad()
+            F.cross_entropy(fast(data[batch]), batch % 5).backward()
+            optimizer.step()
+        recorder.flush()
+    memory = recorder.close()
+    (path,) = memory._store.layout.key_files()
+    header = json.loads(glanced(path)[0]["dualhook"])
+    assert {layer: own["count"] for layer, own in header["rows"].items()} == {"0": 12}
+    rows = next(memory._store.blocks("0", last_step=9, block_rows=100))
+    assert torch.equal(rows.key, data[rows.sample])

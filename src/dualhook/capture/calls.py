@@ -103,8 +103,7 @@ def compiled_input(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
 
 def compiled_call(module: nn.Module, spec: LayerSpec, kept: Tensor) -> Call:
     """The call of a module of which compiled code has kept an input."""
-    call = Call(kept) if isinstance(module, nn.Bilinear) else module_call(module, spec, (kept,), {})
-    return replace(call, is_fixed=False)  # it is off the graph: nothing is known of where it comes from
+    return Call(kept) if isinstance(module, nn.Bilinear) else module_call(module, spec, (kept,), {})
 
 
 def embedding_call(ids: Tensor, dtype: torch.dtype, padding: int | None, scaled: bool) -> Call:

@@ -32,8 +32,8 @@ class Caller(Protocol):
         """A call whose output gradient will come, if it comes, in the backward pass of an enclosing autograd node."""
         ...
 
-    def on_compiled_call(self, key: Tensor) -> Arrive | None:
-        """What to do with the output gradient of a call on ``key``; None: nothing."""
+    def on_compiled_call(self, key: Tensor, *, is_fixed: bool) -> Arrive | None:
+        """What to do with the output gradient of a call on ``key``, ``is_fixed`` or trained for; None: nothing."""
         ...
 
 
@@ -51,6 +51,7 @@ def register(caller: Caller) -> int:
 def compiled_tap(output: Tensor, key: Tensor, number: int) -> Tensor:
     """What stands for a layer's ``output`` [..., o] in a traced graph, so that its call on ``key`` [..., i] is seen."""
     # the cast that autocast has put before the layer, so that no second copy of the input waits for the backward pass
+    number = number if key.requires_grad else ~number  # no trained weight has had a part in it
     key = key.detach().to(output.dtype) if key.is_floating_point() else key
     tapped: Tensor = torch.ops.dualhook.tap(output, key, number)
     return tapped
@@ -67,7 +68,7 @@ def forget_compiled_code() -> None:
 
 
 def _tap(output: Tensor, key: Tensor, number: int) -> Tensor:
-    caller = _CALLERS.get(number)
+    caller = _CALLERS.get(max(number, ~number))
     if caller is not None:
         with caller.guard:
             caller.on_silent_call()  # compiled code has one autograd node, in whose forward this runs
@@ -75,10 +76,10 @@ def _tap(output: Tensor, key: Tensor, number: int) -> Tensor:
 
 
 def _taken(output_grad: Tensor, key: Tensor, number: int) -> Tensor:
-    caller = _CALLERS.get(number)
+    caller = _CALLERS.get(max(number, ~number))
     if caller is not None:
         with caller.guard:
-            arrive = caller.on_compiled_call(key.clone())
+            arrive = caller.on_compiled_call(key.clone(), is_fixed=number < 0)
             if arrive is not None:
                 arrive(output_grad.clone())
     return output_grad.clone()

@@ -10,6 +10,7 @@ import ast
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -108,7 +109,8 @@ def _taken(
     site = _site_of(weight, what)
     if site is not None:
         with site.listener.guard:
-            arrive = site.listener.on_call(_call(site, input.clone(), weight, offsets, padding, what))
+            call = _call(site, input.clone(), weight, offsets, padding, what)
+            arrive = site.listener.on_call(replace(call, is_fixed=False))  # it is off the graph: nobody knows
             if arrive is not None:
                 arrive(output_grad.clone())
     return output_grad.clone()

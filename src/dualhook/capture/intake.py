@@ -124,9 +124,9 @@ class Intake:
 
         return arrive
 
-    def on_compiled_call(self, key: Tensor) -> Callable[[Tensor], None] | None:
+    def on_compiled_call(self, key: Tensor, *, is_fixed: bool) -> Callable[[Tensor], None] | None:
         """The same in compiled code, which hands over the input in the backward pass."""
-        return self.on_call(compiled_call(self.module, self.spec, key))
+        return self.on_call(replace(compiled_call(self.module, self.spec, key), is_fixed=is_fixed))
 
     def on_output(self, call: Call, output: Tensor) -> None:
         """What a call has made: nothing is put in its place; an audit hears of it."""
