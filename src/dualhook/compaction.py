@@ -34,7 +34,8 @@ def compact(
     Args:
         path: directory of the memory, which nobody is recording to.
         dtype: floating-point dtype of the rows or ``torch.int8``, as ``instrument(dtype=)`` has it. What rounding loses
-            shows in the receipts. Rows that are in 8 bits already are not rounded again.
+            shows in the receipts. Rows that are in 8 bits already are not rounded again. In 8 bits keys that come
+            again in every epoch lie with their rows each time.
         min_share: drop rows below this share of their step: the norm of the output gradient times that of the key,
             as part of the sum over all rows of the layer in the step. They are missing from then on: receipts say what
             the rest explains, the steps count as inexact, and every table names how many rows there were.
