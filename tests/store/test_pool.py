@@ -273,6 +273,34 @@ def test_a_segment_with_a_row_of_no_known_sample_keeps_its_keys(tmp_path, monkey
     assert len(key_files(tmp_path / "run")) == (lacks is None)
 
 
+@pytest.mark.parametrize(
+    ("width", "outputs", "are_there"), [(63, 2, False), (64, 2, True), (64, 1100, False), (64, 800, True)]
+)
+def test_small_keys_and_small_parts_of_a_segment_stay_where_they_are(tmp_path, width, outputs, are_there):
+    writer, number = written(tmp_path / "run", (LayerSpec("fc", width, outputs, "fc.weight", None),)), torch.arange(9)
+    own = Rows(torch.randn(9, width), torch.randn(9, outputs), 0 * number, number, 0 * number, fixed_keys=True)
+    writer.builder.append("fc", own)
+    writer.builder.commit("fc", 1)
+    writer.builder.add(1, [entry(1)])
+    writer.close()
+    assert bool(key_files(tmp_path / "run")) == are_there
+
+
+def test_rows_that_wait_for_their_step_while_a_segment_is_written_are_stored_once_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("dualhook.store.pool.WORTH_BYTES", 1)
+    writer, number = written(tmp_path / "run", (SPEC,)), torch.arange(6)
+    for step in (1, 2, 3):
+        if step == 1:
+            writer.builder.append("fc", of_samples(number[:3], number[:3], 0 * number[:3], torch.float32))
+        writer.builder.commit("fc", step)
+        writer.builder.append("fc", of_samples(number[3:], number[3:], 0 * number[3:], torch.float32))
+        writer.builder.add(step, [entry(step)])
+        writer.flush()
+    writer.close()
+    counts = [read_header(path, open_tensors(path))["rows"]["fc"]["count"] for path in key_files(tmp_path / "run")]
+    assert counts == [3, 3]
+
+
 def test_bytes_that_are_found_are_not_counted_as_recorded(tmp_path):
     model = network()
     recorder = dualhook.instrument(model, tmp_path / "run", verbose=False)
