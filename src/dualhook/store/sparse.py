@@ -96,11 +96,9 @@ class SparseRows:
         if isinstance(rows, slice):
             return self.value[int(self.end[rows.start - 1]) if rows.start else 0 : int(self.end[rows.stop - 1])]
         chosen, end = rows.numpy(), self.end.numpy()  # by numpy: the writing thread looks here too, which is to be one
-        starts = np.where(chosen > 0, end[np.maximum(chosen - 1, 0)], 0)
-        counts = end[chosen] - starts
-        behind = np.repeat(starts - counts.cumsum() + counts, counts)
-        numbers = as_integers(self.value).numpy()[behind + np.arange(len(behind))]
-        return torch.from_numpy(numbers).view(self.dtype)
+        starts, bits = np.where(chosen > 0, end[chosen - 1], 0), as_integers(self.value).numpy()
+        parts = [bits[begin:stop] for begin, stop in zip(starts.tolist(), end[chosen].tolist(), strict=True)]
+        return torch.from_numpy(np.concatenate([bits[:0], *parts])).view(self.dtype)
 
 
 def with_sparse(tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
