@@ -35,7 +35,7 @@ from dualhook.store.remote import RangedFile
 
 def missing(path: Path) -> str:
     path.unlink()
-    return "is missing"
+    return "is missing: those of one, other, some"
 
 
 def flipped(path: Path) -> str:

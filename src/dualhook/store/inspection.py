@@ -24,7 +24,7 @@ KINDS = {"segments": "segment", "keys": "keys", "origin": "origin", "snapshots":
 Lane = Sequence[tuple[int, Path, "Segment | None"]]  # one process's files by number, None where one is damaged
 COLUMN = "/column/"  # between a layer's rows and the name of a column
 Loss = tuple[tuple[int, int], frozenset[str]]  # steps and layers
-NAMED = 3  # damaged tensors that are named one by one
+NAMED = 3  # damaged tensors, or layers, that are named one by one
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,9 @@ def _looked_at(
         layers = _layers_of(damaged, header) if kind == "segment" else frozenset()
         steps = None if kind != "segment" or HEADER_ITSELF in damaged else (header["steps"][0], header["steps"][1])
         damaged = ["its header" if name == HEADER_ITSELF else name for name in damaged]
-        listed = ", ".join(damaged[:NAMED]) + (f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else "")
-        found.damage.append(Damage(_name(path, layout.root), f"is not as it was written: {listed}", steps, layers))
+        found.damage.append(
+            Damage(_name(path, layout.root), f"is not as it was written: {_some(damaged)}", steps, layers)
+        )
         if layers:
             return header | {"columns": columns, "left_out": layers}
     except (_FileError, StoreError) as damaged_file:
@@ -254,7 +255,7 @@ def _note_keys(lost: Mapping[Path, Loss], there: Set[Path], found: Inspection, r
             found.damage[at] = replace(found.damage[at], steps=steps, layers=layers)
         else:
             what = "lacks keys that segments refer to" if path in there else "is missing"
-            found.damage.append(Damage(_name(path, root), what, steps, layers))
+            found.damage.append(Damage(_name(path, root), f"{what}: those of {_some(sorted(layers))}", steps, layers))
             found.damaged_paths.add(path)
 
 
@@ -318,6 +319,11 @@ def _place(path: Path) -> tuple[int, int]:
     """The process and the number that a segment's file name tells."""
     rank, _, number = path.name.removesuffix(".safetensors").rpartition("-")
     return int(rank.removeprefix("r") or 0), int(number)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _name(path: Path, root: Path) -> str:
