@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import dualhook
+from dualhook.store import pool
 
 WORLD, BATCH, SAMPLES, INPUTS, CLASSES = 2, 3, 24, 5, 3
 IGNORED = -100
@@ -190,6 +191,7 @@ def whole(value: Any) -> Tensor:
 def work(rank: int, folder: Path, task: Callable[[int, Path], None]) -> None:
     """One process: everything that ``task`` does, with a process group."""
     torch.set_num_threads(1)
+    pool.WORTH_BYTES = 1  # the inputs are small, and come again in a second epoch
     warnings.simplefilter("error", dualhook.InexactWarning)
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group(

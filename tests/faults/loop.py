@@ -24,7 +24,6 @@ from torch import Tensor, nn
 import dualhook
 from dualhook.store import pool
 
-pool.WORTH_BYTES = 1  # these keys are small, and to be stored once all the same
 EPOCH = 4  # steps, after which the same inputs come again
 STEPS, EVERY, LATE = 30, 3, 8  # steps, those between two checkpoints, that from which one layer trains
 Say = Callable[[str], None]
@@ -149,6 +148,7 @@ def run_and_kill(do: Callable[[Say], None], seconds: float) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    pool.WORTH_BYTES = 1  # these keys are small, and to be stored once all the same
     print("warm", flush=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -115,5 +115,6 @@ def test_questions_add_up_over_processes(folder, name):
 
 
 def test_only_process_0_writes_the_ledger(folder):
-    for path in sorted((folder / "ddp" / "segments").iterdir()):
-        assert path.name in ("00000000.safetensors", "r0001-00000000.safetensors")
+    names = ["00000000.safetensors", "r0001-00000000.safetensors"]
+    keys = [f"keys-{name}" for name in names]  # the inputs of the first epoch, of each process its own
+    assert sorted(path.name for path in (folder / "ddp" / "segments").iterdir()) == sorted(names + keys)
