@@ -74,8 +74,9 @@ def instrument(
         sparse: write rows that are mostly zeros, as behind a ReLU, as the numbers that are not zero and a bit for every
             place: lossless, and about half the disk for a network of ReLUs. Questions take longer, since rows are
             made whole again each time. Has to be said again with ``resume``. Rows in 8 bits are not made sparse.
-        max_bytes: budget for patterns on disk; default half of what is free there. Where the oldest fold, keys that
-            later epochs refer to take a quarter of it at most, or lie with their rows.
+        max_bytes: budget for patterns on disk; default half of what is free there. Keys that later epochs
+            refer to take a quarter of the machine's memory at most, and of the budget where the oldest fold; where they
+            would take more they lie with their rows.
         on_full: beyond the budget ``"fold"`` moves the origin forward over the oldest patterns (the identity stays
             exact), ``"stop"`` ends the recording with a warning, ``"error"`` raises in the training loop. Default
             ``"fold"``, but ``"stop"`` where several processes train the model: their patterns cannot be folded.

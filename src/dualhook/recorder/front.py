@@ -30,7 +30,7 @@ from dualhook.recorder.heads import Heads
 from dualhook.recorder.notices import tell_of_costs, tell_of_failure, tell_of_latest, used_up
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.scope import BatchScope, TemporaryRoot, copied, weakly
-from dualhook.recorder.settings import HeadGrads, OnError, OnFull
+from dualhook.recorder.settings import HeadGrads, OnError, OnFull, pool_bytes
 from dualhook.recorder.steps import StepBook
 from dualhook.records import Batch
 from dualhook.store import SEGMENT_BYTES, Layout, Store, Writer, WriterLock
@@ -40,7 +40,6 @@ __all__ = ["OPEN", "Recorder"]
 
 T = TypeVar("T")
 WORTH_TELLING = 1.0  # seconds
-POOL_SHARE = 4  # part of a budget within which steps are to be held, that keys for all of them may take
 
 OPEN: weakref.WeakValueDictionary[Path, Recorder] = weakref.WeakValueDictionary()
 """The recorders of this process that are writing, by their directory."""
@@ -100,7 +99,7 @@ class Recorder:
             after_write=folding_to(budget) if on_full == "fold" else None,
             rank=ranks.rank,
             sparse=sparse,
-            pool_bytes=budget // POOL_SHARE if on_full == "fold" else budget,
+            pool_bytes=pool_bytes(budget, on_full, ranks.size),
             eight_bit=[layer for layer, dtype in stored_in.items() if dtype == torch.int8],
         )
         self._guard = Guard(self._failed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -12,12 +13,32 @@ from torch.optim import Optimizer
 from dualhook.errors import RuleError
 from dualhook.optimizers import Rule
 
-__all__ = ["HeadGrads", "OnError", "OnFull", "RowDtype", "loss_scale_of", "numbers_of", "refuse"]
+__all__ = ["HeadGrads", "OnError", "OnFull", "RowDtype", "loss_scale_of", "numbers_of", "pool_bytes", "refuse"]
 
 OnFull = Literal["fold", "stop", "error"]
 OnError = Literal["warn", "raise"]
 HeadGrads = Literal["computed", "dense"] | int
+SHARE = 4  # part of a budget within which steps are to be held, or of the machine's memory
 RowDtype = torch.dtype | Mapping[str, torch.dtype | None]
+
+
+def pool_bytes(budget: int, on_full: OnFull, processes: int) -> int:
+    """What each process's keys may take that later epochs are to find.
+
+    No more than a part of the machine's memory: they are looked for in another order than they lie in, and training
+    would have to wait if they were on the disk alone. Nor than a part of a budget that old steps fold away for.
+    """
+    most = budget // SHARE if on_full == "fold" else budget
+    memory = memory_bytes()
+    return most if memory is None else min(most, memory // SHARE // processes)
+
+
+def memory_bytes() -> int | None:
+    """What the machine has; None where it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
 
 
 def refuse(optimizer: Optimizer, parameters: Iterable[nn.Parameter | None]) -> None:
