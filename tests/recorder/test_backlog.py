@@ -115,7 +115,10 @@ def test_the_ledger_is_what_it_would_be_measured_at_once(tmp_path, monkeypatch, 
             torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-10)
 
 
-def test_scales_are_those_of_their_steps(tmp_path):
+@pytest.mark.parametrize("rows_at_once", [1, 20, 2**15])
+def test_scales_are_those_of_their_steps(tmp_path, monkeypatch, rows_at_once):
+    monkeypatch.setattr("dualhook.recorder.backlog.ROWS", rows_at_once)
+
     def scaled(net, step):
         plain(net, step)
         for parameter in net.parameters():

@@ -103,8 +103,7 @@ class LayerProbe:
         self._usual_on: dict[torch.device, Tensor] = {}
         self._outputs = in_runs(spec.out_features, GRID[0], RUN, generator)
         self._inputs = self._map.grid_inputs(GRID[1], generator)
-        self._entries: dict[tuple[str, torch.device], Tensor] = {}
-        self._dead_on: set[torch.device] = set()
+        self._entries: dict[str, Tensor] = {}
         self.is_plain = spec.kind in ("linear", "transposed") and spec.slots == 1 and list(others) in ([], [spec])
         """Whether its gradients can be looked at before its rows are: :meth:`glance`."""
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
@@ -151,15 +150,14 @@ class LayerProbe:
         return found
 
     def glance(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The probed entries [k] of gradients, in memory of their own and where they are; :meth:`later` goes on.
+        """The probed entries [k] of gradients in host memory, as copies; :meth:`later` goes on.
 
-        None where that would not do: the corner is dead, or has no numbers. On a device it is taken to be alive until
-        it has been found dead once, since training would wait for the answer.
+        None where that would not do: the corner is dead, or has no numbers.
         """
-        if any(gradient.device in self._dead_on for gradient in gradients.values()):
+        if any(gradient.device.type != "cpu" for gradient in gradients.values()):
             return None
-        seen = {name: torch.take(own.detach(), self._entries_of(name, own.device)) for name, own in gradients.items()}
-        sizes = [float(vector_norm(own, math.inf)) for own in seen.values() if own.device.type == "cpu"]
+        seen = {name: torch.take(own.detach(), self._entries_of(name)) for name, own in gradients.items()}
+        sizes = [float(vector_norm(own, math.inf)) for own in seen.values()]
         return seen if all(0 < size < math.inf for size in sizes) else None
 
     def later(
@@ -169,28 +167,23 @@ class LayerProbe:
         uses = [Use(self.spec, self.spec, rows)]
         both = self._columns(self.usual(0), uses[0])
         made = _products(*both, bounds)
-        arrays = iter(_brought([values for own in seen for values in own.values()]))
-        found = [
-            self._compared({name: next(arrays) for name in own}, own, uses, *parts)
+        return [
+            self._compared({name: _numpy(values) for name, values in own.items()}, own, uses, *parts)
             for own, parts in zip(seen, zip(*made, strict=True), strict=True)
         ]
-        for own, one in zip(seen, found, strict=True):
-            if self.is_dead(one):
-                self._dead_on |= {values.device for values in own.values() if values.device.type != "cpu"}
-        return found
 
-    def _entries_of(self, name: str, device: torch.device) -> Tensor:
+    def _entries_of(self, name: str) -> Tensor:
         """Which numbers of a plain parameter are its probed entries [k]."""
-        if (name, device) not in self._entries:
+        if name not in self._entries:
             outputs, inputs = self._outputs[:, None], self._inputs
             if name != self.spec.weight:
                 index = self._outputs
             elif self._map.is_transposed:
-                index = (inputs * self.spec.out_features + outputs).flatten()
+                index = inputs * self.spec.out_features + outputs
             else:
-                index = (outputs * self.spec.in_features + inputs).flatten()
-            self._entries[name, device] = index.to(device)
-        return self._entries[name, device]
+                index = outputs * self.spec.in_features + inputs
+            self._entries[name] = index.flatten()
+        return self._entries[name]
 
     def _seen(self, corner: Corner, name: str, gradient: Tensor) -> Tensor:
         """What a corner has of a parameter's gradient."""

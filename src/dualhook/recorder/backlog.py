@@ -1,28 +1,31 @@
 """Steps that are over, but for what their rows say.
 
 A step needs its gradients looked at before it changes them: some entries of each. Its rows stay where they are until
-they are written, so that those of several steps can be compared with what was seen in one go. On a device training
-does not wait for either until then.
+they are written, so that those of several steps can be compared with what was seen in one go.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from dualhook.recorder.notices import Notices
-from dualhook.recorder.pending import Pending
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.step import Glance, TakenStep
 from dualhook.store import Writer
 
 __all__ = ["Backlog"]
 
+ROWS = 2**15  # of a layer that are measured at a time, about
+
+Looked = tuple[TakenStep, Glance]
+
 
 class Backlog:
     """Takes steps in order and puts them in the ledger, at the latest before their rows are handed on for writing."""
 
-    def __init__(self, writer: Writer, ranks: Ranks, pending: Pending, notices: Notices) -> None:
+    def __init__(self, writer: Writer, ranks: Ranks, notices: Notices) -> None:
         self._writer = writer
         self._ranks = ranks
-        self._pending = pending
         self._notices = notices
         self._steps: list[TakenStep] = []
         writer.before_seal = self.work
@@ -37,9 +40,7 @@ class Backlog:
 
     def work(self) -> None:
         """Measure what is left to be, and put all steps in the ledger."""
-        if any(step.glances for step in self._steps):
-            self._pending.settle()
-            self._measure()
+        self._measure()
         while self._steps:
             entries = list(self._steps[0].entries(self._notices))
             self._writer.builder.add(self._steps[0].number, [] if self._ranks.rank else entries)
@@ -56,14 +57,21 @@ class Backlog:
         self._writer.builder.expected = sum(len(step.drafts) for step in self._steps)
 
     def _measure(self) -> None:
-        layers: dict[str, list[tuple[TakenStep, Glance]]] = {}
+        layers: dict[str, list[Looked]] = {}
         for step in self._steps:
             for glance in step.glances:
                 layers.setdefault(glance.probe.spec.name, []).append((step, glance))
-        for layer, own in layers.items():
-            rows, bounds = self._writer.builder.of_steps(layer, [step.number for step, _ in own])
-            found = own[0][1].probe.later([glance.seen for _, glance in own], rows, bounds)
-            for (step, _), measured in zip(own, found, strict=True):
-                step.measured.update(measured)
+        for layer, every in layers.items():
+            for own in self._in_runs(layer, every):
+                rows, bounds = self._writer.builder.of_steps(layer, [step.number for step, _ in own])
+                found = own[0][1].probe.later([glance.seen for _, glance in own], rows, bounds)
+                for (step, _), measured in zip(own, found, strict=True):
+                    step.measured.update(measured)
         for step in self._steps:
             step.glances.clear()
+
+    def _in_runs(self, layer: str, every: list[Looked]) -> Iterator[list[Looked]]:
+        """Steps that are measured together: of so many rows that what is gathered of them stays small."""
+        rows, _ = self._writer.builder.of_steps(layer, [step.number for step, _ in every])
+        at_once = max(1, ROWS * len(every) // max(1, len(rows)))
+        return (every[begin : begin + at_once] for begin in range(0, len(every), at_once))

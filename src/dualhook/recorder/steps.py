@@ -77,7 +77,7 @@ class StepBook:
         self._skipping: list[Watched] = []  # the parameters of a step that is called and will skip itself
         self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
         self._notices = Notices(silent=ranks.rank > 0)
-        self._backlog = Backlog(writer, ranks, self.pending, self._notices)
+        self._backlog = Backlog(writer, ranks, self._notices)
 
     def go_on(self, step: int, begun: Container[str]) -> None:
         """Continue after a step; the recording of some parameters has begun."""
