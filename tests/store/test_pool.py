@@ -398,12 +398,12 @@ def test_folding_keeps_to_the_budget_and_to_what_is_referred_to(tmp_path, budget
 
 @pytest.mark.parametrize("on_full", ["fold", "stop"])
 def test_keys_that_take_much_of_the_memory_lie_with_their_rows(tmp_path, monkeypatch, on_full):
-    monkeypatch.setattr("dualhook.recorder.settings.memory_bytes", lambda: 4 * 15_000)
+    monkeypatch.setattr("dualhook.recorder.settings._memory_bytes", lambda: 4 * 15_000)
     _, memory = recorded(tmp_path / "run", epochs=3, on_full=on_full)  # one of the three files fits
     assert len(key_files(tmp_path / "run")) == 1
     assert sum(path.stat().st_size for path in key_files(tmp_path / "run")) <= 15_000
     assert memory.verify()["exact"].all()
-    monkeypatch.setattr("dualhook.recorder.settings.memory_bytes", lambda: None)
+    monkeypatch.setattr("dualhook.recorder.settings._memory_bytes", lambda: None)
     recorded(tmp_path / "other", epochs=3, on_full=on_full)
     assert len(key_files(tmp_path / "other")) == 3
 

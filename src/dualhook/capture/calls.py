@@ -140,8 +140,9 @@ def _bag_call(
 
 def as_rows(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None) -> Rows:
     """The rows of one call with the gradient of its output [..., o], with their coordinates."""
-    made = _maps if map_of(spec).stores_maps else _vectors
-    return replace(made(spec, call, output_grad, batch), fixed_keys=bool(call.is_fixed))
+    if map_of(spec).stores_maps:
+        return _maps(spec, call, output_grad, batch)
+    return _vectors(spec, call, output_grad, batch)
 
 
 def _vectors(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None) -> Rows:
@@ -155,7 +156,7 @@ def _vectors(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | No
     # under autocast the map ran on the input cast to the output's dtype
     key = call.key.reshape(len(d), call.key.shape[-1]).to(d.dtype)
     slot = None if call.slot is None else call.slot.reshape(len(d)).int()
-    return _rows(key, d, _coordinates(lead, batch, call, whole=spec.kind == "embedding"), slot=slot)
+    return _rows(call, key, d, _coordinates(lead, batch, call, whole=spec.kind == "embedding"), slot=slot)
 
 
 def _maps(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None) -> Rows:
@@ -169,10 +170,11 @@ def _maps(spec: LayerSpec, call: Call, output_grad: Tensor, batch: Batch | None)
     extent = torch.tensor([*x.shape[2:], *y.shape[2:]]).expand(count, -1)
     nothing = torch.zeros(count, dtype=torch.int64)
     coordinates = _numbered(sample, nothing, batch)
-    return _rows(x.reshape(count, -1).to(y.dtype), y.reshape(count, -1), coordinates, extent=extent)
+    return _rows(call, x.reshape(count, -1).to(y.dtype), y.reshape(count, -1), coordinates, extent=extent)
 
 
 def _rows(
+    call: Call,
     key: Tensor,
     output_grad: Tensor,
     coordinates: Coordinates,
@@ -181,7 +183,8 @@ def _rows(
 ) -> Rows:
     sample, position, columns = coordinates
     step = torch.zeros_like(sample)  # known when one uses the rows
-    return Rows(key, output_grad, step, sample, position, columns, slot=slot, extent=extent)
+    fixed_keys = bool(call.is_fixed)
+    return Rows(key, output_grad, step, sample, position, columns, slot=slot, extent=extent, fixed_keys=fixed_keys)
 
 
 def _coordinates(lead: Sequence[int], batch: Batch | None, call: Call, *, whole: bool) -> Coordinates:

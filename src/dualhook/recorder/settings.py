@@ -18,7 +18,7 @@ __all__ = ["HeadGrads", "OnError", "OnFull", "RowDtype", "loss_scale_of", "numbe
 OnFull = Literal["fold", "stop", "error"]
 OnError = Literal["warn", "raise"]
 HeadGrads = Literal["computed", "dense"] | int
-SHARE = 4  # part of a budget within which steps are to be held, or of the machine's memory
+POOL_SHARE = 4  # part of a budget within which steps are to be held, or of the machine's memory
 RowDtype = torch.dtype | Mapping[str, torch.dtype | None]
 
 
@@ -28,17 +28,9 @@ def pool_bytes(budget: int, on_full: OnFull, processes: int) -> int:
     No more than a part of the machine's memory: they are looked for in another order than they lie in, and training
     would have to wait if they were on the disk alone. Nor than a part of a budget that old steps fold away for.
     """
-    most = budget // SHARE if on_full == "fold" else budget
-    memory = memory_bytes()
-    return most if memory is None else min(most, memory // SHARE // processes)
-
-
-def memory_bytes() -> int | None:
-    """What the machine has; None where it does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
+    most = budget // POOL_SHARE if on_full == "fold" else budget
+    memory = _memory_bytes()
+    return most if memory is None else min(most, memory // POOL_SHARE // processes)
 
 
 def refuse(optimizer: Optimizer, parameters: Iterable[nn.Parameter | None]) -> None:
@@ -83,3 +75,11 @@ def numbers_of(group: Mapping[str, Any], rule: Rule) -> dict[str, float]:
         elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
             found[name] = float(value)
     return found
+
+
+def _memory_bytes() -> int | None:
+    """What the machine has; None where it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
