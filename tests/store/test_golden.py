@@ -1,6 +1,6 @@
 """Memories of every released format version open for ever.
 
-A golden memory is made once per format version by ``python tests/store/test_golden.py DIR`` and never again.
+A golden memory is made once by ``python tests/store/test_golden.py VERSION DIR`` and never again.
 """
 
 from __future__ import annotations
@@ -44,6 +44,30 @@ def make(path: Path) -> None:
     memory.add_column("label", ["a", "b", "a", "b", "c"])
 
 
+def inputs_of(samples: list[int]) -> torch.Tensor:
+    """Inputs [n, 96] with some zeros, the same for a sample in every epoch."""
+    places = torch.arange(96.0)
+    return torch.stack([((places * (sample + 3)) % 7 - 3).clamp(min=0) / 4 for sample in samples])
+
+
+def make_8(path: Path) -> None:
+    """Two epochs behind a ReLU: keys in files of their own, rows without their zeros, others in 8 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 24), nn.ReLU(), nn.Linear(24, 16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = dualhook.instrument(model, path, sparse=True, dtype={"2": torch.int8}, verbose=False)
+    for samples in ORDER:
+        recorder.batch(samples=samples)
+        optimizer.zero_grad()
+        model(inputs_of(samples)).square().mean().backward()
+        optimizer.step()
+        recorder.flush()
+    recorder.close()
+
+
+ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [5, 2, 7, 0], [3, 6, 1, 4]]
+
+
 @pytest.mark.parametrize("version", [1])
 def test_golden_memory_opens_and_adds_up(version):
     memory = dualhook.load(GOLDEN / f"v{version}")
@@ -54,6 +78,32 @@ def test_golden_memory_opens_and_adds_up(version):
     assert memory.verify()["exact"].all()
     assert memory.verify().max_error < 1e-6
     assert memory.weight("2", step=2).flatten().tolist() == pytest.approx(EXPECTED, abs=1e-6)
+
+
+def check_8(path: Path) -> list[float]:
+    """A memory of version 8 holds what has been recorded; some of its weights."""
+    memory = dualhook.load(path)
+    assert memory.steps == len(ORDER)
+    assert memory._store.manifest.needs == 8
+    headers = [segment.header["rows"] for segment in memory._store.segments]
+    assert all("key_files" in rows["0"] and "sparse" in rows["0"] and "eight_bit" in rows["2"] for rows in headers)
+    assert len(list((path / "segments").glob("keys-*"))) == 2  # one for each step of the first epoch
+    for samples, segment in zip(ORDER, memory._store.segments, strict=True):
+        stored = segment.stored(memory._store.layers[0])
+        assert torch.equal(stored.rows(0, 4).key, inputs_of(samples))
+    report = memory.verify()
+    assert report.where(layer="0")["exact"].all()
+    assert report.max_error < 1e-2
+    return memory.weight("0").flatten()[:6].tolist() + memory.weight("2").flatten()[:6].tolist()
+
+
+def test_a_golden_memory_of_version_8_opens_and_adds_up():
+    assert check_8(GOLDEN / "v8") == pytest.approx(EXPECTED_8, abs=1e-6)
+
+
+def test_what_is_written_today_is_read_as_version_8_too(tmp_path):
+    make_8(tmp_path / "memory")
+    assert check_8(tmp_path / "memory") == pytest.approx(EXPECTED_8, abs=1e-2)  # a rounding may fall otherwise
 
 
 def test_writing_today_gives_the_golden_files(tmp_path):
@@ -96,6 +146,16 @@ def _numbers(header: dict, data: bytes) -> np.ndarray:
 
 EXPECTED = [0.13393164, 0.24907146, 0.39783734, -0.35780129, -0.24283631, 0.22314881]  # printed when v1 was made
 
+EXPECTED_8 = [
+    -0.00076412, 0.05522278, -0.08400170, -0.07473212, -0.03888582, 0.02807899,
+    0.00668204, 0.05943086, 0.05421911, -0.11446685, -0.12508950, -0.18177894,
+]  # fmt: skip
+
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
-    print(dualhook.load(sys.argv[1]).weight("2", step=2).flatten().tolist())
+    version, target = int(sys.argv[1]), Path(sys.argv[2])
+    if version == 8:
+        make_8(target)
+        print(check_8(target))
+    else:
+        make(target)
+        print(dualhook.load(target).weight("2", step=2).flatten().tolist())
