@@ -164,12 +164,11 @@ class LayerProbe:
         self, seen: Sequence[Mapping[str, Tensor]], rows: Rows, bounds: Sequence[tuple[int, int]]
     ) -> list[dict[str, Measurement]]:
         """What glances at the gradients of several steps say, whose rows lie within ``bounds`` of ``rows``."""
-        uses = [Use(self.spec, self.spec, rows)]
-        both = self._columns(self.usual(0), uses[0])
-        made = _products(*both, bounds)
+        use = Use(self.spec, self.spec, rows)
+        rebuilt, absolute = _products(*self._columns(self.usual(0), use), bounds)
         return [
-            self._compared({name: _numpy(values) for name, values in own.items()}, own, uses, *parts)
-            for own, parts in zip(seen, zip(*made, strict=True), strict=True)
+            self._compared({name: _numpy(values) for name, values in own.items()}, own, [use], made, size)
+            for own, made, size in zip(seen, rebuilt, absolute, strict=True)
         ]
 
     def _entries_of(self, name: str) -> Tensor:
@@ -302,19 +301,16 @@ def _products(d: Tensor, keys: Tensor, bounds: Sequence[tuple[int, int]]) -> tup
     """``dᵀ keys`` [b, o, c] of the rows within each of some bounds, and the same of absolute values."""
     # a yardstick for rounding need not be exact
     coarse = torch.promote_types(d.dtype, torch.float32)
-    exact, rough = (d.double(), keys.double()), (d.abs().to(coarse), keys.abs().to(coarse))
-    count = bounds[0][1] - bounds[0][0]
-    if bounds == [(start, start + count) for start in range(0, count * len(bounds), count or 1)]:
-        parts = len(bounds), count
+    rough = _within(d.abs().to(coarse), keys.abs().to(coarse), bounds)
+    return _within(d.double(), keys.double(), bounds), rough
 
-        def product(d: Tensor, keys: Tensor) -> Array:
-            return torch.bmm(d.reshape(*parts, -1).transpose(1, 2), keys.reshape(*parts, -1)).double().numpy()
-    else:
 
-        def product(d: Tensor, keys: Tensor) -> Array:
-            return torch.stack([d[start:stop].T @ keys[start:stop] for start, stop in bounds]).double().numpy()
-
-    return product(*exact), product(*rough)
+def _within(d: Tensor, keys: Tensor, bounds: Sequence[tuple[int, int]]) -> Array:
+    steps, count = len(bounds), bounds[0][1]
+    if bounds == [(step * count, (step + 1) * count) for step in range(steps)]:  # nearly always
+        d, keys = d.reshape(steps, count, d.shape[1]), keys.reshape(steps, count, keys.shape[1])
+        return torch.bmm(d.transpose(1, 2), keys).double().numpy()
+    return torch.stack([d[start:stop].T @ keys[start:stop] for start, stop in bounds]).double().numpy()
 
 
 def _dtype_of(gradient: Tensor, uses: Sequence[Use]) -> torch.dtype:

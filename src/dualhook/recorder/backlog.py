@@ -6,8 +6,6 @@ they are written, so that those of several steps can be compared with what was s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from dualhook.recorder.notices import Notices
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.step import Glance, TakenStep
@@ -15,9 +13,7 @@ from dualhook.store import Writer
 
 __all__ = ["Backlog"]
 
-ROWS = 2**15  # of a layer that are measured at a time, about
-
-Looked = tuple[TakenStep, Glance]
+ROWS = 2**15  # of a layer that are measured at a time, about: what is gathered of them stays small
 
 
 class Backlog:
@@ -57,21 +53,19 @@ class Backlog:
         self._writer.builder.expected = sum(len(step.drafts) for step in self._steps)
 
     def _measure(self) -> None:
-        layers: dict[str, list[Looked]] = {}
+        layers: dict[str, list[tuple[TakenStep, Glance]]] = {}
         for step in self._steps:
             for glance in step.glances:
                 layers.setdefault(glance.probe.spec.name, []).append((step, glance))
-        for layer, every in layers.items():
-            for own in self._in_runs(layer, every):
-                rows, bounds = self._writer.builder.of_steps(layer, [step.number for step, _ in own])
-                found = own[0][1].probe.later([glance.seen for _, glance in own], rows, bounds)
-                for (step, _), measured in zip(own, found, strict=True):
+        for layer, own in layers.items():
+            rows, bounds = self._writer.builder.of_steps(layer, [step.number for step, _ in own])
+            at_once = max(1, ROWS * len(own) // max(1, len(rows)))
+            for begin in range(0, len(own), at_once):
+                part, within = own[begin : begin + at_once], bounds[begin : begin + at_once]
+                first, last = within[0][0], within[-1][1]
+                places = [(start - first, stop - first) for start, stop in within]
+                found = part[0][1].probe.later([glance.seen for _, glance in part], rows.part(first, last), places)
+                for (step, _), measured in zip(part, found, strict=True):
                     step.measured.update(measured)
         for step in self._steps:
             step.glances.clear()
-
-    def _in_runs(self, layer: str, every: list[Looked]) -> Iterator[list[Looked]]:
-        """Steps that are measured together: of so many rows that what is gathered of them stays small."""
-        rows, _ = self._writer.builder.of_steps(layer, [step.number for step, _ in every])
-        at_once = max(1, ROWS * len(every) // max(1, len(rows)))
-        return (every[begin : begin + at_once] for begin in range(0, len(every), at_once))

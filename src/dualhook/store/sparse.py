@@ -95,7 +95,7 @@ class SparseRows:
         """The numbers of some rows, of a slice without a copy."""
         if isinstance(rows, slice):
             return self.value[int(self.end[rows.start - 1]) if rows.start else 0 : int(self.end[rows.stop - 1])]
-        chosen, end = rows.numpy(), self.end.numpy()  # by numpy: the writing thread looks here too, which is to be one
+        chosen, end = rows.numpy(), self.end.numpy()  # in the writing thread torch would call others in
         starts, bits = np.where(chosen > 0, end[chosen - 1], 0), as_integers(self.value).numpy()
         parts = [bits[begin:stop] for begin, stop in zip(starts.tolist(), end[chosen].tolist(), strict=True)]
         return torch.from_numpy(np.concatenate([bits[:0], *parts])).view(self.dtype)
