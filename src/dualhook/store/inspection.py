@@ -232,7 +232,7 @@ def _segment(
 
 
 def _with_lost_keys(segment: Segment, keys: Mapping[Path, Mapping[str, Any]], lost: dict[Path, Loss]) -> dict[str, Any]:
-    """A segment's header, layers left out whose keys are in no other file as it says; that is noted in ``lost``."""
+    """A segment's header, layers left out whose keys are in no file as it says; that is noted in ``lost``."""
     header, left_out = dict(segment.header), frozenset(segment.header.get("left_out", ()))
     for layer, own in header["rows"].items():
         holder = own.get("key_of", layer)
