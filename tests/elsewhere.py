@@ -1,15 +1,19 @@
 """A device that is not the processor, played by it: tensors that say they are elsewhere and hold their numbers here.
 
 Whoever lets them meet tensors of the processor, or looks at their memory, gets the error that a CUDA device would give.
-Copies are made by ``.cpu()`` and ``.to``, as ever. In :func:`elsewhere` everything made on ``DEVICE`` is such a tensor.
+Copies are made by ``.cpu()`` and ``.to``, as ever. In :func:`elsewhere` everything made on ``DEVICE`` is such a tensor,
+and the recorder's copies come late, as a CUDA stream's do.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -46,11 +50,22 @@ class Elsewhere(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def tolist(self) -> Any:
+        WAITS.append(places())
         return self.held.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatched(func, args, kwargs or {})
+
+
+WAITS: list[list[str]] = []
+"""Where this package was, innermost first, each time that numbers of ``DEVICE`` were asked for and had to be there."""
+
+
+def places() -> list[str]:
+    """The frames of the package that are running, as ``file:line``."""
+    frames = reversed(traceback.extract_stack())
+    return [f"{Path(one.filename).name}:{one.lineno}" for one in frames if "/src/dualhook/" in one.filename]
 
 
 def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -68,6 +83,8 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         stays = torch.device(asked).type == DEVICE.type
     else:
         stays = bool(there)
+    if there and not stays:
+        WAITS.append(places())
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     args, kwargs = tree_map(held_by, (args, kwargs))
@@ -107,10 +124,50 @@ class _FromNumbers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Late:
+    """Copies that end when they are waited for, or have been asked for so many times; until then they are garbage."""
+
+    def __init__(self, copies: Sequence[tuple[Tensor, Tensor]], asked: int) -> None:
+        self._copies = copies
+        self._asked = asked
+
+    def query(self) -> bool:
+        self._asked -= 1
+        if self._asked < 0:
+            self.synchronize()
+        return self._asked < 0
+
+    def synchronize(self) -> None:
+        for here, there in self._copies:  # as they are now: nobody may have written to them
+            there.copy_(here.held)
+        self._copies = []
+
+
+class LateCourier:
+    """Copies from ``DEVICE`` that are asked for ``lag`` times before they have ended."""
+
+    def __init__(self, lag: int) -> None:
+        self._lag = lag
+        self._begun: list[tuple[Tensor, Tensor]] = []
+
+    def copies(self, values: Sequence[Tensor]) -> list[Tensor]:
+        garbage = [torch.full(one.shape, 77, dtype=one.dtype, device="cpu") for one in values]
+        self._begun += zip(values, garbage, strict=True)
+        return garbage
+
+    def done(self) -> Late:
+        begun, self._begun = self._begun, []
+        return Late(begun, self._lag)
+
+
 @contextmanager
-def elsewhere() -> Iterator[torch.device]:
-    """A block in which ``DEVICE`` is one that holds numbers."""
-    with _Everywhere(), _FromNumbers():
+def elsewhere(lag: int = 2) -> Iterator[torch.device]:
+    """A block in which ``DEVICE`` is one that holds numbers; they come to the host some steps later."""
+
+    def courier_of(device: torch.device) -> LateCourier | None:
+        return LateCourier(lag) if device.type == DEVICE.type else None
+
+    with _Everywhere(), _FromNumbers(), mock.patch("dualhook.recorder.staging.courier_of", courier_of):
         yield DEVICE
 
 

@@ -99,7 +99,7 @@ def test_the_ledger_is_what_it_would_be_measured_at_once(tmp_path, monkeypatch, 
     weights, recorder = trained(tmp_path / "later", make, backward, segment_bytes=segment_bytes)
     memory = recorder.close()
     seen = []
-    monkeypatch.setattr(LayerProbe, "glance", lambda self, gradients: seen.append(gradients))
+    monkeypatch.setattr(LayerProbe, "glance", lambda self, gradients, whole: seen.append(gradients))
     trained(tmp_path / "once", make, backward, segment_bytes=segment_bytes)[1].close()
     assert len(seen) > STEPS  # it is what measures later
     later, once = columns(tmp_path / "later"), columns(tmp_path / "once")
@@ -208,7 +208,8 @@ def test_a_corner_without_numbers_is_measured_at_once():
     probe = LayerProbe(LayerSpec("layer", 40, 48, "layer.weight", "layer.bias"))
     gradients = {"layer.weight": torch.randn(48, 40), "layer.bias": torch.randn(48)}
     seen = probe.glance(gradients)
-    assert {name: len(values) for name, values in seen.items()} == {"layer.weight": 32 * 16, "layer.bias": 32}
+    assert list(seen.computed) == ["layer.weight", "layer.bias"]
+    assert [len(values) for values in seen.entries] == [32 * 16, 32]
     for change in (lambda own: own.zero_(), lambda own: own.fill_(math.nan), lambda own: own.fill_(-math.inf)):
         for name in gradients:
             other = {n: change(own.clone()) if n == name else own for n, own in gradients.items()}

@@ -10,15 +10,8 @@ from torch.nn import functional as F
 from training.ways import PATTERNS, STEPS, assert_exact, loader, loss_of, net, plain, rows_of, same, sgd, trained
 
 import dualhook
-from dualhook.recorder.staging import Staging
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture
-def staged(monkeypatch):
-    """Let rows on the CPU take the way of those on a CUDA device."""
-    monkeypatch.setattr(Staging, "takes", staticmethod(lambda rows: True))
 
 
 def with_dropped_micro_batches(model, track):
@@ -32,17 +25,12 @@ def with_dropped_micro_batches(model, track):
         optimizer.zero_grad()
 
 
-@pytest.mark.usefixtures("staged")
 @pytest.mark.parametrize("limit", [0, 2**30])
-def test_staged_rows_are_those_of_the_plain_run(monkeypatch, limit):
+def test_rows_that_come_late_are_those_of_the_plain_run(monkeypatch, limit):
+    monkeypatch.setenv("DUALHOOK_DEVICE", "elsewhere")
     monkeypatch.setattr("dualhook.recorder.staging.STAGED_BYTES", limit)
     assert_exact(trained(plain), patterns=PATTERNS, steps=STEPS)
     assert_exact(trained(with_dropped_micro_batches), patterns=PATTERNS // 2, steps=STEPS // 2)
-
-
-def test_a_model_elsewhere(monkeypatch):
-    monkeypatch.setenv("DUALHOOK_DEVICE", "elsewhere")
-    assert_exact(trained(plain), patterns=PATTERNS, steps=STEPS)
 
 
 class Words(nn.Module):

@@ -12,7 +12,7 @@ from dualhook.capture.installing import Removable, install
 from dualhook.capture.intake import Intake, Sink
 from dualhook.capture.kinds import ROOT, Tapped, linear_maps
 from dualhook.capture.loader import TrackedLoader, as_batch
-from dualhook.capture.measurement import Measurement, fit_scales
+from dualhook.capture.measurement import Measurement, Seen, fit_scales
 from dualhook.capture.observe import Observed, directions, observe
 from dualhook.capture.precision import operation_of
 from dualhook.capture.probe import Corner, LayerProbe, looked
@@ -34,6 +34,7 @@ __all__ = [
     "Place",
     "Removable",
     "RootHook",
+    "Seen",
     "Selection",
     "Sink",
     "StepWatcher",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-__all__ = ["Array", "Fit", "Measurement", "fit_scales", "tolerance"]
+__all__ = ["Array", "Computed", "Fit", "Measurement", "Seen", "fit_scales", "tolerance"]
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # of the sum of absolute row contributions: near-null gradients make the gradient's own size a wrong yardstick
@@ -21,6 +23,31 @@ SUBNORMAL = torch.finfo(torch.float32).tiny  # below it rounding is no longer re
 EPS = float(np.finfo(np.float64).eps)
 
 Array = npt.NDArray[np.float64]
+
+
+class Computed(NamedTuple):
+    """As what a gradient was computed, and where."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What has been seen of the gradients of a layer, each as ``computed`` by its parameter's name."""
+
+    computed: dict[str, Computed]
+    entries: list[Tensor]
+    """The probed ones [k] of each."""
+    sums: list[Tensor]
+    """Every output's sum [o] over all inputs, with signs, of each; empty: not taken."""
+    is_whole: bool
+    """Whether the sums are to be compared in any case: nothing may go on in other entries."""
+
+    def brought(self, bring: Callable[[Sequence[Tensor]], list[Tensor]]) -> Seen:
+        """The same in host memory."""
+        there, count = bring([*self.entries, *self.sums]), len(self.entries)
+        return Seen(self.computed, there[:count], there[count:], self.is_whole)
 
 
 @dataclass(frozen=True)

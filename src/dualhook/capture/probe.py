@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from dualhook.capture.measurement import Array, Measurement, tolerance
+from dualhook.capture.measurement import Array, Computed, Measurement, Seen, tolerance
 from dualhook.capture.precision import Operation, is_reduced
 from dualhook.capture.sharded import is_sharded, local, rows_at, spread
 from dualhook.capture.uses import Use, are_alike, signed_sums
@@ -103,7 +103,7 @@ class LayerProbe:
         self._usual_on: dict[torch.device, Tensor] = {}
         self._outputs = in_runs(spec.out_features, GRID[0], RUN, generator)
         self._inputs = self._map.grid_inputs(GRID[1], generator)
-        self._entries: dict[str, Tensor] = {}
+        self._entries: dict[tuple[str, torch.device], Tensor] = {}
         self.is_plain = spec.kind in ("linear", "transposed") and spec.slots == 1 and list(others) in ([], [spec])
         """Whether its gradients can be looked at before its rows are: :meth:`glance`."""
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
@@ -126,54 +126,60 @@ class LayerProbe:
 
     def at(self, corner: Corner, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool) -> Look:
         """The same in one corner; of sharded gradients what is in this process."""
-        sums = (yield from self._sums(gradients, uses)) if whole else {}
+        computed, sums = _computed(gradients), dict[str, Measurement]()
+        if whole:
+            sums = self._compared_sums((yield self._sums_of(gradients)), computed, uses)
         seen = yield [self._seen(corner, name, own) for name, own in gradients.items()]
         rebuilt, absolute = self._rebuilt(corner, uses)
-        return self._compared(dict(zip(gradients, seen, strict=True)), gradients, uses, rebuilt, absolute, sums)
+        return _with_sums(self._compared(seen, computed, uses, rebuilt, absolute), sums)
 
     def _compared(
         self,
-        seen: Mapping[str, Array],
-        gradients: Mapping[str, Tensor],
+        seen: Sequence[Array],
+        computed: Mapping[str, Computed],
         uses: Sequence[Use],
         rebuilt: Array,
         absolute: Array,
-        sums: Mapping[str, Measurement] | None = None,
     ) -> dict[str, Measurement]:
         """What is ``seen`` of gradients beside what was rebuilt: [outputs, inputs] and, in a last column, the bias."""
         found = {}
-        for name, there in seen.items():
+        for (name, own), there in zip(computed.items(), seen, strict=True):
             entries = np.s_[:, :-1] if name == self.spec.weight else np.s_[:, -1]
-            dtype, rounding = _dtype_of(gradients[name], uses), self._rounding(gradients[name], uses)
             made, size = rebuilt[entries].ravel(), absolute[entries].ravel()
-            found[name] = Measurement(there, made, size, dtype, (sums or {}).get(name), rounding)
+            found[name] = Measurement(there, made, size, _dtype_of(own, uses), None, self._rounding(own, uses))
         return found
 
-    def glance(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The probed entries [k] of gradients in host memory, as copies; :meth:`later` goes on.
+    def glance(self, gradients: Mapping[str, Tensor], *, whole: bool = False) -> Seen | None:
+        """The probed entries of gradients, as copies where these are; :meth:`later` goes on.
 
-        None where that would not do: the corner is dead, or has no numbers.
+        None where that would not do: the corner is dead, or has no numbers. Of gradients elsewhere than in host memory
+        that shows later: of them sums are taken too, which say as much. ``whole`` as in :meth:`measure`.
         """
-        if any(gradient.device.type != "cpu" for gradient in gradients.values()):
+        are_here = all(own.device.type == "cpu" for own in gradients.values())
+        entries = [torch.take(own.detach(), self._entries_of(name, own.device)) for name, own in gradients.items()]
+        if are_here and not all(0 < float(vector_norm(own, math.inf)) < math.inf for own in entries):
             return None
-        seen = {name: torch.take(own.detach(), self._entries_of(name)) for name, own in gradients.items()}
-        sizes = [float(vector_norm(own, math.inf)) for own in seen.values()]
-        return seen if all(0 < size < math.inf for size in sizes) else None
+        return Seen(_computed(gradients), entries, [] if are_here else self._sums_of(gradients), whole)
 
     def later(
-        self, seen: Sequence[Mapping[str, Tensor]], rows: Rows, bounds: Sequence[tuple[int, int]]
+        self, seen: Sequence[Seen], rows: Rows, bounds: Sequence[tuple[int, int]]
     ) -> list[dict[str, Measurement]]:
         """What glances at the gradients of several steps say, whose rows lie within ``bounds`` of ``rows``."""
         use = Use(self.spec, self.spec, rows)
         rebuilt, absolute = _products(*self._columns(self.usual(0), use), bounds)
-        return [
-            self._compared({name: _numpy(values) for name, values in own.items()}, own, [use], made, size)
-            for own, made, size in zip(seen, rebuilt, absolute, strict=True)
-        ]
+        found = []
+        for own, (start, stop), made, size in zip(seen, bounds, rebuilt, absolute, strict=True):
+            measured = self._compared(list(map(_numpy, own.entries)), own.computed, [use], made, size)
+            if own.sums and (own.is_whole or self.is_dead(measured)):
+                part = Use(self.spec, self.spec, rows.part(start, stop))
+                sums = self._compared_sums(list(map(_numpy, own.sums)), own.computed, [part])
+                measured = sums if self.is_dead(measured) else _with_sums(measured, sums)
+            found.append(measured)
+        return found
 
-    def _entries_of(self, name: str) -> Tensor:
+    def _entries_of(self, name: str, device: torch.device) -> Tensor:
         """Which numbers of a plain parameter are its probed entries [k]."""
-        if name not in self._entries:
+        if (name, device) not in self._entries:
             outputs, inputs = self._outputs[:, None], self._inputs
             if name != self.spec.weight:
                 index = self._outputs
@@ -181,8 +187,8 @@ class LayerProbe:
                 index = inputs * self.spec.out_features + outputs
             else:
                 index = outputs * self.spec.in_features + inputs
-            self._entries[name] = index.flatten()
-        return self._entries[name]
+            self._entries[name, device] = index.flatten().to(device)
+        return self._entries[name, device]
 
     def _seen(self, corner: Corner, name: str, gradient: Tensor) -> Tensor:
         """What a corner has of a parameter's gradient."""
@@ -245,7 +251,7 @@ class LayerProbe:
         of_outputs, of_inputs = torch.from_numpy(outputs), torch.from_numpy(inputs)
         return Corner(slot, of_outputs.topk(len(self._outputs)).indices, of_inputs.topk(len(self._inputs)).indices)
 
-    def _rounding(self, gradient: Tensor, uses: Sequence[Use]) -> float:
+    def _rounding(self, gradient: Computed, uses: Sequence[Use]) -> float:
         """What is off by more than the rounding of its dtype.
 
         A gradient of products of fewer digits; output gradients that are computed again, whose exponents carry the
@@ -273,27 +279,33 @@ class LayerProbe:
             gradient = spread(local(gradient), gradient)
         return self._map.matrix(name, gradient)
 
-    def _sums(self, gradients: Mapping[str, Tensor], uses: Sequence[Use]) -> Look:
-        """Every output's sum over all inputs, of every slot or of all, with random signs."""
-        made = signed_sums(self.spec, uses, self._signs, self._sums_per)
-        asked, pairs = [], []
+    def _sums_of(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
+        """Every output's sum over all inputs, of every slot or of all, with random signs: of each gradient."""
+        found = []
         for name, own in gradients.items():
-            matrix, is_weight = self._matrix(name, own), name == self.spec.weight
-            held, dtype = local(matrix), torch.promote_types(own.dtype, torch.float32)
+            matrix, dtype = self._matrix(name, own.detach()), torch.promote_types(own.dtype, torch.float32)
+            held = local(matrix)
             width = held.shape[1:].numel() // self._sums_per
             held = held.reshape(len(held), self._sums_per, width).to(dtype)
-            if is_weight:
+            if name == self.spec.weight:
                 signs = self._signs.reshape(self._sums_per, -1).to(held.device, dtype)
                 sums = (held[:, 0] @ signs[0])[:, None] if len(signs) == 1 else (held * signs).sum(2)
             else:  # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
                 sums = held.sum(2)
-            asked.append(spread(sums, matrix))
-            pairs.append((made.weight, made.size) if is_weight else (made.bias, made.ones))
-        seen = yield asked
-        found = {}
-        for (name, own), there, pair in zip(gradients.items(), seen, pairs, strict=True):
+            found.append(spread(sums, matrix))
+        return found
+
+    def _compared_sums(
+        self, seen: Sequence[Array], computed: Mapping[str, Computed], uses: Sequence[Use]
+    ) -> dict[str, Measurement]:
+        """Such sums beside those that the rows rebuild."""
+        made, found = signed_sums(self.spec, uses, self._signs, self._sums_per), {}
+        for (name, own), there in zip(computed.items(), seen, strict=True):
+            pair = (made.weight, made.size) if name == self.spec.weight else (made.bias, made.ones)
             rebuilt, absolute = (_numpy(part).ravel() for part in pair)
-            found[name] = Measurement(there, rebuilt, absolute, _dtype_of(own, uses), None, self._rounding(own, uses))
+            found[name] = Measurement(
+                there.ravel(), rebuilt, absolute, _dtype_of(own, uses), None, self._rounding(own, uses)
+            )
         return found
 
 
@@ -313,7 +325,15 @@ def _within(d: Tensor, keys: Tensor, bounds: Sequence[tuple[int, int]]) -> Array
     return torch.stack([d[start:stop].T @ keys[start:stop] for start, stop in bounds]).double().numpy()
 
 
-def _dtype_of(gradient: Tensor, uses: Sequence[Use]) -> torch.dtype:
+def _with_sums(found: dict[str, Measurement], sums: Mapping[str, Measurement]) -> dict[str, Measurement]:
+    return {name: replace(one, whole=sums.get(name)) for name, one in found.items()}
+
+
+def _computed(gradients: Mapping[str, Tensor]) -> dict[str, Computed]:
+    return {name: Computed(own.dtype, own.device) for name, own in gradients.items()}
+
+
+def _dtype_of(gradient: Computed, uses: Sequence[Use]) -> torch.dtype:
     """The coarsest dtype of a gradient and the rows that rebuild it."""
     every = [gradient.dtype, *(use.rows.output_grad.dtype for use in uses)]
     return max(every, key=tolerance)

@@ -13,6 +13,7 @@ from dualhook.store import Writer
 
 __all__ = ["Backlog"]
 
+MOST = 16  # steps that are measured in one go
 ROWS = 2**15  # of a layer that are measured at a time, about: what is gathered of them stays small
 
 
@@ -27,11 +28,11 @@ class Backlog:
         writer.before_seal = self.work
 
     def take(self, step: TakenStep) -> None:
-        """A step is over; its rows are committed."""
+        """A step is over; its rows are committed, and all of it is in host memory."""
         self._steps.append(step)
         self._writer.builder.add(step.number, [])
         self._expect()
-        if not step.glances or step.is_worth_telling:
+        if not step.glances or step.is_worth_telling or len(self._steps) >= MOST:
             self.work()
 
     def work(self) -> None:

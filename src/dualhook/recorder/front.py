@@ -135,8 +135,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        close = self._close if kind is None else self.close_alone  # the other processes may still be training
-        close()
+        (self._close if kind is None else self.close_alone)()  # the other processes may still be training
 
     def __del__(self) -> None:
         if getattr(self, "_closed", True):
@@ -164,12 +163,12 @@ class Recorder:
     @property
     def rows(self) -> int:
         """How many rows this process has recorded, of all layers; a map that is stored as a whole counts once."""
-        return self._writer.builder.recorded_rows
+        return self._book.rows
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows so far, of all processes; those that were folded into the origin included."""
-        return self._book.measuring.recorded_bytes
+        return self._book.nbytes
 
     @property
     def waited(self) -> float:
@@ -340,6 +339,7 @@ class Recorder:
             if not self._failed(error := StoreError(f"{measuring.error} while writing to {self.path}")):
                 raise error from self._writer.error
         elif self._on_full != "fold" and measuring.recorded_bytes > self._budget:
+            self._book.settle()
             self._stop()
             message = used_up(self.path, self._budget, may_fold=not self._ranks.several)
             if self._on_full == "error":

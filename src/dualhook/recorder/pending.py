@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from dualhook.capture import used_rows
 from dualhook.packing import Softmax, pack_scaled
 from dualhook.recorder.heads import Heads
 from dualhook.recorder.ranks import Ranks
-from dualhook.recorder.staging import Staging
+from dualhook.recorder.staging import Staging, is_elsewhere
 from dualhook.records import LayerSpec, Rows
 from dualhook.store import Writer
 from dualhook.store.writer import SEGMENT_BYTES
@@ -25,7 +26,11 @@ PENDING_BYTES = 2**31  # of all rows that no step has used yet
 
 
 class Pending:
-    """Takes rows as they accumulate, by layer, until a step commits them or their gradient is zeroed."""
+    """Takes rows as they accumulate, by layer, until a step commits them or their gradient is zeroed.
+
+    Rows of other devices than the processor come to the host while training goes on: all that is done to rows is done
+    in its order, but some of it later.
+    """
 
     def __init__(self, writer: Writer, ranks: Ranks, stored_in: Mapping[str, torch.dtype], heads: Heads) -> None:
         self.seen = False
@@ -35,7 +40,9 @@ class Pending:
         self._ranks = ranks
         # 8 bits are for the disk alone: until they are written rows stay as computed
         self._stored_in = {layer: dtype for layer, dtype in stored_in.items() if dtype != torch.int8}
-        self._staging = Staging(self._arrived)
+        self._staging = Staging()
+        self._ahead: dict[str, bool] = {}  # whether a layer will have rows once all that is on its way has come
+        self._unlike: set[str] = set()  # layers with rows on their way that are packed, or follow others that are
         self._waited: dict[str, int] = {}  # steps for which a layer's rows have been waiting
 
     @property
@@ -47,33 +54,60 @@ class Pending:
         """Keep the rows of a layer that are not exactly zero; its ``parameters`` are as the forward pass used them."""
         self.seen, layer = True, spec.name
         # elsewhere a look at the numbers would make training wait: it is taken when they have come to the host
-        is_elsewhere = self._staging.takes(rows)
-        used = None if is_elsewhere else used_rows(rows.output_grad)
-        is_first, is_open = not self.holds(layer), self._writer.builder.is_open(layer)
+        are_elsewhere = is_elsewhere(rows.key)
+        used = None if are_elsewhere else used_rows(rows.output_grad)
+        is_first, is_open = not self.holds(layer), layer not in self._ahead and self._writer.builder.is_open(layer)
         rows = self.heads.pack(spec, rows, parameters, is_first=is_first, is_open=is_open)
         rows = replace(rows, columns=self._ranks.columns(rows))
-        if is_elsewhere:
-            self._staging.put(layer, self._narrowed(layer, rows))
-        else:
+        if self._staging.is_idle and not are_elsewhere:
             self._keep_form(layer, rows, used)
+            return
+        rows = self._copied(layer, rows)
+        self._ahead[layer] = True
+        if rows.packed is not None or self._is_scaled(layer, rows) or not self._writer.builder.takes(layer, rows):
+            self._unlike.add(layer)
+        self._staging.then(partial(self._arrived, layer, self._brought(rows)))
+        self._rest()
 
     def drop(self, layers: Iterable[str]) -> None:
         """Forget the rows of some layers."""
         for layer in layers:
-            self._staging.drop(layer)
-            self._writer.builder.rewind(layer)
+            self._then(layer, partial(self._rewind, layer))
 
     def holds(self, layer: str) -> bool:
         """Whether the layer has rows that no step has used."""
-        return self._staging.holds(layer) or self._writer.builder.holds(layer)
+        held = self._ahead.get(layer)
+        return self._writer.builder.holds(layer) if held is None else held
 
     def has_plain(self, layer: str) -> bool:
-        """Whether the layer has rows that no step has used, all of them in host memory and none packed."""
-        return not self._staging.holds(layer) and self._writer.builder.holds_plain(layer)
+        """Whether the layer has rows that no step has used, and none that are packed."""
+        return self.holds(layer) and layer not in self._unlike and self._writer.builder.is_plain(layer)
+
+    def bring(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors in host memory, there when an action is called that :meth:`then` takes afterwards.
+
+        Of those elsewhere they are copies; nothing may write to these any more.
+        """
+        return self._staging.bring(values)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """A step ends: call ``action`` when all rows so far have come, at once if none are on their way."""
+        self._staging.then(action, ends_step=True)
+
+    def arrive(self) -> None:
+        """Do what is due of the steps whose rows have come."""
+        self._staging.arrive()
+        self._rest()
 
     def settle(self) -> None:
-        """Wait for rows that are still on their way from a device."""
+        """Wait for everything that is on its way."""
         self._staging.drain()
+        self._rest()
+
+    def give_up(self) -> None:
+        """Forget what is on its way."""
+        self._staging.clear()
+        self._rest()
 
     def of(self, layer: str, committed: int | None) -> Rows | None:
         """The layer's rows; where it has none, those that the step ``committed`` has taken already."""
@@ -82,7 +116,7 @@ class Pending:
 
     def commit(self, layer: str, step: int) -> None:
         """A step has used the layer's rows."""
-        self._writer.builder.commit(layer, step)
+        self._then(layer, partial(self._commit, layer, step))
         self._waited.pop(layer, None)
 
     def late(self, layers: Collection[str]) -> list[str]:
@@ -92,6 +126,36 @@ class Pending:
             return []
         return [layer for layer, steps in self._waited.items() if steps >= PATIENCE]
 
+    def _then(self, layer: str, action: Callable[[], None]) -> None:
+        """Commit or forget the layer's rows, in its turn."""
+        if not self._staging.is_idle:
+            self._ahead[layer] = False
+        self._staging.then(action)
+
+    def _rewind(self, layer: str) -> None:
+        self._writer.builder.rewind(layer)
+
+    def _commit(self, layer: str, step: int) -> None:
+        self._writer.builder.commit(layer, step)
+
+    def _rest(self) -> None:
+        """Where nothing is on its way any more, the builder knows all."""
+        if self._staging.is_idle:
+            self._ahead.clear()
+            self._unlike.clear()
+
+    def _brought(self, rows: Rows) -> Rows:
+        """Rows on their way to the host."""
+        there = list[Tensor]()
+
+        def listed(values: Tensor) -> Tensor:
+            there.append(values)
+            return values
+
+        _all_changed(rows, listed)
+        brought = iter(self._staging.bring(there))
+        return _all_changed(rows, lambda values: next(brought))
+
     def _dtype(self, layer: str, rows: Rows) -> torch.dtype:
         """What rows of a layer are stored in."""
         return self._stored_in.get(layer, rows.key.dtype)
@@ -100,12 +164,17 @@ class Pending:
         """Whether rows are kept in 16 bits with a scale, which they have not been computed in."""
         return self._stored_in.get(layer) == torch.float16 != rows.output_grad.dtype
 
-    def _narrowed(self, layer: str, rows: Rows) -> Rows:
-        """Rows as narrow as they will be stored, if that takes no more than a cast: fewer bytes have to travel."""
+    def _copied(self, layer: str, rows: Rows) -> Rows:
+        """Rows of our own: training may write to what it has shown us once its gradient is there.
+
+        As narrow as they will be stored, if that takes no more than a cast: fewer bytes have to travel.
+        """
         if rows.packed is not None or self._is_scaled(layer, rows):
-            return rows
-        dtype = self._dtype(layer, rows)
-        return replace(rows, key=rows.key.to(dtype), output_grad=rows.output_grad.to(dtype))
+            return _all_changed(rows, torch.clone)
+        large, dtype = (rows.key, rows.output_grad), self._dtype(layer, rows)
+        return _all_changed(
+            rows, lambda values: values.to(dtype if any(values is one for one in large) else values.dtype, copy=True)
+        )
 
     def _arrived(self, layer: str, rows: Rows) -> None:
         """Rows are in host memory now."""
@@ -147,3 +216,11 @@ class Pending:
         elif not self._is_scaled(layer, rows):  # a few numbers need no scale
             packed = replace(packed, value=packed.value.to(dtype))
         self._keep(layer, replace(rows, packed=packed), kept, dtype)
+
+
+def _all_changed(rows: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
+    """Rows with a change to all of their tensors, the weights that packed ones are made with among them."""
+    rows = rows.each(change)
+    if isinstance(rows.packed, Softmax):
+        rows = replace(rows, packed=replace(rows.packed, weight=change(rows.packed.weight)))
+    return rows

@@ -1,4 +1,4 @@
-"""The self-check: now and then a step is predicted by its rule and compared with what the optimiser really did."""
+"""The self-check: now and then what a step has done is compared with what its rule makes of the same."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from dualhook.capture import local, whole
 from dualhook.optimizers import Entry, ParameterState, ReplayedScalar, ReplayRule, Rule, ScalarRule, advance
+from dualhook.recorder.staging import Bring
 from dualhook.recorder.watched import Watched, state_of
 
 __all__ = ["Prediction", "is_due", "predict"]
@@ -27,15 +28,12 @@ def is_due(step: int, rule: Rule) -> bool:
 
 
 def predict(
-    watched: Watched,
-    optimizer: Optimizer,
-    rule: Rule,
-    gradient: Tensor,
-    hyper: Mapping[str, float],
-    numbers: Mapping[str, float],
-    fresh: bool,
+    watched: Watched, optimizer: Optimizer, rule: Rule, gradient: Tensor, fresh: bool, bring: Bring
 ) -> Prediction | None:
-    """What a step on a parameter will do to some of its entries, by its rule; None where there is nothing to say."""
+    """Look at some entries of a parameter before a step; None where its rule says nothing about them.
+
+    ``bring`` copies to the host what nothing writes to any more.
+    """
     parameter = watched.parameter
     runs = ReplayedScalar(rule) if isinstance(rule, ScalarRule) else rule
     if parameter is None or not isinstance(runs, ReplayRule):
@@ -47,39 +45,59 @@ def predict(
     held = {name: value for name, value in state_of(optimizer, parameter).items() if isinstance(value, Tensor)}
     if index is not None and any(value.ndim and value.shape != parameter.shape for value in held.values()):
         return None
+    held = {name: value for name, value in held.items() if value.ndim}
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-
-    def some(values: Tensor) -> Tensor:
-        return _some(values, index).to("cpu", dtype, copy=True)
-
-    before = some(parameter)
-    place = ParameterState(before.clone(), {name: some(value) for name, value in held.items() if value.ndim})
-    advance(runs, place, some(gradient), Entry(hyper, numbers, 1.0, fresh), whole=True)
-    return Prediction(watched, index, before, place.weight)
+    there = bring([_some(values, index).to(dtype) for values in (parameter, gradient, *held.values())])
+    return Prediction(watched, runs, index, there[0], there[1], dict(zip(held, there[2:], strict=True)), fresh)
 
 
 class Prediction:
-    """Some entries of a parameter before a step, and what the rule says they will be after it."""
+    """Some entries of a parameter, its gradient and its optimiser's state before a step, and what a rule makes of them.
 
-    def __init__(self, watched: Watched, index: Tensor | None, before: Tensor, after: Tensor) -> None:
+    ``before`` and the others are in host memory, but may still be on their way there.
+    """
+
+    def __init__(
+        self,
+        watched: Watched,
+        rule: ReplayRule,
+        index: Tensor | None,
+        before: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        fresh: bool,
+    ) -> None:
         self._watched = watched
+        self._rule = rule
         self._index = index
         self._before = before
-        self._after = after
+        self._gradient = gradient
+        self._state = state
+        self._fresh = fresh
+        self._after: Tensor | None = None
+        self._eps = 0.0
 
-    def off_by(self) -> float | None:
-        """By which share of the real change the prediction is wrong, if that is more than rounding; else None."""
+    def see(self, bring: Bring) -> None:
+        """The step has happened: look at what it has left."""
         parameter = self._watched.parameter
-        if parameter is None:
+        if parameter is not None:
+            self._after = bring([_some(parameter, self._index).to(self._before.dtype)])[0]
+            self._eps = torch.finfo(parameter.dtype).eps
+
+    def off_by(self, hyper: Mapping[str, float], numbers: Mapping[str, float]) -> float | None:
+        """By which share of the real change the rule is wrong, if that is more than rounding; else None."""
+        found = self._after
+        if found is None:
             return None
-        found = _some(parameter, self._index).to("cpu", self._before.dtype)
-        left, moved = float((found - self._after).norm()), float((found - self._before).norm())
-        rounding = 8 * torch.finfo(parameter.dtype).eps * float(self._before.norm())
+        place = ParameterState(self._before.clone(), self._state)
+        advance(self._rule, place, self._gradient, Entry(hyper, numbers, 1.0, self._fresh), whole=True)
+        left, moved = float((found - place.weight).norm()), float((found - self._before).norm())
+        rounding = 8 * self._eps * float(self._before.norm())
         if left <= TOLERANCE * moved + rounding or left != left:  # NaN is told by the gradient
             return None
         return left / moved if moved else float("inf")
 
 
 def _some(values: Tensor, index: Tensor | None) -> Tensor:
-    """The entries of a tensor at ``index`` of its local part, or all of it."""
-    return whole(values) if index is None else torch.take(local(values), index)
+    """Copies of the entries of a tensor at ``index`` of its local part, or of all of it."""
+    return whole(values).detach().clone() if index is None else torch.take(local(values).detach(), index)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,11 @@ from torch.optim import Optimizer
 
 from dualhook.errors import RuleError
 from dualhook.optimizers import Rule
+from dualhook.recorder.staging import Bring, is_elsewhere
 
-__all__ = ["HeadGrads", "OnError", "OnFull", "RowDtype", "loss_scale_of", "numbers_of", "pool_bytes", "refuse"]
+__all__ = [
+    "HeadGrads", "OnError", "OnFull", "RowDtype", "loss_scale_of", "noted", "numbers_of", "pool_bytes", "refuse",
+]  # fmt: skip
 
 OnFull = Literal["fold", "stop", "error"]
 OnError = Literal["warn", "raise"]
@@ -74,6 +78,36 @@ def numbers_of(group: Mapping[str, Any], rule: Rule) -> dict[str, float]:
             found |= {f"{name}.{k}": float(v) for k, v in enumerate(value) if isinstance(v, (int, float, Tensor))}
         elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
             found[name] = float(value)
+    return found
+
+
+def noted(
+    rule: Rule,
+    states: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]],
+    bring: Bring,
+) -> dict[str, Callable[[], dict[str, float]]]:
+    """What to call for the numbers that a rule notes before a step, from states and settings by parameter.
+
+    Those of states elsewhere (fused and capturable steps count there) ``bring`` copies to the host: to be called when
+    they have come.
+    """
+    found: dict[str, Callable[[], dict[str, float]]] = {}
+    late: dict[str, list[str]] = {}
+    for name, (state, hyper) in states.items():
+        counts = [key for key, value in state.items() if isinstance(value, Tensor) and value.numel() == 1]
+        if any(is_elsewhere(state[key]) for key in counts):
+            late[name] = counts
+        else:
+            found[name] = partial(dict, rule.state_numbers(state, hyper))
+    if late:
+        values = [states[name][0][key].detach().reshape(1) for name, counts in late.items() for key in counts]
+        device = next(one.device for one in values if is_elsewhere(one))
+        there, start = bring([torch.cat([one.to(device) for one in values])])[0], 0
+        for name, counts in late.items():
+            state, hyper = states[name]
+            brought = dict(zip(counts, there[start : start + len(counts)], strict=True))
+            found[name] = partial(rule.state_numbers, {**state, **brought}, hyper)
+            start += len(counts)
     return found
 
 

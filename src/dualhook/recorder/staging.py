@@ -1,104 +1,176 @@
-"""Rows on their way into host memory; from a CUDA device without making training wait for them."""
+"""What is on its way to host memory; from a CUDA device without making training wait for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dualhook.packing import Softmax
-from dualhook.records import Rows
+__all__ = ["Bring", "Staging", "at_once", "is_elsewhere"]
 
-__all__ = ["Staging"]
+Bring = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Tensors in host memory from tensors anywhere, which nothing may write to any more; there now, or later."""
 
 STAGED_BYTES = 2**30  # of pinned memory, before training has to wait
 
 
-@dataclass(frozen=True)
-class Staged:
-    """Rows whose copy to the host may still be under way; ``done`` tells."""
+def is_elsewhere(values: Tensor) -> bool:
+    """Whether numbers are somewhere else than in host memory."""
+    return values.device.type != "cpu"
 
-    layer: str
-    rows: Rows
-    done: torch.cuda.Event | None
+
+def at_once(values: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors in host memory, now: training waits for each."""
+    return [one.cpu() for one in values]
+
+
+class Done(Protocol):
+    """Copies that a courier has begun; torch's CUDA events are such."""
+
+    def query(self) -> bool:
+        """Whether they have ended."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until they have."""
+        ...
+
+
+class Courier(Protocol):
+    """Copies to the host that end some time later, in the order in which they begin."""
+
+    def copies(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Begin to copy tensors, which nothing writes to any more."""
+        ...
+
+    def done(self) -> Done:
+        """What tells of all that has begun."""
+        ...
+
+
+class CudaCourier:
+    """Copies on a stream of its own, into pinned memory, which torch keeps for the next ones."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def copies(self, values: Sequence[Tensor]) -> list[Tensor]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        there = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in values]
+        with torch.cuda.stream(self._stream):
+            for here, copy in zip(values, there, strict=True):
+                copy.copy_(here, non_blocking=True)
+                here.record_stream(self._stream)  # its memory is not to be used again before the copy has ended
+        return there
+
+    def done(self) -> Done:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
+
+
+def courier_of(device: torch.device) -> Courier | None:
+    """Who copies from a device; None: training waits for each copy."""
+    return CudaCourier(device) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What is to be done once copies have ended; ``ends_step``: a step is complete then."""
+
+    action: Callable[[], None]
+    copies: tuple[Done, ...]
+    nbytes: int
+    ends_step: bool
 
 
 class Staging:
-    """Copies rows to the host, from a CUDA device on a stream of its own.
+    """Copies to the host, and what is to be done when they are there: everything in the order in which it came.
 
-    :meth:`drain` waits for the copies and hands them to ``keep``, in order.
+    :meth:`bring` begins copies; their numbers are there when an action is called that :meth:`then` takes afterwards.
+    Where nothing is on its way actions are called at once.
     """
 
-    def __init__(self, keep: Callable[[str, Rows], None]) -> None:
-        self._keep = keep
-        self._staged: list[Staged] = []
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+    def __init__(self) -> None:
+        self._waiting: deque[Waiting] = deque()
+        self._couriers: dict[torch.device, Courier | None] = {}
+        self._begun: dict[torch.device, Courier] = {}  # those who have begun copies that nothing waits for yet
+        self._begun_bytes = 0
         self._bytes = 0
+        self._is_busy = False
 
-    @staticmethod
-    def takes(rows: Rows) -> bool:
-        """Whether rows are somewhere else than in host memory."""
-        return rows.key.device.type != "cpu"
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way."""
+        return not (self._waiting or self._begun)
 
-    def put(self, layer: str, rows: Rows) -> None:
-        """Begin to copy rows."""
-        if rows.key.is_cuda:
-            staged = Staged(layer, *self._on_the_way(rows))
-        else:
-            staged = Staged(layer, _all_changed(rows, lambda values: values.to("cpu", copy=True)), None)
-        self._staged.append(staged)
-        self._bytes += _nbytes(staged.rows)
+    def bring(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors in host memory: of those elsewhere, which nothing may write to any more, copies under way."""
+        found, alike = list(values), dict[torch.device, list[int]]()
+        for number, one in enumerate(values):
+            if is_elsewhere(one):
+                alike.setdefault(one.device, []).append(number)
+        for device, numbers in alike.items():
+            if device not in self._couriers:
+                self._couriers[device] = courier_of(device)
+            courier, own = self._couriers[device], [values[number] for number in numbers]
+            if courier is None:
+                copies = at_once(own)
+            else:
+                copies, self._begun[device] = courier.copies(own), courier
+                self._begun_bytes += sum(one.nbytes for one in copies)
+            for number, copy in zip(numbers, copies, strict=True):
+                found[number] = copy
+        return found
+
+    def then(self, action: Callable[[], None], *, ends_step: bool = False) -> None:
+        """Call ``action`` once everything is there that has been begun, and everything before it has been done."""
+        if self.is_idle:
+            action()
+            return
+        copies = tuple(courier.done() for courier in self._begun.values())
+        self._waiting.append(Waiting(action, copies, self._begun_bytes, ends_step))
+        self._bytes += self._begun_bytes
+        self._begun, self._begun_bytes = {}, 0
         if self._bytes > STAGED_BYTES:
             self.drain()
 
-    def holds(self, layer: str) -> bool:
-        """Whether any rows of the layer are on their way."""
-        return any(one.layer == layer for one in self._staged)
-
-    def drop(self, layer: str) -> None:
-        """Forget the layer's rows; their copies end by themselves."""
-        self._staged = [one for one in self._staged if one.layer != layer]
+    def arrive(self) -> None:
+        """Do what can be done without waiting, up to the end of a step."""
+        whole = 0
+        for count, one in enumerate(self._waiting, 1):
+            if not all(copies.query() for copies in one.copies):
+                break
+            whole = count if one.ends_step else whole
+        self._work(whole)
 
     def drain(self) -> None:
-        """Wait for all copies, and hand the rows on."""
-        staged, self._staged, self._bytes = self._staged, [], 0
-        for one in staged:
-            if one.done is not None:
-                one.done.synchronize()
-            self._keep(one.layer, one.rows)
+        """Wait for all copies, and do everything."""
+        self._work(len(self._waiting))
 
-    def _on_the_way(self, rows: Rows) -> tuple[Rows, torch.cuda.Event]:
-        device = rows.key.device
-        # copies on the device first: training may write to what it has shown us once its gradient is there
-        rows = _all_changed(rows, lambda values: values.clone() if values.is_cuda else values)
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream = self._streams[device]
-        stream.wait_stream(torch.cuda.current_stream(device))
+    def clear(self) -> None:
+        """Forget everything; copies end by themselves."""
+        self._waiting.clear()
+        self._begun, self._begun_bytes, self._bytes = {}, 0, 0
 
-        def copied(here: Tensor) -> Tensor:
-            if not here.is_cuda:
-                return here
-            there = torch.empty(here.shape, dtype=here.dtype, pin_memory=True)
-            there.copy_(here, non_blocking=True)
-            here.record_stream(stream)  # its memory is not to be used again before the copy has ended
-            return there
-
-        with torch.cuda.stream(stream):
-            return _all_changed(rows, copied), stream.record_event()
-
-
-def _nbytes(rows: Rows) -> int:
-    """Bytes of what is large of rows."""
-    weight = rows.packed.weight.nbytes if isinstance(rows.packed, Softmax) else 0
-    return rows.key.nbytes + rows.output_grad.nbytes + weight
-
-
-def _all_changed(rows: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
-    """Rows with a change to all of their tensors, the weights that packed ones are made with among them."""
-    rows = rows.each(change)
-    if isinstance(rows.packed, Softmax):
-        rows = replace(rows, packed=replace(rows.packed, weight=change(rows.packed.weight)))
-    return rows
+    def _work(self, count: int) -> None:
+        if self._is_busy:  # an action asks for what came before it, all of which has been done
+            return
+        self._is_busy = True
+        try:
+            for _ in range(count):
+                one = self._waiting.popleft()
+                for copies in one.copies:
+                    copies.synchronize()
+                self._bytes -= one.nbytes
+                one.action()
+        except BaseException:
+            self.clear()  # what comes after may not be done without it
+            raise
+        finally:
+            self._is_busy = False

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dualhook.capture import LayerProbe, Measurement, fit_scales
+from dualhook.capture import LayerProbe, Measurement, Seen, fit_scales
 from dualhook.optimizers import StepFit
+from dualhook.recorder.changes import Look
 from dualhook.recorder.notices import Notices
 from dualhook.recorder.selfcheck import Prediction
 from dualhook.recorder.watched import Watched, gradient_of
@@ -22,10 +23,10 @@ __all__ = ["Glance", "Step", "TakenStep"]
 
 @dataclass(frozen=True)
 class Glance:
-    """Entries [k] of the gradients of a layer's parameters, by name, that its rows are still to be compared with."""
+    """What has been seen of a layer's gradients, that its rows are still to be compared with."""
 
     probe: LayerProbe
-    seen: dict[str, Tensor]
+    seen: Seen
 
 
 @dataclass
@@ -37,7 +38,9 @@ class Step:
     has_closure: bool
     stepped: list[tuple[Watched, int, Mark]]  # parameter, its group, what is known beforehand
     hyper: list[dict[str, float]]
-    state: dict[str, dict[str, float]]
+    state: dict[str, Callable[[], dict[str, float]]]  # its numbers, once everything has come to the host
+    look: Look  # at the parameters beforehand
+    broken: set[str]  # those whose last step did not end
     loss_scale: float  # what the step itself divides the gradients by
     fitting: dict[str, Tensor] = field(default_factory=dict)  # copies of parameters whose change is to be fitted
     measured: dict[str, Measurement] = field(default_factory=dict)
@@ -51,17 +54,21 @@ class Step:
 
     def measures(self, parameter: str) -> bool:
         """Whether there was a gradient: of a parameter that a closure left without one torch skips the step."""
-        return parameter in self.measured or any(parameter in glance.seen for glance in self.glances)
+        return parameter in self.measured or any(parameter in glance.seen.computed for glance in self.glances)
 
-    def taken(self, number: int, fits: Mapping[str, StepFit], *, recording: bool) -> TakenStep:
-        """What is to be known of the step once it is over, as the ``number``-th; ``fits`` where it has no rule."""
+    def taken(self, number: int, fits: Mapping[str, StepFit], changed: Container[str], *, recording: bool) -> TakenStep:
+        """What is to be known of the step once everything has come to the host, as the ``number``-th.
+
+        ``fits`` where it has no rule; ``changed`` are the parameters that something else had changed before.
+        """
         drafts = []
         for watched, group, mark in self.stepped:
             name = watched.name
             if self.measures(name):
-                fit, predicted = fits.get(name), self.predicted.get(name)
-                state = self.state[name] | (fit.numbers if fit else {})
-                off_by = None if predicted is None else predicted.off_by()
+                fit, predicted, numbers = fits.get(name), self.predicted.get(name), self.state[name]()
+                off_by = None if predicted is None else predicted.off_by(self.hyper[group], numbers)
+                state = numbers | (fit.numbers if fit else {})
+                mark |= Mark.CHANGED if name in changed else Mark(0)
                 drafts.append(Draft(name, self.hyper[group], state, mark, fit, off_by))
         return TakenStep(number, self.name, self.loss_scale, recording, drafts, self.measured, self.glances)
 

@@ -7,30 +7,34 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dualhook.capture import Audit, Guard, Selection, Use, whole
-from dualhook.optimizers import LOOKAHEAD, FittedRule, Rule, class_name, rule_for
+from dualhook.optimizers import FittedRule, Rule, StepFit, class_name, rule_for
 from dualhook.recorder.backlog import Backlog
+from dualhook.recorder.changes import Changes, Look
 from dualhook.recorder.fitting import Fitting
 from dualhook.recorder.heads import Heads
 from dualhook.recorder.layers import Layers
 from dualhook.recorder.measuring import Measuring, is_whole
 from dualhook.recorder.notices import Notices
+from dualhook.recorder.origins import keep_origins
 from dualhook.recorder.pending import PATIENCE, PENDING_BYTES, Pending
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.selfcheck import is_due, predict
-from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse
+from dualhook.recorder.settings import loss_scale_of, noted, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
+from dualhook.recorder.staging import at_once, is_elsewhere
 from dualhook.recorder.step import Glance, Step
-from dualhook.recorder.watched import Watched, changed_since, gradient_of, state_of
-from dualhook.records import VALUE, Batch, LayerSpec, LedgerEntry, Mark, Rows
+from dualhook.recorder.watched import Left, Watched, gradient_of, state_of
+from dualhook.records import Batch, LayerSpec, Mark, Rows
 from dualhook.store import Writer
 
 __all__ = ["StepBook"]
@@ -78,6 +82,8 @@ class StepBook:
         self._broken: set[str] = set()  # parameters whose optimiser raised in the middle of a step
         self._notices = Notices(silent=ranks.rank > 0)
         self._backlog = Backlog(writer, ranks, self._notices)
+        self._changes = Changes(ranks, writer)
+        self._arriving: deque[int] = deque()  # the steps that are over and not in host memory yet
 
     def go_on(self, step: int, begun: Container[str]) -> None:
         """Continue after a step; the recording of some parameters has begun."""
@@ -91,6 +97,18 @@ class StepBook:
     def stepped(self) -> bool:
         """Whether any optimiser has stepped on a recorded parameter."""
         return any(watched.stepped for watched in self.layers.watched.values())
+
+    @property
+    def rows(self) -> int:
+        """How many rows this process has recorded."""
+        self.pending.settle()
+        return self.writer.builder.recorded_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows so far."""
+        self.pending.settle()
+        return self.measuring.recorded_bytes
 
     def narrow(self, selection: Selection) -> None:
         """Go on with what a smaller selection holds; no step has used rows of the rest."""
@@ -162,20 +180,23 @@ class StepBook:
             self._end_step()
         if self.ranks.sharded and not self._stepping:  # the same place in all processes, unlike in a backward pass
             self.snapshots.after(self.step)
-        changed = self.notice([watched for watched, _ in members] if self._stepping else None)
+        among = [watched for watched, _ in members] if self._stepping else list(self.layers.watched.values())
+        look = self._changes.look(among, self.step, self.pending.bring)
         for watched, _ in members:
             for intake in self.layers.intakes_of(watched.spec):
                 intake.settle()
         stepped = [
-            (watched, group, self._mark(watched, optimizer, rule, changed))
+            (watched, group, self._mark(watched, optimizer, rule))
             for watched, group in members
             if has_closure or gradient_of(watched) is not None  # torch skips the others
         ]
-        self._keep_origins(optimizer, [watched for watched, _, _ in stepped])
+        before = self.step - 1 if self._stepping else self.step  # a later optimiser of the current step
+        keep_origins(self.writer, self.layers.watched, optimizer, [watched for watched, _, _ in stepped], before)
         hyper = [numbers_of(group, rule) for group in optimizer.param_groups]
         states = {w.name: (state_of(optimizer, w.parameter), hyper[group]) for w, group, _ in stepped}
-        state = {name: rule.state_numbers(*known) for name, known in states.items()}
-        step = Step(optimizer, name, has_closure, stepped, hyper, state, loss_scale)
+        state = noted(rule, states, self.pending.bring)
+        broken = {watched.name for watched, _, _ in stepped if watched.name in self._broken}
+        step = Step(optimizer, name, has_closure, stepped, hyper, state, look, broken, loss_scale)
         if isinstance(rule, FittedRule):
             step.fitting = {w.name: whole(w.parameter).clone() for w, _, _ in stepped if w.parameter is not None}
         if not has_closure:
@@ -203,15 +224,33 @@ class StepBook:
         for spec in dict.fromkeys(watched.spec for watched, _, _ in step.stepped):
             for layer in self.layers.uses(spec):
                 self.pending.commit(layer, self.step)
-        self._backlog.take(step.taken(self.step, self._fitting.of(step), recording=self.recording))
-        for watched, _, _ in step.stepped:
-            watched.remember(optimizer, self.step)
-            self._broken.discard(watched.name)
+        for predicted in step.predicted.values():
+            predicted.see(self.pending.bring)
+        left = [watched.remember(optimizer) for watched, _, _ in step.stepped]
+        self._broken -= {watched.name for watched, _, _ in step.stepped}
+        self._arriving.append(self.step)
+        fits, recording = self._fitting.of(step), self.recording
+        self.pending.then(partial(self._arrived, step, self.step, left, fits, recording=recording))
         self.snapshots.stepped(optimizer, step.name, [watched for watched, _, _ in step.stepped])
         self._whole, self._moves = self.step, False
 
+    def _arrived(
+        self, step: Step, number: int, left: Sequence[Left], fits: Mapping[str, StepFit], *, recording: bool
+    ) -> None:
+        """All that there is to know of a step is in host memory."""
+        changed = self._note(step.look) | step.broken
+        now = {watched.name: entries for watched, _, entries in step.look.seen}
+        for watched, _, _ in step.stepped:
+            if watched.name in changed:
+                watched.accept(number - 1, now.get(watched.name))
+        self._backlog.take(step.taken(number, fits, changed, recording=recording))
+        for one in left:
+            one.recorded(number)
+        self._arriving.popleft()
+
     def settle(self) -> None:
         """Put every step that is over in the ledger."""
+        self.pending.settle()
         self._backlog.work()
 
     def end(self, *, in_step: bool) -> bool:
@@ -220,9 +259,11 @@ class StepBook:
         ``in_step``: an optimiser's step has been cut off, on a backward pass on which others may have stepped.
         """
         with suppress(Exception):  # it may be what has gone wrong: then steps that are not in the ledger are lost
-            self._backlog.work()
-        left = self._backlog.give_up()
-        self._whole = self._whole if left is None else min(self._whole, left - 1)
+            self.settle()
+        self.pending.give_up()
+        lost = [*self._arriving, self._backlog.give_up()]
+        self._arriving.clear()
+        self._whole = min([self._whole, *(number - 1 for number in lost if number is not None)])
         if in_step and self._stepping:
             self._whole = min(self._whole, self.step - 1)
         is_current = self._whole == self.step and self._current is None and not self._moves
@@ -231,30 +272,20 @@ class StepBook:
         self.writer.builder.withdraw(self.step)
         return is_current
 
-    def notice(self, among: Iterable[Watched] | None = None) -> set[str]:
+    def notice(self, among: Sequence[Watched] | None = None) -> set[str]:
         """Note Lookahead's synchronisations since the last step; the parameters that something else has changed.
 
-        Called before anything of the next step is: then what is new belongs to the step before.
+        Called between two steps: what is new belongs to the one before.
         """
-        entries, changed = [], set()
-        seen = list(self.layers.watched.values() if among is None else among)
-        differs = changed_since(seen)
-        if self.ranks.sharded:  # each process has looked at its own part
-            differs = self.ranks.any(differs)
-        for watched in itertools.compress(seen, differs):
-            # of shards each process would find its own: what changes them is not told apart
-            found = None if self.ranks.sharded else watched.synchronization()
-            if found is None or not self._reaches(watched, found[1]):
-                changed.add(watched.name)
-                continue
-            watched.synchronize(self.step)
-            if found[0] < 1:  # else they were the slow weights already, give or take rounding
-                watched.synchronized = True
-                hyper = {"alpha": found[0], "slow_step": float(found[1])}
-                entries.append(LedgerEntry(self.step, watched.name, LOOKAHEAD, hyper, {}, 1.0, 0.0, Mark(0)))
+        self.pending.settle()
+        seen = list(self.layers.watched.values()) if among is None else among
+        return self._note(self._changes.look(seen, self.step, at_once))
+
+    def _note(self, look: Look) -> set[str]:
+        changed, entries = self._changes.found(look)
         if entries:
             self._backlog.work()  # of one parameter the ledger is in order
-            self.writer.builder.add(self.step, [] if self.ranks.rank else entries)
+            self.writer.builder.add(look.step, [] if self.ranks.rank else entries)
         return changed
 
     def latest(self) -> tuple[dict[str, Tensor], list[str]]:
@@ -274,6 +305,9 @@ class StepBook:
         if not self._stepping:
             return
         self._stepping = []
+        if self.step == 1:
+            self.pending.settle()  # what recording costs is told
+        self.pending.arrive()
         if late := self.pending.late(self.layers.names):
             self._give_up(late, f"rows that {PATIENCE} steps have not used")
         self._on_step(self.step)
@@ -299,7 +333,7 @@ class StepBook:
             if gradient is not None:
                 layers.setdefault(watched.spec.name, {})[watched.name] = gradient
         whole = is_whole(self.step)
-        step.glances = [] if whole else list(self._glances(layers))
+        step.glances = list(self._glances(layers, whole=whole))
         for glance in step.glances:
             del layers[glance.probe.spec.name]
         if layers:
@@ -307,18 +341,20 @@ class StepBook:
             uses = {layer: self._uses_of(self.layers.spec(layer)) for layer in layers}
             step.measured = self.measuring.measure(layers, uses, whole=whole)
 
-    def _glances(self, layers: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Glance]:
+    def _glances(self, layers: Mapping[str, Mapping[str, Tensor]], *, whole: bool) -> Iterator[Glance]:
         """Those of the gradients, by layer, that can be compared with the rows later."""
         for layer, gradients in layers.items():
             probe = self.measuring.plain_probe(layer)
-            if probe is None:
+            are_elsewhere = any(map(is_elsewhere, gradients.values()))
+            if probe is None or (whole and not are_elsewhere):
                 continue
-            for intake in self.layers.intakes_of(probe.spec):
-                intake.discard_if_zeroed()
+            if not are_elsewhere:  # to look there would make training wait; rows of zeroed gradients have the scale 0
+                for intake in self.layers.intakes_of(probe.spec):
+                    intake.discard_if_zeroed()
             if self.pending.has_plain(layer):
-                seen = probe.glance(gradients)
+                seen = probe.glance(gradients, whole=whole)
                 if seen is not None:
-                    yield Glance(probe, seen)
+                    yield Glance(probe, seen.brought(self.pending.bring))
 
     def _uses_of(self, spec: LayerSpec) -> list[Use]:
         """The rows that a step on a layer uses, of all uses of its weight."""
@@ -333,51 +369,17 @@ class StepBook:
         """The self-check, where it is due: what the rule says that the step will do."""
         if isinstance(rule, FittedRule) or not is_due(self.step + 1, rule):
             return
-        for watched, group, mark in step.stepped:
-            gradient, fresh = step.gradient_of(watched), bool(mark & Mark.FRESH)
+        for watched, _, mark in step.stepped:
+            gradient = step.gradient_of(watched)
             if gradient is not None:
-                numbers = step.state[watched.name]
-                found = predict(watched, step.optimizer, rule, gradient, step.hyper[group], numbers, fresh)
+                fresh = bool(mark & Mark.FRESH)
+                found = predict(watched, step.optimizer, rule, gradient, fresh, self.pending.bring)
                 if found is not None:
                     step.predicted[watched.name] = found
 
-    def _reaches(self, watched: Watched, slow_step: int) -> bool:
-        """Whether the weights after ``slow_step`` will still be known to a synchronisation.
-
-        Folding keeps those of the last one by itself; of those before the first it has to hear, before it asks.
-        """
-        if not watched.synchronized:
-            self.writer.slow_steps[watched.name] = slow_step
-        return watched.synchronized or self.writer.folded <= slow_step
-
-    def _mark(self, watched: Watched, optimizer: Optimizer, rule: Rule, changed: Container[str]) -> Mark:
-        """What is known of a parameter before a step."""
-        mark = Mark(0)
-        state = state_of(optimizer, watched.parameter)
-        if rule.is_fresh(state):
-            mark |= Mark.FRESH
-        elif watched.state_changed_since(optimizer):
-            mark |= Mark.CHANGED
-        if watched.name in changed or watched.name in self._broken:
-            mark |= Mark.CHANGED
-            watched.accept(self.step - 1 if self._stepping else self.step)
-        return mark
-
-    def _keep_origins(self, optimizer: Optimizer, stepped: Sequence[Watched]) -> None:
-        """Keep where the recording of a parameter begins, and of the others in its layer, which may never train."""
-        new = [watched for watched in stepped if not watched.stepped]
-        if not new:
-            return
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name in dict.fromkeys(name for watched in new for name in watched.spec.parameters):
-            parameter = self.layers.watched[name].parameter
-            if parameter is not None and not self.layers.watched[name].stepped:
-                parts[name] = {VALUE: whole(parameter)}
-        for watched in new:
-            state = state_of(optimizer, watched.parameter)
-            parts[watched.name] |= {name: whole(value) for name, value in state.items() if isinstance(value, Tensor)}
-        dtypes = {name: own[VALUE].dtype for name, own in parts.items()}
-        before = self.step - 1 if self._stepping else self.step  # a later optimiser of the current step
-        for watched in new:
-            watched.begin(before)
-        self.writer.write_origin(before, parts, dtypes)
+    @staticmethod
+    def _mark(watched: Watched, optimizer: Optimizer, rule: Rule) -> Mark:
+        """What is known of a parameter's optimiser state before a step."""
+        if rule.is_fresh(state_of(optimizer, watched.parameter)):
+            return Mark.FRESH
+        return Mark.CHANGED if watched.state_changed_since(optimizer) else Mark(0)

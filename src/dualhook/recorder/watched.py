@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from dualhook.capture import Place, local
 from dualhook.optimizers import fit_synchronization
 from dualhook.records import LayerSpec
 
-__all__ = ["Watched", "changed_since", "gradient_of", "state_of"]
+__all__ = ["Left", "Watched", "gradient_of", "state_of"]
 
 FINGERPRINT = 256  # entries of a parameter that are compared between its steps
 
@@ -27,6 +27,8 @@ class Watched:
     spec: LayerSpec
     place: Place
     entries: Tensor | None = None  # None: not stepped yet
+    known: Tensor | None = None
+    """What of that is in the ledger, with the synchronisations since: the same, or that of a step before."""
     state: tuple[tuple[str, int, int], ...] | None = ()  # None: that of a checkpoint, not seen yet
     anchors: dict[int, Tensor] = field(default_factory=dict)
     """What may be Lookahead's slow weights: its entries after some earlier steps."""
@@ -50,23 +52,23 @@ class Watched:
 
     def go_on(self, step: int) -> None:
         """Continue after a step that has been recorded, with what a checkpoint has put in its place."""
-        self.entries, self.state = self.fingerprint(), None
+        self.entries = self.known = self.fingerprint()
+        self.state = None
         self.anchors = {} if self.entries is None else {step: self.entries}
 
-    def remember(self, optimizer: Optimizer, step: int) -> None:
-        """Note what the step has left."""
-        first, self.entries = not self.stepped, self.fingerprint()
+    def remember(self, optimizer: Optimizer) -> Left:
+        """Note what a step has left."""
+        is_first, self.entries = not self.stepped, self.fingerprint()
         self.remember_state(optimizer)
-        if self.entries is not None and (first or step in self.anchors):
-            self.anchors[step] = self.entries
+        return Left(self, self.entries, is_first)
 
     def remember_state(self, optimizer: Optimizer) -> None:
         """Note what the optimiser holds for it."""
         self.state = self._state(optimizer)
 
-    def synchronization(self) -> tuple[float, int] | None:
-        """If what has changed it since its last step is Lookahead: alpha, and the step of the slow weights."""
-        before, now, parameter = self.entries, self.fingerprint(), self.parameter
+    def synchronization(self, now: Tensor | None) -> tuple[float, int] | None:
+        """If what has made it what it is ``now`` is Lookahead: alpha, and the step of the slow weights."""
+        before, parameter = self.known, self.parameter
         if before is None or now is None or parameter is None or now.shape != before.shape:
             return None
         eps = torch.finfo(parameter.dtype).eps
@@ -76,16 +78,16 @@ class Watched:
                 return alpha, step
         return None
 
-    def synchronize(self, step: int) -> None:
+    def synchronize(self, step: int, now: Tensor) -> None:
         """Go on from what a synchronisation after ``step`` has left."""
-        self.entries = self.fingerprint()
-        self.anchors = {} if self.entries is None else {step: self.entries}
+        if self.entries is self.known:
+            self.entries = now
+        self.known, self.anchors = now, {step: now}
 
-    def accept(self, step: int) -> None:
+    def accept(self, step: int, now: Tensor | None) -> None:
         """Go on from what something else has made of it after ``step``: it may have set the slow weights as well."""
-        found = self.fingerprint()
-        if found is not None:
-            self.anchors = {**dict(list(self.anchors.items())[:2]), step: found}
+        if now is not None:
+            self.anchors = {**dict(list(self.anchors.items())[:2]), step: now}
 
     def state_changed_since(self, optimizer: Optimizer) -> bool:
         """Whether the optimiser's state is another one than its last step has left."""
@@ -109,39 +111,19 @@ class Watched:
         return torch.take(held, known[1])
 
 
-def changed_since(seen: Sequence[Watched]) -> list[bool]:
-    """Whether something else has written to each of the parameters after its last step.
+@dataclass(frozen=True)
+class Left:
+    """What a step has left of a parameter; its first one?"""
 
-    By value: an evaluation may swap averaged weights in and out again, and ``.data`` leaves no other trace.
-    """
-    found = [False] * len(seen)
-    alike: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor, Tensor]]] = {}
-    for number, watched in enumerate(seen):
-        before, now = watched.entries, watched.fingerprint()
-        if before is None or now is None:
-            found[number] = before is not None
-        elif before.dtype != now.dtype or before.device != now.device or before.shape != now.shape:
-            found[number] = not _are_equal(before.cpu().double(), now.cpu().double())
-        elif now.device.type == "cpu":
-            found[number] = not (torch.equal(before, now) or _are_equal(before, now))
-        else:
-            alike.setdefault((now.device, now.dtype), []).append((number, before, now))
-    for three in alike.values():  # training waits for every number that is looked at: all of a device in one copy
-        differs = ~_alike(torch.cat([one for _, one, _ in three]), torch.cat([one for _, _, one in three])).cpu()
-        start = 0
-        for number, _, one in three:
-            found[number] = bool(differs[start : start + len(one)].any())
-            start += len(one)
-    return found
+    watched: Watched
+    entries: Tensor | None
+    is_first: bool
 
-
-def _are_equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool(_alike(one, other).all())
-
-
-def _alike(one: Tensor, other: Tensor) -> Tensor:
-    """Where numbers are the same; NaN is NaN."""
-    return (one == other) | (one.isnan() & other.isnan())
+    def recorded(self, step: int) -> None:
+        """The step is in the ledger, as number ``step``."""
+        watched, watched.known = self.watched, self.entries
+        if self.entries is not None and (self.is_first or step in watched.anchors):
+            watched.anchors[step] = self.entries
 
 
 def state_of(optimizer: Optimizer, parameter: nn.Parameter | None) -> Mapping[str, Any]:

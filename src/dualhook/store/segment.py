@@ -182,9 +182,9 @@ class SegmentBuilder:
         buffer = self.layers.get(layer)
         return buffer is not None and buffer.filled > buffer.committed
 
-    def holds_plain(self, layer: str) -> bool:
-        """Whether the layer has pending rows, and none that are packed."""
-        return self.holds(layer) and not self.layers[layer].is_packed
+    def is_plain(self, layer: str) -> bool:
+        """Whether none of the layer's rows are packed."""
+        return self.is_open(layer) or not self.layers[layer].is_packed
 
     def pending(self, layer: str) -> Rows | None:
         """The layer's pending rows, or None."""
