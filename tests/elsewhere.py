@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -59,7 +59,7 @@ class Elsewhere(Tensor):
 
 
 WAITS: list[list[str]] = []
-"""Where this package was, innermost first, each time that numbers of ``DEVICE`` were asked for and had to be there."""
+"""Where this package was, innermost first, each time that training had to wait for ``DEVICE``."""
 
 
 def places() -> list[str]:
@@ -83,7 +83,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         stays = torch.device(asked).type == DEVICE.type
     else:
         stays = bool(there)
-    if there and not stays:
+    if bool(there) != stays and (there or func in MOVES):  # from there, and to there from memory that is not pinned
         WAITS.append(places())
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -124,18 +124,37 @@ class _FromNumbers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Late:
-    """Copies that end when they are waited for, or have been asked for so many times; until then they are garbage."""
+class LateCourier:
+    """Copies from ``DEVICE`` that have ended when so many others have begun; until then they are garbage."""
 
-    def __init__(self, copies: Sequence[tuple[Tensor, Tensor]], asked: int) -> None:
+    def __init__(self, lag: int) -> None:
+        self.lag = lag
+        self.count = 0
+        self._begun: list[tuple[Tensor, Tensor]] = []
+
+    def copies(self, values: Sequence[Tensor]) -> list[Tensor]:
+        self.count += 1
+        garbage = [torch.full(one.shape, 77, dtype=one.dtype, device="cpu") for one in values]
+        self._begun += zip(values, garbage, strict=True)
+        return garbage
+
+    def done(self) -> Late:
+        begun, self._begun = self._begun, []
+        return Late(self, begun)
+
+
+class Late:
+    """What tells of copies of a courier."""
+
+    def __init__(self, courier: LateCourier, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._courier = courier
         self._copies = copies
-        self._asked = asked
+        self._ends_at = courier.count + courier.lag
 
     def query(self) -> bool:
-        self._asked -= 1
-        if self._asked < 0:
+        if has_ended := self._courier.count >= self._ends_at:
             self.synchronize()
-        return self._asked < 0
+        return has_ended
 
     def synchronize(self) -> None:
         for here, there in self._copies:  # as they are now: nobody may have written to them
@@ -143,25 +162,8 @@ class Late:
         self._copies = []
 
 
-class LateCourier:
-    """Copies from ``DEVICE`` that are asked for ``lag`` times before they have ended."""
-
-    def __init__(self, lag: int) -> None:
-        self._lag = lag
-        self._begun: list[tuple[Tensor, Tensor]] = []
-
-    def copies(self, values: Sequence[Tensor]) -> list[Tensor]:
-        garbage = [torch.full(one.shape, 77, dtype=one.dtype, device="cpu") for one in values]
-        self._begun += zip(values, garbage, strict=True)
-        return garbage
-
-    def done(self) -> Late:
-        begun, self._begun = self._begun, []
-        return Late(begun, self._lag)
-
-
 @contextmanager
-def elsewhere(lag: int = 2) -> Iterator[torch.device]:
+def elsewhere(lag: int = 9) -> Iterator[torch.device]:
     """A block in which ``DEVICE`` is one that holds numbers; they come to the host some steps later."""
 
     def courier_of(device: torch.device) -> LateCourier | None:
@@ -178,9 +180,11 @@ def placed() -> Iterator[None]:
     if name == "elsewhere":
         with elsewhere() as device, device:
             yield
-    else:
-        with nullcontext() if name is None else torch.device(name):
+    elif name == "cuda":  # cuDNN's convolutions are made of fewer digits, and not always in one order, unless told
+        with torch.device(name), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
             yield
+    else:
+        yield
 
 
 def generator(seed: int) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from elsewhere import placed
 from training.ways import BATCH, EPOCHS, PATTERNS, STEPS, assert_exact, close, loader, loss_of, net, plain, sgd, trained
 
 
@@ -18,6 +19,7 @@ def micro_batches(model, track):
 def test_two_half_batches_are_one_batch():
     outcome = trained(micro_batches)
     assert_exact(outcome, patterns=PATTERNS, steps=STEPS)
-    whole = net()
-    plain(whole, lambda data: data)
+    with placed():
+        whole = net()
+        plain(whole, lambda data: data)
     assert close(outcome.model, whole, 1e-5)

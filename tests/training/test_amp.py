@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from elsewhere import placed
 from training.ways import (
     EPOCHS,
     PATTERNS,
@@ -93,6 +94,7 @@ def test_loss_scaling_is_the_plain_run():
 
     outcome = trained(loop)
     assert_exact(outcome, patterns=PATTERNS, steps=STEPS)
-    whole = net()
-    plain(whole, lambda data: data)
+    with placed():
+        whole = net()
+        plain(whole, lambda data: data)
     assert close(outcome.model, whole, 1e-5)

@@ -40,6 +40,7 @@ def test_it_is_the_plain_run(fullgraph, dtype):
     assert close(outcome.model, trained(loop, make=lambda: net(dtype)).model, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # which are no matter here
 def test_inductor():
     outcome = trained(plain, wrap=lambda model: compiled(model, backend="inductor"))
     assert_exact(outcome, patterns=PATTERNS, steps=STEPS)

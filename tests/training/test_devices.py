@@ -7,7 +7,22 @@ import torch
 from elsewhere import DEVICE, elsewhere
 from torch import nn
 from torch.nn import functional as F
-from training.ways import PATTERNS, STEPS, assert_exact, loader, loss_of, net, plain, rows_of, same, sgd, trained
+from training.ways import (
+    BATCH,
+    CLASSES,
+    PATTERNS,
+    STEPS,
+    WIDTH,
+    assert_exact,
+    loader,
+    loss_of,
+    net,
+    plain,
+    rows_of,
+    same,
+    sgd,
+    trained,
+)
 
 import dualhook
 
@@ -102,3 +117,23 @@ def test_a_model_that_moves():
     memory = recorder.close()
     assert memory.patterns("head") == PATTERNS * 5 // 2
     assert memory.verify(model).max_error < 1e-5
+
+
+@cuda
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_step_waits_for_a_device(fused):
+    """As far as torch can tell; but for the first ones, and snapshots of the optimiser's state."""
+    model = net().cuda()
+    recorder = dualhook.instrument(model, verbose=False, on_error="raise")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    x, y = torch.randn(20, BATCH, WIDTH).cuda(), torch.randint(0, CLASSES, (20, BATCH)).cuda()
+    recorder._book.snapshots.after = lambda *args, **settings: None
+    for step in range(20):
+        torch.cuda.set_sync_debug_mode("default" if step < 3 else "error")
+        optimizer.zero_grad()
+        loss_of(model(x[step]), y[step]).backward()
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+    memory = recorder.close()
+    assert memory.steps == 20
+    assert memory.verify(model)["exact"].all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -44,10 +44,14 @@ class Seen:
     is_whole: bool
     """Whether the sums are to be compared in any case: nothing may go on in other entries."""
 
-    def brought(self, bring: Callable[[Sequence[Tensor]], list[Tensor]]) -> Seen:
-        """The same in host memory."""
-        there, count = bring([*self.entries, *self.sums]), len(self.entries)
-        return Seen(self.computed, there[:count], there[count:], self.is_whole)
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All numbers."""
+        return [*self.entries, *self.sums]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Seen:
+        """The same with a change to each of :attr:`tensors`, in their order."""
+        return replace(self, entries=list(map(change, self.entries)), sums=list(map(change, self.sums)))
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class LayerProbe:
         # a slot of an embedding is one column, of which a sum tells no more than the entry itself
         self._sums_per = spec.slots if self.is_slotted and self._map.columns > 1 else 1
         generator = torch.Generator().manual_seed(0)  # its own: training's random numbers stay as they are
-        self._usual_on: dict[torch.device, Tensor] = {}
+        self._kept_on: dict[tuple[torch.device, bool], Tensor] = {}
         self._outputs = in_runs(spec.out_features, GRID[0], RUN, generator)
         self._inputs = self._map.grid_inputs(GRID[1], generator)
         self._entries: dict[tuple[str, torch.device], Tensor] = {}
@@ -197,13 +197,14 @@ class LayerProbe:
             return columns_at(seen, corner.slot * self._map.columns + corner.inputs)
         return seen[:, corner.slot] if seen.dim() == 2 else seen
 
-    def _on(self, device: torch.device, outputs: Tensor) -> Tensor:
-        """Probed outputs on a device; the usual ones are kept there."""
-        if outputs is not self._outputs:
-            return outputs.to(device)
-        if device not in self._usual_on:
-            self._usual_on[device] = outputs.to(device)
-        return self._usual_on[device]
+    def _on(self, device: torch.device, values: Tensor) -> Tensor:
+        """Probed outputs or signs on a device; the usual ones are kept there: a copy would make training wait."""
+        if values is not self._outputs and values is not self._signs:
+            return values.to(device)
+        key = device, values is self._signs
+        if key not in self._kept_on:
+            self._kept_on[key] = values.to(device)
+        return self._kept_on[key]
 
     def _rebuilt(self, corner: Corner, uses: Sequence[Use]) -> tuple[Array, Array]:
         """What the rows rebuild of a corner and, in a last column, of the bias; and the sums of absolute parts."""
@@ -288,7 +289,7 @@ class LayerProbe:
             width = held.shape[1:].numel() // self._sums_per
             held = held.reshape(len(held), self._sums_per, width).to(dtype)
             if name == self.spec.weight:
-                signs = self._signs.reshape(self._sums_per, -1).to(held.device, dtype)
+                signs = self._on(held.device, self._signs).reshape(self._sums_per, -1).to(dtype)
                 sums = (held[:, 0] @ signs[0])[:, None] if len(signs) == 1 else (held * signs).sum(2)
             else:  # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
                 sums = held.sum(2)

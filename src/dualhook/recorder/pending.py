@@ -50,6 +50,11 @@ class Pending:
         """Whether so many rows wait that they must go before others come."""
         return self._writer.builder.pending_bytes > PENDING_BYTES
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way to the host."""
+        return self._staging.is_idle
+
     def take(self, spec: LayerSpec, rows: Rows, parameters: Mapping[str, Tensor]) -> None:
         """Keep the rows of a layer that are not exactly zero; its ``parameters`` are as the forward pass used them."""
         self.seen, layer = True, spec.name
@@ -91,11 +96,15 @@ class Pending:
         return self._staging.bring(values)
 
     def then(self, action: Callable[[], None]) -> None:
-        """A step ends: call ``action`` when all rows so far have come, at once if none are on their way."""
-        self._staging.then(action, ends_step=True)
+        """Call ``action`` when everything so far has come, at once if nothing is on its way."""
+        self._staging.then(action)
+
+    def end_step(self) -> None:
+        """No optimiser will step on these rows any more."""
+        self._staging.end_step()
 
     def arrive(self) -> None:
-        """Do what is due of the steps whose rows have come."""
+        """Do what is due of complete steps that have come."""
         self._staging.arrive()
         self._rest()
 

@@ -15,6 +15,7 @@ __all__ = ["Bring", "Staging", "at_once", "is_elsewhere"]
 Bring = Callable[[Sequence[Tensor]], list[Tensor]]
 """Tensors in host memory from tensors anywhere, which nothing may write to any more; there now, or later."""
 
+SMALL_BYTES = 2**16  # tensors that travel together
 STAGED_BYTES = 2**30  # of pinned memory, before training has to wait
 
 
@@ -60,8 +61,23 @@ class CudaCourier:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copies(self, values: Sequence[Tensor]) -> list[Tensor]:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        together: dict[torch.dtype | int, list[int]] = {}
+        for number, one in enumerate(values):
+            together.setdefault(one.dtype if one.nbytes < SMALL_BYTES else number, []).append(number)
+        loads = [
+            values[numbers[0]] if len(numbers) == 1 else torch.cat([values[number].reshape(-1) for number in numbers])
+            for numbers in together.values()
+        ]
+        found = list(values)
+        for numbers, there in zip(together.values(), self._copies(loads), strict=True):
+            parts = torch.split(there.view(-1), [values[number].numel() for number in numbers])
+            for number, part in zip(numbers, parts, strict=True):
+                found[number] = part.view(values[number].shape)
+        return found
+
+    def _copies(self, values: Sequence[Tensor]) -> list[Tensor]:
         there = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in values]
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for here, copy in zip(values, there, strict=True):
                 copy.copy_(here, non_blocking=True)
@@ -79,14 +95,14 @@ def courier_of(device: torch.device) -> Courier | None:
     return CudaCourier(device) if device.type == "cuda" else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Waiting:
-    """What is to be done once copies have ended; ``ends_step``: a step is complete then."""
+    """What is to be done once copies have ended; ``ends_step``: with it a step is complete."""
 
     action: Callable[[], None]
     copies: tuple[Done, ...]
     nbytes: int
-    ends_step: bool
+    ends_step: bool = False
 
 
 class Staging:
@@ -128,20 +144,25 @@ class Staging:
                 found[number] = copy
         return found
 
-    def then(self, action: Callable[[], None], *, ends_step: bool = False) -> None:
+    def then(self, action: Callable[[], None]) -> None:
         """Call ``action`` once everything is there that has been begun, and everything before it has been done."""
         if self.is_idle:
             action()
             return
         copies = tuple(courier.done() for courier in self._begun.values())
-        self._waiting.append(Waiting(action, copies, self._begun_bytes, ends_step))
+        self._waiting.append(Waiting(action, copies, self._begun_bytes))
         self._bytes += self._begun_bytes
         self._begun, self._begun_bytes = {}, 0
         if self._bytes > STAGED_BYTES:
             self.drain()
 
+    def end_step(self) -> None:
+        """With everything so far a step is complete."""
+        if self._waiting:
+            self._waiting[-1].ends_step = True
+
     def arrive(self) -> None:
-        """Do what can be done without waiting, up to the end of a step."""
+        """Do what can be done without waiting, of complete steps."""
         whole = 0
         for count, one in enumerate(self._waiting, 1):
             if not all(copies.query() for copies in one.copies):

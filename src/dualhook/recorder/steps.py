@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dualhook.capture import Audit, Guard, Selection, Use, whole
+from dualhook.capture import Audit, Guard, LayerProbe, Seen, Selection, Use, whole
 from dualhook.optimizers import FittedRule, Rule, StepFit, class_name, rule_for
 from dualhook.recorder.backlog import Backlog
 from dualhook.recorder.changes import Changes, Look
@@ -33,7 +33,7 @@ from dualhook.recorder.settings import loss_scale_of, noted, numbers_of, refuse
 from dualhook.recorder.snapshots import Snapshots
 from dualhook.recorder.staging import at_once, is_elsewhere
 from dualhook.recorder.step import Glance, Step
-from dualhook.recorder.watched import Left, Watched, gradient_of, state_of
+from dualhook.recorder.watched import Left, Watched, fingerprints, gradient_of, state_of
 from dualhook.records import Batch, LayerSpec, Mark, Rows
 from dualhook.store import Writer
 
@@ -181,6 +181,10 @@ class StepBook:
         if self.ranks.sharded and not self._stepping:  # the same place in all processes, unlike in a backward pass
             self.snapshots.after(self.step)
         among = [watched for watched, _ in members] if self._stepping else list(self.layers.watched.values())
+        if self.ranks.sharded:
+            self.pending.settle()
+        if not (self._stepping or self.pending.is_idle):
+            self._seal_if_full()  # backward passes on devices have threads of their own: there it would hold them up
         look = self._changes.look(among, self.step, self.pending.bring)
         for watched, _ in members:
             for intake in self.layers.intakes_of(watched.spec):
@@ -191,7 +195,7 @@ class StepBook:
             if has_closure or gradient_of(watched) is not None  # torch skips the others
         ]
         before = self.step - 1 if self._stepping else self.step  # a later optimiser of the current step
-        keep_origins(self.writer, self.layers.watched, optimizer, [watched for watched, _, _ in stepped], before)
+        keep_origins(self.writer, self.layers.watched, optimizer, [watched for watched, _, _ in stepped], before, look)
         hyper = [numbers_of(group, rule) for group in optimizer.param_groups]
         states = {w.name: (state_of(optimizer, w.parameter), hyper[group]) for w, group, _ in stepped}
         state = noted(rule, states, self.pending.bring)
@@ -226,20 +230,23 @@ class StepBook:
                 self.pending.commit(layer, self.step)
         for predicted in step.predicted.values():
             predicted.see(self.pending.bring)
-        left = [watched.remember(optimizer) for watched, _, _ in step.stepped]
-        self._broken -= {watched.name for watched, _, _ in step.stepped}
+        stepped = [watched for watched, _, _ in step.stepped]
+        entries = zip(stepped, fingerprints(stepped, self.pending.bring), strict=True)
+        left = [watched.remember(optimizer, own) for watched, own in entries]
+        self._broken -= {watched.name for watched in stepped}
         self._arriving.append(self.step)
         fits, recording = self._fitting.of(step), self.recording
         self.pending.then(partial(self._arrived, step, self.step, left, fits, recording=recording))
-        self.snapshots.stepped(optimizer, step.name, [watched for watched, _, _ in step.stepped])
+        self.snapshots.stepped(optimizer, step.name, stepped)
         self._whole, self._moves = self.step, False
+        self.pending.arrive()
 
     def _arrived(
         self, step: Step, number: int, left: Sequence[Left], fits: Mapping[str, StepFit], *, recording: bool
     ) -> None:
         """All that there is to know of a step is in host memory."""
         changed = self._note(step.look) | step.broken
-        now = {watched.name: entries for watched, _, entries in step.look.seen}
+        now = {watched.name: entries for watched, entries in step.look.seen}
         for watched, _, _ in step.stepped:
             if watched.name in changed:
                 watched.accept(number - 1, now.get(watched.name))
@@ -305,14 +312,19 @@ class StepBook:
         if not self._stepping:
             return
         self._stepping = []
+        self.pending.end_step()
         if self.step == 1:
             self.pending.settle()  # what recording costs is told
-        self.pending.arrive()
         if late := self.pending.late(self.layers.names):
             self._give_up(late, f"rows that {PATIENCE} steps have not used")
         self._on_step(self.step)
         if not self.ranks.sharded:
             self.snapshots.after(self.step)
+        if self.pending.is_idle:
+            self._seal_if_full()
+
+    def _seal_if_full(self) -> None:
+        """Between two steps: of what has come to the host so far."""
         if self.writer.full:
             self.writer.seal()
 
@@ -333,7 +345,9 @@ class StepBook:
             if gradient is not None:
                 layers.setdefault(watched.spec.name, {})[watched.name] = gradient
         whole = is_whole(self.step)
-        step.glances = list(self._glances(layers, whole=whole))
+        seen = dict(self._glances(layers, whole=whole))
+        brought = iter(self.pending.bring([values for own in seen.values() for values in own.tensors]))
+        step.glances = [Glance(probe, own.each(lambda _: next(brought))) for probe, own in seen.items()]
         for glance in step.glances:
             del layers[glance.probe.spec.name]
         if layers:
@@ -341,7 +355,7 @@ class StepBook:
             uses = {layer: self._uses_of(self.layers.spec(layer)) for layer in layers}
             step.measured = self.measuring.measure(layers, uses, whole=whole)
 
-    def _glances(self, layers: Mapping[str, Mapping[str, Tensor]], *, whole: bool) -> Iterator[Glance]:
+    def _glances(self, layers: Mapping[str, Mapping[str, Tensor]], *, whole: bool) -> Iterator[tuple[LayerProbe, Seen]]:
         """Those of the gradients, by layer, that can be compared with the rows later."""
         for layer, gradients in layers.items():
             probe = self.measuring.plain_probe(layer)
@@ -354,7 +368,7 @@ class StepBook:
             if self.pending.has_plain(layer):
                 seen = probe.glance(gradients, whole=whole)
                 if seen is not None:
-                    yield Glance(probe, seen.brought(self.pending.bring))
+                    yield probe, seen
 
     def _uses_of(self, spec: LayerSpec) -> list[Use]:
         """The rows that a step on a layer uses, of all uses of its weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from dualhook.capture import Place, local
 from dualhook.optimizers import fit_synchronization
+from dualhook.recorder.staging import Bring, at_once
 from dualhook.records import LayerSpec
 
-__all__ = ["Left", "Watched", "gradient_of", "state_of"]
+__all__ = ["Left", "Watched", "fingerprints", "gradient_of", "state_of"]
 
 FINGERPRINT = 256  # entries of a parameter that are compared between its steps
 
@@ -26,41 +27,35 @@ class Watched:
     name: str
     spec: LayerSpec
     place: Place
-    entries: Tensor | None = None  # None: not stepped yet
+    stepped: bool = False
+    """Whether an optimiser has stepped on it."""
     known: Tensor | None = None
-    """What of that is in the ledger, with the synchronisations since: the same, or that of a step before."""
+    """Some of its numbers as the last step in the ledger, or a synchronisation after it, has left them."""
     state: tuple[tuple[str, int, int], ...] | None = ()  # None: that of a checkpoint, not seen yet
     anchors: dict[int, Tensor] = field(default_factory=dict)
     """What may be Lookahead's slow weights: its entries after some earlier steps."""
     synchronized: bool = False  # at least once
-    _looked_at: tuple[int, Tensor] | None = None  # of so many entries these
 
     @property
     def parameter(self) -> nn.Parameter | None:
         """The parameter as an optimiser has it now; None if it has been taken away or is computed from others."""
         return self.place.trained
 
-    @property
-    def stepped(self) -> bool:
-        """Whether an optimiser has stepped on it."""
-        return self.entries is not None
-
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, entries: Tensor | None) -> None:
         """Note what it is after ``step``, before its first one."""
-        found = self.fingerprint()
-        self.anchors = {} if found is None else {step: found}
+        self.anchors = {} if entries is None else {step: entries}
 
     def go_on(self, step: int) -> None:
         """Continue after a step that has been recorded, with what a checkpoint has put in its place."""
-        self.entries = self.known = self.fingerprint()
-        self.state = None
-        self.anchors = {} if self.entries is None else {step: self.entries}
+        (self.known,) = fingerprints([self], at_once)
+        self.stepped, self.state = self.known is not None, None
+        self.begin(step, self.known)
 
-    def remember(self, optimizer: Optimizer) -> Left:
+    def remember(self, optimizer: Optimizer, entries: Tensor | None) -> Left:
         """Note what a step has left."""
-        is_first, self.entries = not self.stepped, self.fingerprint()
+        is_first, self.stepped = not self.stepped, entries is not None
         self.remember_state(optimizer)
-        return Left(self, self.entries, is_first)
+        return Left(self, entries, is_first)
 
     def remember_state(self, optimizer: Optimizer) -> None:
         """Note what the optimiser holds for it."""
@@ -80,8 +75,6 @@ class Watched:
 
     def synchronize(self, step: int, now: Tensor) -> None:
         """Go on from what a synchronisation after ``step`` has left."""
-        if self.entries is self.known:
-            self.entries = now
         self.known, self.anchors = now, {step: now}
 
     def accept(self, step: int, now: Tensor | None) -> None:
@@ -98,17 +91,31 @@ class Watched:
         state = state_of(optimizer, self.parameter)
         return tuple((name, id(v), v._version) for name, v in state.items() if isinstance(v, Tensor))
 
-    def fingerprint(self) -> Tensor | None:
-        """Some entries of what of the parameter is in this process [k], where they are."""
+    def some(self) -> Tensor | None:
+        """Some entries of what of the parameter is in this process [k], where they are; perhaps a view."""
         parameter = self.parameter
         if parameter is None:
             return None
-        held = local(parameter)
-        count, known = held.numel(), self._looked_at
-        if known is None or known[0] != count or known[1].device != held.device:
-            index = torch.arange(0, count, max(1, count // FINGERPRINT), device=held.device)
-            self._looked_at = known = count, index
-        return torch.take(held, known[1])
+        held = local(parameter.detach())
+        every = max(1, held.numel() // FINGERPRINT)
+        if held.is_contiguous():
+            return held.view(-1)[::every]
+        return torch.take(held, torch.arange(0, held.numel(), every, device=held.device))
+
+
+def fingerprints(seen: Sequence[Watched], bring: Bring) -> list[Tensor | None]:
+    """Copies of some entries of every parameter [k], in host memory or on their way there; of a device in one go."""
+    found: list[Tensor | None] = [watched.some() for watched in seen]
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, own in enumerate(found):
+        if own is not None:
+            alike.setdefault((own.device, own.dtype), []).append(number)
+    brought = bring([torch.cat([own for k in numbers if (own := found[k]) is not None]) for numbers in alike.values()])
+    for numbers, together in zip(alike.values(), brought, strict=True):
+        sizes = [len(own) for k in numbers if (own := found[k]) is not None]
+        for number, own in zip(numbers, torch.split(together, sizes), strict=True):
+            found[number] = own
+    return found
 
 
 @dataclass(frozen=True)
