@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 import torch
 import transformers
-from sweep.harness import Case, assert_truthful, assert_untouched, built, train
+from sweep.harness import Case, are_same, assert_truthful, built, train
 from sweep.transformers_families import CLASSES, FAMILIES, PIXELS, masked_word, next_word, picture, translation
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as registry
@@ -106,7 +106,7 @@ def test_what_the_table_calls_recorded_is_rebuilt_and_the_rest_has_a_reason(task
     recorder = dualhook.instrument(model, layers="all", verbose=False)
     run = train(model, loss, STEPS)
     coverage, memory = recorder.coverage, recorder.close()
-    assert_untouched(model, run, bare, train(bare, loss, STEPS))
+    assert are_same(model, run, bare, train(bare, loss, STEPS))
     listed = {row["parameter"] for row in coverage if not row["note"].startswith("frozen")}
     assert listed == {name for name, p in model.named_parameters() if p.requires_grad}
     assert_truthful(model, run, coverage, memory)

@@ -120,6 +120,7 @@ def test_a_model_that_moves():
 
 
 @cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("fused", [False, True])
 def test_no_step_waits_for_a_device(fused):
     """As far as torch can tell; but for the first ones, and snapshots of the optimiser's state."""
