@@ -21,7 +21,7 @@ STAGED_BYTES = 2**30  # of pinned memory, before training has to wait
 
 def is_elsewhere(values: Tensor) -> bool:
     """Whether numbers are somewhere else than in host memory."""
-    return values.device.type != "cpu"
+    return not values.is_cpu
 
 
 def at_once(values: Sequence[Tensor]) -> list[Tensor]:
@@ -128,6 +128,8 @@ class Staging:
     def bring(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Tensors in host memory: of those elsewhere, which nothing may write to any more, copies under way."""
         found, alike = list(values), dict[torch.device, list[int]]()
+        if not any(map(is_elsewhere, values)):
+            return found
         for number, one in enumerate(values):
             if is_elsewhere(one):
                 alike.setdefault(one.device, []).append(number)

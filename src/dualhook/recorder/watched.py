@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dualhook.capture import Place, local
 from dualhook.optimizers import fit_synchronization
-from dualhook.recorder.staging import Bring, at_once
+from dualhook.recorder.staging import Bring, at_once, is_elsewhere
 from dualhook.records import LayerSpec
 
 __all__ = ["Left", "Watched", "fingerprints", "gradient_of", "state_of"]
@@ -35,6 +35,7 @@ class Watched:
     anchors: dict[int, Tensor] = field(default_factory=dict)
     """What may be Lookahead's slow weights: its entries after some earlier steps."""
     synchronized: bool = False  # at least once
+    _looked_at: tuple[int, Tensor] | None = None  # of so many entries these
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -96,25 +97,29 @@ class Watched:
         parameter = self.parameter
         if parameter is None:
             return None
-        held = local(parameter.detach())
+        held, known = local(parameter.detach()), self._looked_at
         every = max(1, held.numel() // FINGERPRINT)
-        if held.is_contiguous():
+        if is_elsewhere(held) and held.is_contiguous():
             return held.view(-1)[::every]
-        return torch.take(held, torch.arange(0, held.numel(), every, device=held.device))
+        if known is None or known[0] != held.numel() or known[1].device != held.device:
+            index = torch.arange(0, held.numel(), every, device=held.device)
+            self._looked_at = known = held.numel(), index
+        return torch.take(held, known[1])
 
 
 def fingerprints(seen: Sequence[Watched], bring: Bring) -> list[Tensor | None]:
     """Copies of some entries of every parameter [k], in host memory or on their way there; of a device in one go."""
     found: list[Tensor | None] = [watched.some() for watched in seen]
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
     for number, own in enumerate(found):
-        if own is not None:
-            alike.setdefault((own.device, own.dtype), []).append(number)
-    brought = bring([torch.cat([own for k in numbers if (own := found[k]) is not None]) for numbers in alike.values()])
-    for numbers, together in zip(alike.values(), brought, strict=True):
-        sizes = [len(own) for k in numbers if (own := found[k]) is not None]
-        for number, own in zip(numbers, torch.split(together, sizes), strict=True):
-            found[number] = own
+        if own is not None and is_elsewhere(own):
+            alike.setdefault((own.device, own.dtype), {})[number] = own
+    if alike:
+        brought = bring([torch.cat(list(together.values())) for together in alike.values()])
+        for together, there in zip(alike.values(), brought, strict=True):
+            parts = torch.split(there, [len(values) for values in together.values()])
+            for number, part in zip(together, parts, strict=True):
+                found[number] = part
     return found
 
 
