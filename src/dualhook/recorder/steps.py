@@ -183,8 +183,8 @@ class StepBook:
         among = [watched for watched, _ in members] if self._stepping else list(self.layers.watched.values())
         if self.ranks.sharded:
             self.pending.settle()
-        if not (self._stepping or self.pending.is_idle):
-            self._seal_if_full()  # backward passes on devices have threads of their own: there it would hold them up
+        if not self._stepping:
+            self._seal_if_full()  # what a device brings: its backward pass has a thread of its own, and is not held up
         look = self._changes.look(among, self.step, self.pending.bring)
         for watched, _ in members:
             for intake in self.layers.intakes_of(watched.spec):
