@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import warnings
 from contextlib import nullcontext
 from itertools import pairwise
@@ -11,13 +12,14 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
-from elsewhere import DEVICE, WAITS, elsewhere
+from elsewhere import DEVICE, WAITS, Late, LateCourier, elsewhere
 from torch import nn
 from torch.nn import functional as F
 
 import dualhook
 from dualhook.capture import LayerProbe
 from dualhook.errors import InexactWarning
+from dualhook.recorder.front import OPEN
 from dualhook.records import LayerSpec, Mark
 from dualhook.store.layout import Layout, open_tensors, read_header
 from dualhook.store.reader import Store
@@ -366,3 +368,112 @@ def test_an_error_on_the_way_ends_the_memory_with_the_last_whole_step(tmp_path, 
     for step in range(1, memory.steps + 1):
         for name, value in memory.state_dict(step=step).items():
             torch.testing.assert_close(value, weights[step - 1][name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), DEVICE], ids=str)
+def test_a_warning_that_is_an_error_loses_no_step(tmp_path, device):
+    """A loop that catches it goes on; what it warned of stays the only thing."""
+
+    def disturbed(net, step, optimizers):
+        net.loss(6).backward()
+        if step == 10:
+            net.first.weight.grad += 0.01
+
+    raised = []
+
+    def patient(net):
+        found = sgd(net)
+        original = found[0].step
+
+        def step():
+            try:
+                original()
+            except InexactWarning as error:
+                raised.append(error)
+
+        found[0].step = step
+        return found
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InexactWarning)
+        _, memory = trained(tmp_path / "run", device, lag=9, make=patient, backward=disturbed)
+    assert len(raised) == 1
+    for history in Store(memory.path).histories.values():
+        assert history.step.tolist() == list(range(1, STEPS))
+    marks = Store(memory.path).histories["first.weight"].mark
+    assert (marks & int(Mark.UNEXPLAINED)).nonzero().flatten().tolist() == [9]
+    assert memory.patterns("first") == 6 * (STEPS - 1)
+
+
+def test_an_interrupt_while_something_is_waited_for_loses_nothing(tmp_path, monkeypatch):
+    original, interrupted = Late.synchronize, []
+
+    def synchronize(self):
+        if not interrupted:
+            interrupted.append(self)
+            raise KeyboardInterrupt
+        original(self)
+
+    def after_step(net, step, recorder):
+        if step == 20:
+            monkeypatch.setattr(Late, "synchronize", synchronize)
+            with pytest.raises(KeyboardInterrupt):
+                recorder.flush()
+
+    _, here = trained(tmp_path / "here", torch.device("cpu"))
+    _, there = trained(tmp_path / "there", DEVICE, lag=1000, after_step=after_step)
+    assert interrupted
+    assert_same(here, there)
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), DEVICE], ids=str)
+def test_a_synchronisation_before_a_step_that_fails_is_noted(tmp_path, device):
+    lookahead = Lookahead()
+
+    def after_step(net, step, recorder):
+        lookahead(net, step, recorder)
+        if step == 3:
+
+            def closure():
+                net.first.weight.data += 0.01
+                raise ZeroDivisionError
+
+            with pytest.raises(ZeroDivisionError):
+                torch.optim.SGD(net.parameters(), lr=0.05).step(closure)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InexactWarning)  # of what the step that did not end has left
+        _, memory = trained(tmp_path / "run", device, lag=9, make=one_of_each_layer, after_step=after_step)
+    history = Store(memory.path).histories["first.weight"]
+    synchronized = [
+        step for step, name in zip(history.step.tolist(), history.optimizer, strict=True) if name == "lookahead"
+    ]
+    assert synchronized[:2] == [3, 6]
+
+
+def test_threads_of_several_devices_take_turns(tmp_path, monkeypatch):
+    """Autograd has one for each device; while one brings rows the others wait."""
+    original, found, inside = LateCourier.copies, [], []
+
+    def tried():
+        found.append(inside[0].acquire(blocking=False))
+        if found[-1]:
+            inside[0].release()
+
+    def copies(self, values):
+        if inside:
+            other = threading.Thread(target=tried)
+            other.start()
+            other.join()
+        return original(self, values)
+
+    monkeypatch.setattr(LateCourier, "copies", copies)
+
+    def watched(net, step, optimizers):
+        loss = net.loss(6)
+        inside.append(OPEN[tmp_path / "run"]._book.pending.lock)
+        loss.backward()
+        inside.clear()
+
+    trained(tmp_path / "run", DEVICE, lag=9, backward=watched, steps=6)
+    assert found == [False] * 3 * 5

@@ -163,7 +163,7 @@ class Recorder:
     @property
     def rows(self) -> int:
         """How many rows this process has recorded, of all layers; a map that is stored as a whole counts once."""
-        return self._book.rows
+        return self._book.pending.recorded_rows
 
     @property
     def nbytes(self) -> int:
@@ -215,6 +215,7 @@ class Recorder:
     def coverage(self) -> Table:
         """Every trainable parameter: recorded in which layer, by which rule, at how many bytes a row, or why not."""
         rules: dict[str, str] = {}
+        self._book.pending.settle()  # synchronisations on their way
         for parameter, name in self._book.trained_by.items():
             rule = rule_for(name)
             synced = f", {LOOKAHEAD}" if self._book.layers.watched[parameter].synchronized else ""
@@ -311,9 +312,8 @@ class Recorder:
         """
         if not self._closed:
             self.flush()
-        target = Path(path)
-        self._ranks.share(partial(copied, self._layout.root, target))
-        return DualMemory(target)
+        self._ranks.share(partial(copied, self._layout.root, Path(path)))
+        return DualMemory(Path(path))
 
     # ---- inside ----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Pending:
         self.seen = False
         """Whether any row has ever come."""
         self.heads = heads
+        self.lock = RLock()
+        """Where a model lies on several devices autograd has a thread for each: they take turns."""
         self._writer = writer
         self._ranks = ranks
         # 8 bits are for the disk alone: until they are written rows stay as computed
@@ -71,13 +74,15 @@ class Pending:
         self._ahead[layer] = True
         if rows.packed is not None or self._is_scaled(layer, rows) or not self._writer.builder.takes(layer, rows):
             self._unlike.add(layer)
-        self._staging.then(partial(self._arrived, layer, self._brought(rows)))
+        nbytes = 0 if are_elsewhere else rows.key.nbytes + rows.output_grad.nbytes
+        self._staging.then(partial(self._arrived, layer, self._brought(rows)), nbytes=nbytes)
         self._rest()
 
     def drop(self, layers: Iterable[str]) -> None:
         """Forget the rows of some layers."""
-        for layer in layers:
-            self._then(layer, partial(self._rewind, layer))
+        with self.lock:
+            for layer in layers:
+                self._then(layer, partial(self._rewind, layer))
 
     def holds(self, layer: str) -> bool:
         """Whether the layer has rows that no step has used."""
@@ -95,7 +100,7 @@ class Pending:
         """
         return self._staging.bring(values)
 
-    def then(self, action: Callable[[], None]) -> None:
+    def then(self, action: Callable[[], object]) -> None:
         """Call ``action`` when everything so far has come, at once if nothing is on its way."""
         self._staging.then(action)
 
@@ -105,18 +110,26 @@ class Pending:
 
     def arrive(self) -> None:
         """Do what is due of complete steps that have come."""
-        self._staging.arrive()
-        self._rest()
+        with self.lock:
+            self._staging.arrive()
+            self._rest()
 
     def settle(self) -> None:
         """Wait for everything that is on its way."""
-        self._staging.drain()
-        self._rest()
+        with self.lock:
+            self._staging.drain()
+            self._rest()
 
     def give_up(self) -> None:
         """Forget what is on its way."""
         self._staging.clear()
         self._rest()
+
+    @property
+    def recorded_rows(self) -> int:
+        """How many rows steps have used so far."""
+        self.settle()
+        return self._writer.builder.recorded_rows
 
     def of(self, layer: str, committed: int | None) -> Rows | None:
         """The layer's rows; where it has none, those that the step ``committed`` has taken already."""
@@ -135,7 +148,7 @@ class Pending:
             return []
         return [layer for layer, steps in self._waited.items() if steps >= PATIENCE]
 
-    def _then(self, layer: str, action: Callable[[], None]) -> None:
+    def _then(self, layer: str, action: Callable[[], object]) -> None:
         """Commit or forget the layer's rows, in its turn."""
         if not self._staging.is_idle:
             self._ahead[layer] = False

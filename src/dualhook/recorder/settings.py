@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dualhook.errors import RuleError
 from dualhook.optimizers import Rule
-from dualhook.recorder.staging import Bring, is_elsewhere
+from dualhook.recorder.staging import Bring, in_one_go, is_elsewhere
 
 __all__ = [
     "HeadGrads", "OnError", "OnFull", "RowDtype", "loss_scale_of", "noted", "numbers_of", "pool_bytes", "refuse",
@@ -99,15 +99,11 @@ def noted(
             late[name] = counts
         else:
             found[name] = partial(dict, rule.state_numbers(state, hyper))
-    if late:
-        values = [states[name][0][key].detach().reshape(1) for name, counts in late.items() for key in counts]
-        device = next(one.device for one in values if is_elsewhere(one))
-        there, start = bring([torch.cat([one.to(device) for one in values])])[0], 0
-        for name, counts in late.items():
-            state, hyper = states[name]
-            brought = dict(zip(counts, there[start : start + len(counts)], strict=True))
-            found[name] = partial(rule.state_numbers, {**state, **brought}, hyper)
-            start += len(counts)
+    counts_of = [states[name][0][key].detach() for name, counts in late.items() for key in counts]
+    there = iter(in_one_go([one.reshape(1).clone() if one.is_cpu else one.reshape(1) for one in counts_of], bring))
+    for name, counts in late.items():
+        state, hyper = states[name]
+        found[name] = partial(rule.state_numbers, {**state, **{key: next(there) for key in counts}}, hyper)
     return found
 
 

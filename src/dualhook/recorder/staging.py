@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Bring", "Staging", "at_once", "is_elsewhere"]
+__all__ = ["Bring", "Staging", "at_once", "in_one_go", "is_elsewhere"]
 
 Bring = Callable[[Sequence[Tensor]], list[Tensor]]
 """Tensors in host memory from tensors anywhere, which nothing may write to any more; there now, or later."""
@@ -27,6 +27,21 @@ def is_elsewhere(values: Tensor) -> bool:
 def at_once(values: Sequence[Tensor]) -> list[Tensor]:
     """Tensors in host memory, now: training waits for each."""
     return [one.cpu() for one in values]
+
+
+def in_one_go(values: Sequence[Tensor], bring: Bring) -> list[Tensor]:
+    """Tensors [k] in host memory: of those elsewhere, which may be written to again at once, copies by ``bring``."""
+    found, alike = list(values), dict[tuple[torch.device, torch.dtype], list[int]]()
+    for number, one in enumerate(values):
+        if is_elsewhere(one):
+            alike.setdefault((one.device, one.dtype), []).append(number)
+    if alike:
+        brought = bring([torch.cat([values[number] for number in numbers]) for numbers in alike.values()])
+        for numbers, there in zip(alike.values(), brought, strict=True):
+            parts = torch.split(there, [len(values[number]) for number in numbers])
+            for number, part in zip(numbers, parts, strict=True):
+                found[number] = part
+    return found
 
 
 class Done(Protocol):
@@ -99,7 +114,7 @@ def courier_of(device: torch.device) -> Courier | None:
 class Waiting:
     """What is to be done once copies have ended; ``ends_step``: with it a step is complete."""
 
-    action: Callable[[], None]
+    action: Callable[[], object]
     copies: tuple[Done, ...]
     nbytes: int
     ends_step: bool = False
@@ -119,6 +134,7 @@ class Staging:
         self._begun_bytes = 0
         self._bytes = 0
         self._is_busy = False
+        self._error: Exception | None = None  # what an action has ended with: until it is cleared nothing more is done
 
     @property
     def is_idle(self) -> bool:
@@ -146,15 +162,15 @@ class Staging:
                 found[number] = copy
         return found
 
-    def then(self, action: Callable[[], None]) -> None:
-        """Call ``action`` once everything is there that has been begun, and everything before it has been done."""
+    def then(self, action: Callable[[], object], *, nbytes: int = 0) -> None:
+        """Call ``action`` once everything is there that has been begun, and everything before it has been done.
+
+        It keeps ``nbytes`` of host memory until then, beside what :meth:`bring` takes.
+        """
         if self.is_idle:
             action()
             return
-        copies = tuple(courier.done() for courier in self._begun.values())
-        self._waiting.append(Waiting(action, copies, self._begun_bytes))
-        self._bytes += self._begun_bytes
-        self._begun, self._begun_bytes = {}, 0
+        self._wait(action, nbytes)
         if self._bytes > STAGED_BYTES:
             self.drain()
 
@@ -174,26 +190,43 @@ class Staging:
 
     def drain(self) -> None:
         """Wait for all copies, and do everything."""
+        if self._begun:
+            self._wait(_nothing)
         self._work(len(self._waiting))
 
     def clear(self) -> None:
-        """Forget everything; copies end by themselves."""
+        """Forget everything, errors too; copies end by themselves."""
         self._waiting.clear()
         self._begun, self._begun_bytes, self._bytes = {}, 0, 0
+        self._error = None
+
+    def _wait(self, action: Callable[[], object], nbytes: int = 0) -> None:
+        copies, nbytes = tuple(courier.done() for courier in self._begun.values()), nbytes + self._begun_bytes
+        self._waiting.append(Waiting(action, copies, nbytes))
+        self._bytes += nbytes
+        self._begun, self._begun_bytes = {}, 0
 
     def _work(self, count: int) -> None:
         if self._is_busy:  # an action asks for what came before it, all of which has been done
             return
+        if self._error is not None:
+            raise self._error
         self._is_busy = True
         try:
             for _ in range(count):
-                one = self._waiting.popleft()
-                for copies in one.copies:
+                for copies in self._waiting[0].copies:
                     copies.synchronize()
+                one = self._waiting.popleft()
                 self._bytes -= one.nbytes
                 one.action()
-        except BaseException:
-            self.clear()  # what comes after may not be done without it
+        except Warning:  # somebody has made it an error; what it warns of has been done
+            raise
+        except Exception as error:
+            self._error = error  # what comes after may not be done without it
             raise
         finally:
             self._is_busy = False
+
+
+def _nothing() -> None:
+    pass

@@ -99,12 +99,6 @@ class StepBook:
         return any(watched.stepped for watched in self.layers.watched.values())
 
     @property
-    def rows(self) -> int:
-        """How many rows this process has recorded."""
-        self.pending.settle()
-        return self.writer.builder.recorded_rows
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all rows so far."""
         self.pending.settle()
@@ -121,10 +115,11 @@ class StepBook:
 
     def take(self, layer: str, rows: Rows) -> None:
         """Keep accumulated rows until a step uses them."""
-        self._end_step()
-        if self.pending.holds(layer) and self.pending.is_full:  # of a step's first rows there is no need to look
-            self._give_up(self.layers.names, f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
-        self.pending.take(self.layers.spec(layer), rows, self.layers.in_use(layer))
+        with self.pending.lock:
+            self._end_step()
+            if self.pending.holds(layer) and self.pending.is_full:  # of a step's first rows there is no need to look
+                self._give_up(self.layers.names, f"{PENDING_BYTES / 1e9:.1f} GB of rows without an optimiser step")
+            self.pending.take(self.layers.spec(layer), rows, self.layers.in_use(layer))
 
     def drop(self, layer: str) -> None:
         """Forget rows whose gradient was zeroed."""
@@ -163,6 +158,7 @@ class StepBook:
     def before(self, optimizer: Optimizer, has_closure: bool) -> None:
         """An optimiser is about to step; with a closure the backward pass is still to come."""
         if self._current is not None:  # its step ended in an exception, half done perhaps
+            self.pending.then(partial(self._note, self._current.look))
             self._broken |= {watched.name for watched, _, _ in self._current.stepped}
             self._current = None
         members = list(self.members(optimizer))
@@ -250,10 +246,11 @@ class StepBook:
         for watched, _, _ in step.stepped:
             if watched.name in changed:
                 watched.accept(number - 1, now.get(watched.name))
-        self._backlog.take(step.taken(number, fits, changed, recording=recording))
+        taken = step.taken(number, fits, changed, recording=recording)
         for one in left:
             one.recorded(number)
         self._arriving.popleft()
+        self._backlog.take(taken)
 
     def settle(self) -> None:
         """Put every step that is over in the ledger."""
@@ -266,7 +263,9 @@ class StepBook:
         ``in_step``: an optimiser's step has been cut off, on a backward pass on which others may have stepped.
         """
         with suppress(Exception):  # it may be what has gone wrong: then steps that are not in the ledger are lost
-            self.settle()
+            self.pending.settle()
+        with suppress(Exception):
+            self._backlog.work()
         self.pending.give_up()
         lost = [*self._arriving, self._backlog.give_up()]
         self._arriving.clear()

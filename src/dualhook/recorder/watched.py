@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dualhook.capture import Place, local
 from dualhook.optimizers import fit_synchronization
-from dualhook.recorder.staging import Bring, at_once, is_elsewhere
+from dualhook.recorder.staging import Bring, at_once, in_one_go, is_elsewhere
 from dualhook.records import LayerSpec
 
 __all__ = ["Left", "Watched", "fingerprints", "gradient_of", "state_of"]
@@ -109,18 +109,9 @@ class Watched:
 
 def fingerprints(seen: Sequence[Watched], bring: Bring) -> list[Tensor | None]:
     """Copies of some entries of every parameter [k], in host memory or on their way there; of a device in one go."""
-    found: list[Tensor | None] = [watched.some() for watched in seen]
-    alike: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
-    for number, own in enumerate(found):
-        if own is not None and is_elsewhere(own):
-            alike.setdefault((own.device, own.dtype), {})[number] = own
-    if alike:
-        brought = bring([torch.cat(list(together.values())) for together in alike.values()])
-        for together, there in zip(alike.values(), brought, strict=True):
-            parts = torch.split(there, [len(values) for values in together.values()])
-            for number, part in zip(together, parts, strict=True):
-                found[number] = part
-    return found
+    some = [watched.some() for watched in seen]
+    there = iter(in_one_go([own for own in some if own is not None], bring))
+    return [None if own is None else next(there) for own in some]
 
 
 @dataclass(frozen=True)
