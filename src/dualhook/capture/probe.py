@@ -155,7 +155,7 @@ class LayerProbe:
         None where that would not do: the corner is dead, or has no numbers. Of gradients elsewhere than in host memory
         that shows later: of them sums are taken too, which say as much. ``whole`` as in :meth:`measure`.
         """
-        are_here = all(own.device.type == "cpu" for own in gradients.values())
+        are_here = all(own.is_cpu for own in gradients.values())
         entries = [torch.take(own.detach(), self._entries_of(name, own.device)) for name, own in gradients.items()]
         if are_here and not all(0 < float(vector_norm(own, math.inf)) < math.inf for own in entries):
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def is_due(step: int, rule: Rule) -> bool:
 
 
 def predict(
-    watched: Watched, optimizer: Optimizer, rule: Rule, gradient: Tensor, fresh: bool, bring: Bring
+    watched: Watched, optimizer: Optimizer, rule: Rule, gradient: Tensor, is_fresh: bool, bring: Bring
 ) -> Prediction | None:
     """Look at some entries of a parameter before a step; None where its rule says nothing about them.
 
@@ -48,51 +49,42 @@ def predict(
     held = {name: value for name, value in held.items() if value.ndim}
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     there = bring([_some(values, index).to(dtype) for values in (parameter, gradient, *held.values())])
-    return Prediction(watched, runs, index, there[0], there[1], dict(zip(held, there[2:], strict=True)), fresh)
+    return Prediction(watched, runs, index, there[0], there[1], dict(zip(held, there[2:], strict=True)), is_fresh)
 
 
+@dataclass
 class Prediction:
     """Some entries of a parameter, its gradient and its optimiser's state before a step, and what a rule makes of them.
 
-    ``before`` and the others are in host memory, but may still be on their way there.
+    The tensors are in host memory, but may still be on their way there.
     """
 
-    def __init__(
-        self,
-        watched: Watched,
-        rule: ReplayRule,
-        index: Tensor | None,
-        before: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        fresh: bool,
-    ) -> None:
-        self._watched = watched
-        self._rule = rule
-        self._index = index
-        self._before = before
-        self._gradient = gradient
-        self._state = state
-        self._fresh = fresh
-        self._after: Tensor | None = None
-        self._eps = 0.0
+    watched: Watched
+    rule: ReplayRule
+    index: Tensor | None  # which entries; None: all
+    before: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    is_fresh: bool
+    after: Tensor | None = None
+    eps: float = 0.0  # of the parameter's dtype
 
     def see(self, bring: Bring) -> None:
         """The step has happened: look at what it has left."""
-        parameter = self._watched.parameter
+        parameter = self.watched.parameter
         if parameter is not None:
-            self._after = bring([_some(parameter, self._index).to(self._before.dtype)])[0]
-            self._eps = torch.finfo(parameter.dtype).eps
+            self.after = bring([_some(parameter, self.index).to(self.before.dtype)])[0]
+            self.eps = torch.finfo(parameter.dtype).eps
 
     def off_by(self, hyper: Mapping[str, float], numbers: Mapping[str, float]) -> float | None:
         """By which share of the real change the rule is wrong, if that is more than rounding; else None."""
-        found = self._after
+        found = self.after
         if found is None:
             return None
-        place = ParameterState(self._before.clone(), self._state)
-        advance(self._rule, place, self._gradient, Entry(hyper, numbers, 1.0, self._fresh), whole=True)
-        left, moved = float((found - place.weight).norm()), float((found - self._before).norm())
-        rounding = 8 * self._eps * float(self._before.norm())
+        place = ParameterState(self.before.clone(), self.state)
+        advance(self.rule, place, self.gradient, Entry(hyper, numbers, 1.0, self.is_fresh), whole=True)
+        left, moved = float((found - place.weight).norm()), float((found - self.before).norm())
+        rounding = 8 * self.eps * float(self.before.norm())
         if left <= TOLERANCE * moved + rounding or left != left:  # NaN is told by the gradient
             return None
         return left / moved if moved else float("inf")

@@ -16,8 +16,16 @@ from dualhook.optimizers import Rule
 from dualhook.recorder.staging import Bring, in_one_go, is_elsewhere
 
 __all__ = [
-    "HeadGrads", "OnError", "OnFull", "RowDtype", "loss_scale_of", "noted", "numbers_of", "pool_bytes", "refuse",
-]  # fmt: skip
+    "HeadGrads",
+    "OnError",
+    "OnFull",
+    "RowDtype",
+    "loss_scale_of",
+    "numbers_of",
+    "pool_bytes",
+    "refuse",
+    "state_numbers",
+]
 
 OnFull = Literal["fold", "stop", "error"]
 OnError = Literal["warn", "raise"]
@@ -81,7 +89,7 @@ def numbers_of(group: Mapping[str, Any], rule: Rule) -> dict[str, float]:
     return found
 
 
-def noted(
+def state_numbers(
     rule: Rule,
     states: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]],
     bring: Bring,
@@ -99,8 +107,8 @@ def noted(
             late[name] = counts
         else:
             found[name] = partial(dict, rule.state_numbers(state, hyper))
-    counts_of = [states[name][0][key].detach() for name, counts in late.items() for key in counts]
-    there = iter(in_one_go([one.reshape(1).clone() if one.is_cpu else one.reshape(1) for one in counts_of], bring))
+    numbers = [states[name][0][key].detach() for name, counts in late.items() for key in counts]
+    there = iter(in_one_go([one.reshape(1).clone() if one.is_cpu else one.reshape(1) for one in numbers], bring))
     for name, counts in late.items():
         state, hyper = states[name]
         found[name] = partial(rule.state_numbers, {**state, **{key: next(there) for key in counts}}, hyper)

@@ -29,7 +29,7 @@ from dualhook.recorder.origins import keep_origins
 from dualhook.recorder.pending import PATIENCE, PENDING_BYTES, Pending
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.selfcheck import is_due, predict
-from dualhook.recorder.settings import loss_scale_of, noted, numbers_of, refuse
+from dualhook.recorder.settings import loss_scale_of, numbers_of, refuse, state_numbers
 from dualhook.recorder.snapshots import Snapshots
 from dualhook.recorder.staging import at_once, is_elsewhere
 from dualhook.recorder.step import Glance, Step
@@ -194,7 +194,7 @@ class StepBook:
         keep_origins(self.writer, self.layers.watched, optimizer, [watched for watched, _, _ in stepped], before, look)
         hyper = [numbers_of(group, rule) for group in optimizer.param_groups]
         states = {w.name: (state_of(optimizer, w.parameter), hyper[group]) for w, group, _ in stepped}
-        state = noted(rule, states, self.pending.bring)
+        state = state_numbers(rule, states, self.pending.bring)
         broken = {watched.name for watched, _, _ in stepped if watched.name in self._broken}
         step = Step(optimizer, name, has_closure, stepped, hyper, state, look, broken, loss_scale)
         if isinstance(rule, FittedRule):
@@ -264,7 +264,7 @@ class StepBook:
         """
         with suppress(Exception):  # it may be what has gone wrong: then steps that are not in the ledger are lost
             self.pending.settle()
-        with suppress(Exception):
+        with suppress(Exception):  # or this may be
             self._backlog.work()
         self.pending.give_up()
         lost = [*self._arriving, self._backlog.give_up()]
@@ -385,8 +385,8 @@ class StepBook:
         for watched, _, mark in step.stepped:
             gradient = step.gradient_of(watched)
             if gradient is not None:
-                fresh = bool(mark & Mark.FRESH)
-                found = predict(watched, step.optimizer, rule, gradient, fresh, self.pending.bring)
+                is_fresh = bool(mark & Mark.FRESH)
+                found = predict(watched, step.optimizer, rule, gradient, is_fresh, self.pending.bring)
                 if found is not None:
                     step.predicted[watched.name] = found
 

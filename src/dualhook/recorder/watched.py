@@ -116,7 +116,7 @@ def fingerprints(seen: Sequence[Watched], bring: Bring) -> list[Tensor | None]:
 
 @dataclass(frozen=True)
 class Left:
-    """What a step has left of a parameter; its first one?"""
+    """What a step, perhaps its first one, has left of a parameter."""
 
     watched: Watched
     entries: Tensor | None
