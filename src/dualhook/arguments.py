@@ -11,7 +11,7 @@ from typing import NoReturn
 import dualhook
 from dualhook.errors import DualHookError
 from dualhook.influence import MEASURES, METHODS, UNITS
-from dualhook.query.collectors import CRITERIA
+from dualhook.query.scores import CRITERIA
 from dualhook.store import SEGMENT_BYTES
 
 __all__ = ["parser"]

@@ -27,7 +27,7 @@ from dualhook.query import (
     scan,
     seal,
 )
-from dualhook.query.collectors import CRITERIA, Criterion
+from dualhook.query.scores import CRITERIA, Criterion
 from dualhook.records import RowSource
 from dualhook.statistics import agreement, spread, votes
 from dualhook.summaries import Grouping, Ranking, RankingBy, Summary, Totals, check_criterion

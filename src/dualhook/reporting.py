@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dualhook.attention import Attention
 from dualhook.errors import DualHookError
 from dualhook.model import Positions, Target, model_inputs
-from dualhook.query.collectors import Criterion
+from dualhook.query.scores import Criterion
 from dualhook.report.page import Answers, Estimate, Query, TrainingText, page_data, to_html
 from dualhook.summaries import Ranking, Totals
 from dualhook.table import Table

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualhook.errors import DualHookError, RuleError
 from dualhook.query import Collector, GroupSums, LayerQuery, TopPatterns, TopPatternsBy
-from dualhook.query.collectors import CRITERIA, Criterion
+from dualhook.query.scores import CRITERIA, Criterion
 from dualhook.records import Rows
 
 __all__ = ["UNKNOWN", "Grouping", "Ranking", "RankingBy", "Summary", "Totals", "check_criterion"]

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dualhook.query.scores import LayerQuery, Scores
+from dualhook.query.scores import Criterion, LayerQuery, Scores
 from dualhook.records import Rows
 
-__all__ = ["Criterion", "GroupSums", "Receipt", "TopPatterns", "TopPatternsBy"]
+__all__ = ["GroupSums", "Receipt", "TopPatterns", "TopPatternsBy", "rankings"]
 
-Criterion = Literal["weight", "abs_weight", "contribution", "abs_contribution"]
-CRITERIA = ("weight", "abs_weight", "contribution", "abs_contribution")
+NEW = "new"  # among the fields of a ranking: the place among the candidates of the block at hand …
+KNOWN = -1  # … or that all is known of a pattern
 
 
-def criterion(scores: Scores, by: Criterion) -> Tensor:
-    """One of the four ways to rank patterns [q, n]."""
-    values: Tensor = getattr(scores, by.removeprefix("abs_"))
-    return values.abs() if by.startswith("abs_") else values
+class Bar:
+    """The criterion [q, 1] and the number of the last of ``k`` patterns per query, which others have to be ahead of.
+
+    Shared by all that rank patterns for one question; what one of them knows spares the others candidates. That it may
+    not have heard of the newest best does no harm.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def lift(self, rank: Tensor, pattern: Tensor, largest: bool) -> None:
+        """Hear of the last of ``k``."""
+        if (last := self._last) is not None:
+            ahead = rank > last[0] if largest else rank < last[0]
+            ahead |= (rank == last[0]) & (pattern < last[1])
+            rank, pattern = torch.where(ahead, rank, last[0]), torch.where(ahead, pattern, last[1])
+        self._last = rank, pattern
+
+    def least(self, first: int, largest: bool) -> Tensor | None:
+        """What patterns from number ``first`` on must not be behind [q, 1]; None: all are welcome."""
+        if self._last is None:
+            return None
+        rank, pattern = self._last
+        above = torch.nextafter(rank, torch.full_like(rank, torch.inf if largest else -torch.inf))
+        return torch.where(pattern < first, above, rank)  # the earlier one of equals stays
 
 
 class TopPatterns:
@@ -29,38 +49,49 @@ class TopPatterns:
 
     FIELDS = ("pattern", "sample", "step", "position", "weight", "contribution")
 
-    def __init__(self, k: int, by: Criterion, largest: bool) -> None:
+    def __init__(self, k: int, by: Criterion, largest: bool, bar: Bar | None = None) -> None:
         self.k = k
         self.by = by
         self.largest = largest
+        self._bar = bar or Bar()
         self._best: dict[str, Tensor] = {}
-        self._behind = {"rank": -torch.inf if largest else torch.nan, "pattern": torch.iinfo(torch.int64).max}
-        self._first = 0  # pattern number of the block that was seen last
+        behind = {"rank": -torch.inf if largest else torch.nan, "pattern": torch.iinfo(torch.int64).max}
+        self._behind = {**behind, NEW: KNOWN}
 
     def fresh(self) -> TopPatterns:
-        return TopPatterns(self.k, self.by, self.largest)
+        return TopPatterns(self.k, self.by, self.largest, self._bar)
 
     def add(self, scores: Scores, among: Tensor | None = None) -> None:
         """Take in a block, or those of its patterns ``among`` [m] which to choose."""
-        rank = criterion(scores, self.by)
-        rank = rank if among is None else rank[:, among.to(rank.device)]
-        ahead = self._ahead(rank, scores.rows.first)
+        ahead = self._ahead(*self._bounds(scores, among), scores.rows.first)
         query, index = ahead.nonzero().unbind(1)
-        self._first = scores.rows.first
         if not len(query):
             return
-        chosen, counts = torch.unique_consecutive(query.cpu(), return_counts=True)
+        index = index if among is None else among.to(index.device)[index]
+        found = self._found(scores, query, index)
+        counts = torch.bincount(query.cpu(), minlength=len(ahead))
+        full = self._held() == self.k
+        chosen = counts.nonzero()[:, 0] if full else torch.arange(len(ahead))
+        counts = counts[chosen]
         row = torch.repeat_interleave(counts)
         at = row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
         best = {}
-        ranked, index = rank[query, index], index if among is None else among.to(index.device)[index]
-        for name, values in self._fields(scores, ranked, query, index).items():
-            found = values.new_full((len(chosen), int(counts.max())), self._behind.get(name, 0))
-            found[at] = values
-            best[name] = torch.cat([self._best[name][chosen], found], 1) if self._best else found
+        for name, values in found.items():
+            table = values.new_full((len(chosen), int(counts.max())), self._behind.get(name, 0))
+            table[at] = values
+            best[name] = torch.cat([self._best[name][chosen], table], 1) if self._best else table
         best = self._first_of(best)
-        every = len(chosen) == len(ahead)  # as long as they are fewer than k
-        self._best = best if every else {n: v.index_copy(0, chosen, best[n]) for n, v in self._best.items()}
+        self._complete(best, scores, query, index, found["rank"])
+        self._keep({n: v.index_copy(0, chosen, best[n]) for n, v in self._best.items()} if full else best)
+
+    def leaves_few(self, scores: Scores, among: Tensor | None = None) -> bool:
+        """Whether bounds alone tell most patterns of a block from the first."""
+        worst, best = self._bounds(scores, among)
+        if worst.shape[1] <= self.k:
+            return True
+        last = self._last_of(worst)
+        left = best > last if self.largest else best < last  # scores that are exactly alike are told by their numbers
+        return int(left.sum()) <= len(worst) * (4 * self.k + worst.shape[1] // 32)
 
     def found(self) -> dict[str, Tensor]:
         return self._best
@@ -68,25 +99,48 @@ class TopPatterns:
     def merge(self, found: dict[str, Tensor]) -> None:
         if found and self._best:
             found = self._first_of({name: torch.cat([own, found[name]], 1) for name, own in self._best.items()})
-        self._best = found or self._best
+        self._keep(found or self._best)
 
     def result(self, queries: int) -> dict[str, Tensor]:
         """The fields, each [q, at most k], best first."""
         empty = torch.zeros((queries, 0))
         return {name: self._best.get(name, empty) for name in self.FIELDS}
 
-    def _ahead(self, rank: Tensor, first: int) -> Tensor:
-        """Which patterns of a block, ``rank`` [q, n] from number ``first`` on, may be among the ``k`` best so far."""
-        held = self._best.get("rank")
-        if held is None or held.shape[1] < self.k:
-            if rank.shape[1] <= self.k:
-                return torch.ones_like(rank, dtype=torch.bool)
-            last = rank.topk(self.k, dim=1, largest=self.largest).values[:, -1:]
-            return ~(rank < last) if self.largest else ~(rank > last)
-        last = held[:, -1:].to(rank.device)
-        if first >= self._first:  # the earlier one of equals stays; a replay shows the newest patterns first
-            return ~(rank <= last) if self.largest else ~(rank >= last)  # NaN is the largest, as in sort
-        return ~(rank < last) if self.largest else ~(rank > last)
+    def _held(self) -> int:
+        """How many patterns there are of each query, or how much room."""
+        return self._best["rank"].shape[1] if self._best else 0
+
+    def _keep(self, best: dict[str, Tensor]) -> None:
+        self._best = best
+        if self._held() == self.k:
+            self._bar.lift(best["rank"][:, -1:], best["pattern"][:, -1:], self.largest)
+
+    def _bounds(self, scores: Scores, among: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The worst and the best that patterns of a block, or some of them, can rank, both [q, m]."""
+        lower, upper = scores.bounds(self.by)
+        if among is not None:
+            among, exact = among.to(lower.device), lower is upper
+            lower = lower[:, among]
+            upper = lower if exact else upper[:, among]
+        return (lower, upper) if self.largest else (upper, lower)
+
+    def _last_of(self, worst: Tensor) -> Tensor:
+        """The last of the ``k`` first."""
+        return worst.topk(self.k, dim=1, largest=self.largest).values[:, -1:]
+
+    def _not_behind(self, best: Tensor, last: Tensor) -> Tensor:
+        """NaN is the largest, as in sort."""
+        return torch.lt(best, last).logical_not_() if self.largest else torch.gt(best, last).logical_not_()
+
+    def _ahead(self, worst: Tensor, best: Tensor, first: int) -> Tensor:
+        """Which patterns of a block may be among the ``k`` first so far, by the worst and best [q, n] they can rank.
+
+        The block begins with pattern number ``first``.
+        """
+        last = self._bar.least(first, self.largest)
+        if last is None and worst.shape[1] <= self.k:
+            return torch.ones_like(worst, dtype=torch.bool)
+        return self._not_behind(best, self._last_of(worst) if last is None else last.to(best.device))
 
     def _first_of(self, best: dict[str, Tensor]) -> dict[str, Tensor]:
         """The ``k`` that come first of candidates [q, m], in order."""
@@ -96,29 +150,45 @@ class TopPatterns:
             best = {field: values.gather(1, order) for field, values in best.items()}
         return best
 
-    def _fields(self, scores: Scores, rank: Tensor, query: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """What is kept of the patterns with a ``rank`` [m] and an ``index`` [m] in the block, each for one query."""
-        rows, weight = scores.rows, scores.weight[query, index].cpu()
-        contribution, index = scores.contribution_of(query, index).cpu(), index.cpu()
-        found = {"rank": rank.cpu(), "pattern": index + rows.first, "weight": weight, "contribution": contribution}
-        return found | {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
+    def _found(self, scores: Scores, query: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """What is known of new patterns with an ``index`` [m] in the block, each for one ``query`` [m]."""
+        rank, rows, index = scores.of_pairs(self.by, query, index).cpu(), scores.rows, index.cpu()
+        found = {"rank": rank, "pattern": index + rows.first, NEW: torch.arange(len(index))}
+        found |= {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
+        return found | {"weight": rank, "contribution": rank}  # one of them is to be completed
+
+    def _complete(self, best: dict[str, Tensor], scores: Scores, query: Tensor, index: Tensor, rank: Tensor) -> None:
+        """Work out what is not known yet of the new ones that have stayed."""
+        new = best[NEW] != KNOWN
+        chosen = best[NEW][new].to(query.device)
+        best[NEW][new] = KNOWN
+        for name in ("weight", "contribution"):
+            if name != self.by:
+                best[name][new] = scores.of_pairs(name, query[chosen], index[chosen]).to(rank)
 
 
 class TopPatternsBy:
     """The same within every group of patterns; meant for few groups."""
 
-    def __init__(self, k: int, by: Criterion, largest: bool, group_of: Callable[[Rows], Tensor]) -> None:
+    def __init__(
+        self, k: int, by: Criterion, largest: bool, group_of: Callable[[Rows], Tensor],
+        bars: dict[int, Bar] | None = None,
+    ) -> None:  # fmt: skip
         self._settings = k, by, largest
         self._group_of = group_of
+        self._bars = {} if bars is None else bars
         self._tops: dict[int, TopPatterns] = {}
 
     def fresh(self) -> TopPatternsBy:
-        return TopPatternsBy(*self._settings, self._group_of)
+        return TopPatternsBy(*self._settings, self._group_of, self._bars)
 
     def add(self, scores: Scores) -> None:
-        groups = self._group_of(scores.rows)
-        for group in torch.unique(groups).tolist():
-            self._top(group).add(scores, (groups == group).nonzero()[:, 0])
+        for group, among in self._groups(scores):
+            self._top(group).add(scores, among)
+
+    def leaves_few(self, scores: Scores) -> bool:
+        """Whether bounds alone tell most patterns of a block from the first of their group."""
+        return all(TopPatterns(*self._settings).leaves_few(scores, among) for _, among in self._groups(scores))
 
     def found(self) -> dict[int, dict[str, Tensor]]:
         return {group: top.found() for group, top in self._tops.items()}
@@ -131,8 +201,22 @@ class TopPatternsBy:
         """By group, ascending: the fields, each [q, at most k], best first."""
         return {group: self._tops[group].result(queries) for group in sorted(self._tops)}
 
+    def _groups(self, scores: Scores) -> Iterator[tuple[int, Tensor]]:
+        """The groups of a block, each with its patterns."""
+        groups = self._group_of(scores.rows)
+        for group in torch.unique(groups).tolist():
+            yield group, (groups == group).nonzero()[:, 0]
+
     def _top(self, group: int) -> TopPatterns:
-        return self._tops.setdefault(group, TopPatterns(*self._settings))
+        if group not in self._tops:
+            self._tops[group] = TopPatterns(*self._settings, self._bars.setdefault(group, Bar()))
+        return self._tops[group]
+
+
+def rankings(collectors: Sequence[object]) -> list[TopPatterns | TopPatternsBy]:
+    """The collectors, if none of them looks at more than the best: bounds on other scores will do. Else none."""
+    found = [own for own in collectors if isinstance(own, (TopPatterns, TopPatternsBy))]
+    return found if len(found) == len(collectors) else []
 
 
 class GroupSums:
@@ -160,7 +244,7 @@ class GroupSums:
         group, place = torch.unique(groups, return_inverse=True)
         totals = torch.zeros((len(self._fields), self._queries, len(group)), dtype=torch.float64)
         for total, name in zip(totals, self._fields, strict=True):
-            total.index_add_(1, place, criterion(scores, name).cpu().double())
+            total.index_add_(1, place, scores.by(name).cpu().double())
         self.merge(_Summed(group, torch.bincount(place, minlength=len(group)), totals))
 
     def found(self) -> _Summed:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ from dualhook.query.parts import Composition
 from dualhook.query.slots import constants, met, products
 from dualhook.records import Piece, Rows
 
-__all__ = ["LayerQuery", "Scores"]
+__all__ = ["CRITERIA", "FEW", "Criterion", "LayerQuery", "Scores", "Screen"]
+
+Criterion = Literal["weight", "abs_weight", "contribution", "abs_contribution"]
+CRITERIA = ("weight", "abs_weight", "contribution", "abs_contribution")
+FEW = 64  # one pair of so many by itself takes about as long as the product of all
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,30 @@ class LayerQuery:
         )
 
 
+class Screen(Protocol):
+    """A first look at a block: bounds on all scores, and exact ones of few."""
+
+    def bounds(self, quantity: str) -> tuple[Tensor, Tensor] | None:
+        """What weights or contributions are not below and not above, both [q, n]; None: unknown."""
+        ...
+
+    def of_pairs(self, quantity: str, query: Tensor, pattern: Tensor) -> Tensor | None:
+        """Exact ones [m] of some of the block's patterns [m], each to one query of [m]; None: unknown."""
+        ...
+
+
 class Scores:
     """One block of rows against all queries; each quantity is computed when a collector asks for it.
 
-    It is computed on the ``device`` that the question is on, in float32 at least; ``rows`` stay where they are.
+    It is computed on the ``device`` that the question is on, in float32 at least; ``rows`` stay where they are. With a
+    ``screen`` no more is computed than it leaves open.
     """
 
-    def __init__(self, asked: LayerQuery, rows: Rows, replayed: Tensor | None = None) -> None:
+    def __init__(
+        self, asked: LayerQuery, rows: Rows, replayed: Tensor | None = None, screen: Screen | None = None
+    ) -> None:
         self._asked = asked
+        self._screen = screen
         self.rows = rows
         self._replayed = None if replayed is None else replayed.to(asked.query.device)
         self._dtype = torch.promote_types(rows.key.dtype, torch.float32)
@@ -169,22 +190,49 @@ class Scores:
         by_step = sum(terms[1:], terms[0]).neg_()
         return by_step if self._replayed is None else by_step + self._replayed
 
-    def contribution_of(self, query: Tensor, pattern: Tensor) -> Tensor:
-        """Contributions [m] of some of the block's patterns [m], each to one query of [m].
+    def by(self, criterion: Criterion) -> Tensor:
+        """One of the four ways to rank patterns [q, n]."""
+        values: Tensor = getattr(self, criterion.removeprefix("abs_"))
+        return values.abs() if criterion.startswith("abs_") else values
 
-        Where they are few, and the block's contributions not asked for otherwise, other output gradients are not read.
+    def bounds(self, criterion: Criterion) -> tuple[Tensor, Tensor]:
+        """What a criterion is not below and not above, both [q, n]; the same tensor twice where it was computed."""
+        found = None if self._screen is None else self._screen.bounds(criterion.removeprefix("abs_"))
+        if found is None:
+            return (exact := self.by(criterion)), exact
+        if not criterion.startswith("abs_"):
+            return found
+        lower, upper = found
+        return torch.maximum(lower, -upper).clamp_(min=0.0), torch.maximum(-lower, upper)
+
+    def of_pairs(self, criterion: Criterion, query: Tensor, pattern: Tensor) -> Tensor:
+        """A criterion [m] of some of the block's patterns [m], each to one query of [m]."""
+        quantity = criterion.removeprefix("abs_")
+        found = None if self._screen is None else self._screen.of_pairs(quantity, query, pattern)
+        if found is None:
+            found = self._contribution_of(query, pattern) if quantity == "contribution" else self.weight[query, pattern]
+        return found.abs() if criterion.startswith("abs_") else found
+
+    def _contribution_of(self, query: Tensor, pattern: Tensor) -> Tensor:
+        """Contributions [m] of pairs.
+
+        Unless the block's contributions are asked for otherwise, the other output gradients are not read.
         """
+        made_of = self._asked.made_of
         known = self._replayed is not None or "contribution" in vars(self)
-        if known or self._asked.query.shape[1] > 1 or len(pattern) >= len(self.rows):
+        if known or self._asked.query.shape[1] > 1 or not made_of.only_coefficients or made_of.sealed is not None:
             return self.contribution[query, pattern]
-        if "_rows" not in vars(self) and self._asked.query.device != self.rows.key.device:
-            few = Scores(self._asked, self.rows.at(pattern.to(self.rows.key.device)))
-            return few.contribution[query, torch.arange(len(pattern), device=query.device)]
-        along = self._asked.direction[query, 0].to(self._dtype)
-        found = along.new_zeros(len(query))
-        for attended, d in self._terms:
-            found -= (along * d[pattern]).sum(1).mul_(attended[query, 0, pattern])
-        return found
+        device, dtype, here = self._asked.query.device, self._dtype, pattern.to(self.rows.key.device)
+        step = self._keys.step[pattern] - made_of.first_step
+        attended = self._products[query, 0, pattern] * made_of.weight[step].to(dtype)
+        if made_of.bias is not None:
+            bias, constant = made_of.bias[step].to(dtype), self._constants
+            if constant is not None:
+                bias = bias * (constant[pattern] if constant.ndim == 1 else constant[query, 0, pattern])
+            attended += bias
+        along = self._asked.direction[query, 0].to(dtype)
+        along *= self.rows.output_grad.index_select(0, here).to(device, dtype)
+        return along.sum(1).mul_(attended).neg_()
 
     def output(self) -> Tensor:
         """What the block's coefficients by step add to the layer's output [q, p, o]."""

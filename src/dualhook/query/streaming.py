@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from dualhook.query.answers import Answer, Answers, Started, oldest_first
+from dualhook.query.collectors import rankings
 from dualhook.query.parts import Composition
 from dualhook.query.preview import Preview
 from dualhook.query.replay import BLOCK_BYTES, Replay
 from dualhook.query.scores import LayerQuery, Scores
 from dualhook.query.scoring import ReplayScores
+from dualhook.query.screening import pays
 from dualhook.query.slots import answered
 from dualhook.query.tasks import HERE, Collector, Task, Workers
 from dualhook.records import Piece, Rows, RowSource
@@ -30,6 +32,7 @@ CACHED_SCORES = (
 )  # numbers of one score matrix that stays in the processor's cache: many queries make the blocks shorter, …
 LEAST_ROWS = 512  # … but not so short that products lose their speed …
 BLOCK_SCORES = 2**24  # … unless the score matrix would grow large
+SCREENED_ROWS, SCREENED_SCORES = 2**11, 2**19  # of a block that is looked at in 16 bits first
 KEPT = 4  # an answer of up to this part of the replay's budget is kept
 SAVE_SECONDS = 30.0  # between two times that a long replay saves what it has
 
@@ -76,7 +79,8 @@ class Pass:
                 if self._outputs and not self._asked.made_of.only_replays:
                     self._by_step += scores.output()
             return
-        with self._workers.doing(self._tasks(collectors)) as results:
+        screened = self._is_screened(collectors)
+        with self._workers.doing(self._tasks(collectors, screened=screened), screened=screened) as results:
             for done in results:
                 for collector, found in zip(collectors, done.found, strict=True):
                     collector.merge(found)
@@ -117,19 +121,33 @@ class Pass:
         """What a matrix or a bias adds to the output [q, p, o]."""
         return bias_output(self._asked, part) if is_bias else answered(self._asked.query, self._asked.slot, part)
 
-    def _tasks(self, collectors: Sequence[Collector]) -> Iterator[Task]:
-        """The pass in runs of pieces, oldest first."""
-        asked, start = self._asked, 0
+    def _is_screened(self, collectors: Sequence[Collector]) -> bool:
+        """Whether a first look in 16 bits spares most scores, to judge by the block that is met first."""
+        if not self._only_ranks(collectors) or not pays(len(self._asked), self._workers.device):
+            return False
+        task = next(self._tasks(collectors, screened=True), None)
+        return task is not None and task.leaves_few(rankings(collectors))
+
+    def _only_ranks(self, collectors: Sequence[Collector]) -> bool:
+        return bool(rankings(collectors)) and not self._outputs
+
+    def _tasks(self, collectors: Sequence[Collector], *, screened: bool) -> Iterator[Task]:
+        """The pass in runs of pieces, oldest first; if only the best are looked for, far apart."""
+        asked, device = self._asked, self._workers.device
         queries = max(1, asked.query.shape[0] * asked.query.shape[1])
-        cached = CACHED_SCORES if self._workers.device == "cpu" else BLOCK_SCORES
+        cached = SCREENED_SCORES if screened else CACHED_SCORES if device == "cpu" else BLOCK_SCORES
         rows = min(BLOCK_ROWS, max(LEAST_ROWS, cached // queries), max(1, BLOCK_SCORES // queries))
+        if screened:
+            rows = min(rows, SCREENED_ROWS)
         outputs = self._outputs and not asked.made_of.only_replays
-        fresh = [collector.fresh() for collector in collectors]
-        for pieces in _runs(self._source.pieces(asked.name, last_step=asked.made_of.horizon)):
-            stop = start + sum(piece.count for piece in pieces)
-            replayed = None if self.answer is None else self.answer.contribution[:, start:stop].clone()
-            yield Task(pieces, asked.of(pieces), fresh, rows, outputs, replayed, self._workers.device)
-            start = stop
+        runs = _numbered(_runs(self._source.pieces(asked.name, last_step=asked.made_of.horizon)))
+        for start, pieces in _far_apart(list(runs)) if self._only_ranks(collectors) else runs:
+            replayed = None
+            if self.answer is not None:
+                stop = start + sum(piece.count for piece in pieces)
+                replayed = self.answer.contribution[:, start:stop].clone()
+            fresh = [collector.fresh() for collector in collectors]
+            yield Task(pieces, asked.of(pieces), fresh, rows, outputs, replayed, device, screened)
 
     def _scanned(self, rows: int, scores: Tensor, first_step: int) -> Iterator[tuple[Rows, Tensor]]:
         """The patterns from ``first_step`` on in blocks, oldest first, with their part of ``scores`` [q, n]."""
@@ -241,3 +259,18 @@ def _runs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
             waiting, count = [], 0
     if waiting:
         yield waiting
+
+
+def _numbered(runs: Iterator[list[Piece]]) -> Iterator[tuple[int, list[Piece]]]:
+    """Runs with the number of patterns before each."""
+    start = 0
+    for pieces in runs:
+        yield start, pieces
+        start += sum(piece.count for piece in pieces)
+
+
+def _far_apart(runs: list[tuple[int, list[Piece]]]) -> Iterator[tuple[int, list[Piece]]]:
+    """The newest first, then always some between those so far: wherever the best are, they are soon met."""
+    digits = len(runs).bit_length()
+    backwards = (int(f"{place:0{digits}b}"[::-1], 2) for place in range(2**digits))
+    return (runs[-1 - place] for place in backwards if place < len(runs))

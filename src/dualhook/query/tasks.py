@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from dualhook.errors import DualHookError, StoreError
+from dualhook.query.collectors import TopPatterns, TopPatternsBy
 from dualhook.query.scores import LayerQuery, Scores
+from dualhook.query.screening import Screening
 from dualhook.records import Piece
 
 __all__ = ["HERE", "Collector", "Done", "Task", "Workers"]
@@ -69,16 +71,20 @@ class Task:
     outputs: bool
     replayed: Tensor | None = None
     device: str = "cpu"
+    screened: bool = False
+    """Whether a first look in 16 bits is to spare the collectors most scores."""
 
     def __call__(self) -> Done:
         """Read the pieces and show them to the collectors, on one processor or one accelerator."""
-        if torch.get_num_threads() > 1:  # the order of sums within a product would depend on them
+        if torch.get_num_threads() > 1 and not self.screened:  # sums within a product would depend on them
             torch.set_num_threads(1)
         asked, collectors = self.asked.on(torch.device(self.device)), [own.fresh() for own in self.collectors]
+        screening = Screening.of(asked, replayed=self.replayed is not None) if self.screened else None
         start, output = 0, None
         for rows in (rows for piece in self.pieces for rows in piece.blocks(self.block_rows)):
             stop = start + len(rows)
-            scores = Scores(asked, rows, None if self.replayed is None else self.replayed[:, start:stop])
+            replayed = None if self.replayed is None else self.replayed[:, start:stop]
+            scores = Scores(asked, rows, replayed, None if screening is None else screening.over(rows))
             for collector in collectors:
                 collector.add(scores)
             if self.outputs:
@@ -88,6 +94,18 @@ class Task:
         if start != (count := sum(piece.count for piece in self.pieces)):
             raise StoreError(f"{start} patterns of {asked.name!r} were read where {count} are: open the memory again")
         return Done(start, [own.found() for own in collectors], None if output is None else output.cpu())
+
+    def leaves_few(self, collectors: Sequence[TopPatterns | TopPatternsBy]) -> bool:
+        """Whether a first look at the first block spares the collectors most of its scores; not if it cannot be."""
+        asked = self.asked.on(torch.device(self.device))
+        screening = Screening.of(asked, replayed=self.replayed is not None)
+        if screening is None:
+            return False
+        rows = next(iter(self.pieces[0].blocks(self.block_rows)))
+        replayed = None if self.replayed is None else self.replayed[:, : len(rows)]
+        screen = screening.over(rows)
+        scores = Scores(asked, rows, replayed, screen)
+        return screen is not None and all(collector.leaves_few(scores) for collector in collectors)
 
 
 @dataclass(frozen=True)
@@ -122,18 +140,20 @@ class Workers:
         return cls(executor, str(device))
 
     @contextmanager
-    def doing(self, tasks: Iterable[Task]) -> Iterator[Iterator[Done]]:
+    def doing(self, tasks: Iterable[Task], *, screened: bool) -> Iterator[Iterator[Done]]:
         """While tasks are done: what each has found, in their order. One whose worker is lost is done here.
 
-        One pass at a time; meanwhile a product takes one thread.
+        One pass at a time; meanwhile a product takes one thread. Of one that is ``screened`` no bit depends on that:
+        if it is done here, it takes one task after the other with all threads, which is the faster way.
         """
         with _passing, ExitStack() as stack:
             threads = torch.get_num_threads()
             stack.callback(torch.set_num_threads, threads)
-            torch.set_num_threads(1)  # in threads that start from here on too
+            in_turn = self.executor is None and (screened or threads == 1)
+            torch.set_num_threads(threads if in_turn else 1)  # in threads that start from here on too
             if self.executor is not None:
                 results = _ordered(self.executor, tasks, IN_FLIGHT)
-            elif threads > 1:
+            elif not in_turn:
                 workers = 2 * threads  # half of them may wait for the disk
                 results = _ordered(stack.enter_context(ThreadPoolExecutor(workers)), tasks, 2 * workers)
             else:
