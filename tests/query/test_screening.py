@@ -119,6 +119,26 @@ def test_the_bounds_are_no_wider_than_they_have_to_be():
     assert 0.6 < (exact - float(lower + upper) / 2) / (float(upper - lower) / 2) <= 1
 
 
+@pytest.mark.parametrize(
+    ("key", "query"),
+    [
+        ([3.4e38, 0.0], [1.0, 0.0]),  # infinite in bfloat16, and its square in float32
+        ([1.8444e19, 0.0], [1.8444e19, 0.0]),  # products that are infinite in bfloat16 only
+        ([-1.8444e19, 0.0], [1.8444e19, 0.0]),
+        ([2.0e38, 2.0e38], [1.0, -1.0]),
+        ([1.0037e-25, 1.0037e-25], [1.0, 1.0]),  # whose squares are zero
+        ([1.0, 1.0], [1.0037e-25, 1.0037e-25]),
+        ([1e-40, 1e-40], [1e20, 1e20]),  # zero for instructions without denormal numbers
+    ],
+)
+def test_the_largest_and_the_smallest_numbers(key, query):
+    rows, query = numbered(torch.tensor([key] * 3), torch.tensor([[1.0]] * 3)), torch.tensor([query] * 16)
+    asked = question(rows, query, torch.ones(16, 1), bias=False)
+    lower, upper = Screening.of(asked, replayed=False).over(rows).bounds("weight")
+    exact = scores(asked, rows)["weight"].float()
+    assert (((lower <= exact) | lower.isnan()) & ((exact <= upper) | upper.isnan())).all()
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cases(), BY, st.booleans(), st.sampled_from([1, 2, 3, 5, 60]), SHORT, st.sampled_from([None, 0.3, 0.9]),
@@ -210,6 +230,54 @@ def test_no_block_worker_or_thread_changes_a_bit(always, looked_at, monkeypatch,
     same = found[0]["pattern"].long() == order  # the dense float64 sum may round the other way
     assert rank.gather(1, found[0]["pattern"].long())[~same].allclose(rank.gather(1, order)[~same], rtol=3e-7)
     assert same.float().mean() > 0.99
+
+
+@pytest.fixture
+def worked_out(monkeypatch) -> list[int]:
+    """How many pairs were worked out exactly, time after time."""
+    found: list[int] = []
+    of_pairs = Screen.of_pairs
+
+    def noted(screen: Screen, quantity: str, query: Tensor, pattern: Tensor):
+        found.append(len(query))
+        return of_pairs(screen, quantity, query, pattern)
+
+    monkeypatch.setattr(Screen, "of_pairs", noted)
+    return found
+
+
+def test_few_pairs_are_left(always, worked_out, monkeypatch, real):
+    """Also of queries that are zero, whose scores are all alike, and of patterns that are ever better with time."""
+    rows, query, direction = real
+    monkeypatch.setattr("dualhook.query.streaming.SCREENED_ROWS", 100)
+    monkeypatch.setattr("dualhook.query.streaming.TASK_ROWS", 1)
+    asked, source = question(rows, query, direction, bias=False), Held(rows, list(range(100, 3000, 100)))
+    for group_of, most in ((None, 0.05), (sample_group, 0.3)):
+        worked_out.clear()
+        top = TopPatternsBy(10, "weight", True, group_of) if group_of else TopPatterns(10, "weight", True)
+        scan(source, asked, [top], outputs=False)
+        assert 0 < sum(worked_out) < most * len(rows) * len(query)
+
+
+def test_all_threads_are_used_where_no_bit_depends_on_them(monkeypatch, real):
+    rows, query, direction = real
+    asked, before, call, found = question(rows, query, direction), torch.get_num_threads(), Task.__call__, []
+    monkeypatch.setattr("dualhook.query.screening._multiplies_short", lambda: True)
+
+    def noted(task: Task):
+        done = call(task)
+        found.append(torch.get_num_threads())
+        return done
+
+    monkeypatch.setattr(Task, "__call__", noted)
+    torch.set_num_threads(3)
+    try:
+        scan(Held(rows, [50]), asked, [TopPatterns(10, "weight", True)], outputs=False)
+        scan(Held(rows, [50]), asked, [TopPatterns(10, "weight", True)])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert found == [3, 1]
 
 
 def screened(monkeypatch, asked: LayerQuery, source: Held, collectors: list) -> bool:
