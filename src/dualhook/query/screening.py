@@ -27,6 +27,7 @@ LEAST_QUERIES = 16  # fewer are answered sooner without
 ROUNDING = 2.0**-8  # of a number in bfloat16, as a share of it
 SLACK = 2.0**-50  # components so small that their squares underflow; a norm is never taken for less than of such
 OVERFLOWS = 2.0**126  # products that may be rounded to infinity say nothing
+TINY = 2.0**-126  # smaller numbers are not rounded to a share of themselves
 AT_A_TIME = 2**16  # components of pairs: with more the system hands out fresh memory, which takes six times as long
 SHORT = (torch.float32, torch.float16, torch.bfloat16)  # what rows are exact in float64 of, and their sums in float32
 
@@ -185,8 +186,9 @@ class Screen:
             attended += bias
         rough = torch.mul(attended, along, out=self._room.of("rough", products.shape, torch.float32)).neg_()
         # (a + da) (g + dg) is off by up to (|a| + |da|) (|g| + |dg|) - |a g|
+        size = self._room.of("size", products.shape, torch.float32).copy_(along).abs_()
         most = torch.mul(error, weight.abs(), out=self._room.of("most", products.shape, torch.float32))
-        most.add_(attended.abs_()).mul_(along_error.add(along.abs())).sub_(attended.mul_(along.abs()))
+        most.add_(attended.abs_()).mul_(size + along_error).addcmul_(attended, size, value=-1).add_(TINY)
         return self._around("contribution", rough, most)
 
     def _around(self, name: str, rough: Tensor, error: Tensor, more: float = 0.0) -> tuple[Tensor, Tensor]:
