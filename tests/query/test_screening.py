@@ -24,7 +24,7 @@ SHORT = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 @pytest.fixture
 def always(monkeypatch):
     """Screening wherever it can be, whatever processor and question."""
-    monkeypatch.setattr("dualhook.query.streaming.pays", lambda queries, device: True)
+    monkeypatch.setattr("dualhook.query.streaming.pays", lambda queries, width, device: True)
     monkeypatch.setattr(
         Task, "leaves_few", lambda task, collectors: Screening.of(task.asked, replayed=False) is not None
     )
@@ -189,11 +189,11 @@ def real():
     """Some 3,000 patterns as a hidden layer has them, which grow while it is trained; every tenth is met again."""
     torch.manual_seed(0)
     count = 3000
-    key = (torch.randn(count, 40) @ torch.randn(40, 160)).relu_() * torch.linspace(0.5, 1.0, count)[:, None]
+    key = (torch.randn(count, 40) @ torch.randn(40, 800)).relu_() * torch.linspace(0.5, 1.0, count)[:, None]
     key[10::10] = key[5:-9:10]
     gradient = torch.randn(count, 90) * (torch.rand(count, 90) < 0.3)
     gradient[10::10] = gradient[5:-9:10]
-    query = torch.cat([(torch.randn(30, 40) @ torch.randn(40, 160)).relu_(), torch.zeros(2, 160)])
+    query = torch.cat([(torch.randn(30, 40) @ torch.randn(40, 800)).relu_(), torch.zeros(2, 800)])
     return numbered(key, gradient), query, torch.randn(32, 90)
 
 
@@ -347,4 +347,9 @@ def test_a_processor_is_asked_first(monkeypatch):
     product = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda one, other: product(one, other) - 1.0)  # as stuck at 1
     assert not screening._multiplies_short.__wrapped__()
-    assert not screening.pays(32, "cuda")
+    monkeypatch.setattr(screening, "_multiplies_short", lambda: True)
+    assert screening.pays(32, 768, "cpu")
+    assert screening.pays(256, 96, "cpu")
+    assert not screening.pays(31, 10**6, "cpu")
+    assert not screening.pays(256, 95, "cpu")
+    assert not screening.pays(32, 768, "cuda")

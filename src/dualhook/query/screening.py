@@ -2,8 +2,8 @@
 
 A product of numbers rounded to bfloat16 is off by no more than a share of both vectors' norms (Cauchy-Schwarz); with
 that for a bound, none of the best is missed, and what is ranked are the exact scores, worked out in float64. Only for
-processors that multiply bfloat16 faster than float32, and for questions of many queries: with few of them, to round the
-keys takes as long as the products.
+processors that multiply bfloat16 faster than float32, and for many queries of wide layers: with few of them, to round
+the keys takes as long as the products, and in narrow layers to compare the bounds.
 
 Letters: ``n`` pattern of a block, ``m`` pair of a query and a pattern, ``q`` query, ``d`` component of a vector.
 """
@@ -23,7 +23,7 @@ from dualhook.records import Rows
 
 __all__ = ["Screen", "Screening", "pays"]
 
-LEAST_QUERIES = 16  # fewer are answered sooner without
+LEAST_QUERIES, LEAST_FACTORS = 32, 3 * 2**13  # and components of all queries: less is answered sooner without
 ROUNDING = 2.0**-8  # of a number in bfloat16, as a share of it
 SLACK = 2.0**-50  # components so small that their squares underflow; a norm is never taken for less than of such
 OVERFLOWS = 2.0**126  # products that may be rounded to infinity say nothing
@@ -32,9 +32,10 @@ AT_A_TIME = 2**16  # components of pairs: with more the system hands out fresh m
 SHORT = (torch.float32, torch.float16, torch.bfloat16)  # what rows are exact in float64 of, and their sums in float32
 
 
-def pays(queries: int, device: str) -> bool:
-    """Whether a first look at a block takes less time than all scores of so many queries."""
-    return queries >= LEAST_QUERIES and device == "cpu" and _multiplies_short()
+def pays(queries: int, width: int, device: str) -> bool:
+    """Whether a first look at a block takes less time than all scores of queries [q, d]."""
+    much = queries >= LEAST_QUERIES and queries * width >= LEAST_FACTORS
+    return much and device == "cpu" and _multiplies_short()
 
 
 @cache

@@ -123,7 +123,8 @@ class Pass:
 
     def _is_screened(self, collectors: Sequence[Collector]) -> bool:
         """Whether a first look in 16 bits spares most scores, to judge by the block that is met first."""
-        if not self._only_ranks(collectors) or not pays(len(self._asked), self._workers.device):
+        query = self._asked.query
+        if not self._only_ranks(collectors) or not pays(len(query), query.shape[-1], self._workers.device):
             return False
         task = next(self._tasks(collectors, screened=True), None)
         return task is not None and task.leaves_few(rankings(collectors))
