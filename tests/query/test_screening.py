@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dualhook.query import Composition, GroupSums, LayerQuery, TopPatterns, TopPatternsBy, Workers, scan
-from dualhook.query.screening import ROUNDING, Screen, Screening
+from dualhook.query.screening import ROUNDING, BlockScreen, Screening
 from dualhook.query.tasks import Task
 from dualhook.records import LayerSpec, Rows
 
@@ -34,13 +34,13 @@ def always(monkeypatch):
 def looked_at(monkeypatch) -> list[int]:
     """The first pattern of every block that bounds were asked of."""
     found: list[int] = []
-    bounds = Screen.bounds
+    bounds = BlockScreen.bounds
 
-    def noted(screen: Screen, quantity: str):
+    def noted(screen: BlockScreen, quantity: str):
         found.append(screen._rows.first)
         return bounds(screen, quantity)
 
-    monkeypatch.setattr(Screen, "bounds", noted)
+    monkeypatch.setattr(BlockScreen, "bounds", noted)
     return found
 
 
@@ -123,6 +123,7 @@ def test_the_bounds_are_no_wider_than_they_have_to_be():
     ("key", "query"),
     [
         ([3.4e38, 0.0], [1.0, 0.0]),  # infinite in bfloat16, and its square in float32
+        ([3.4e38], [1e-10]),  # the norm of a single number is no sum of squares
         ([1.8444e19, 0.0], [1.8444e19, 0.0]),  # products that are infinite in bfloat16 only
         ([-1.8444e19, 0.0], [1.8444e19, 0.0]),
         ([2.0e38, 2.0e38], [1.0, -1.0]),
@@ -236,13 +237,13 @@ def test_no_block_worker_or_thread_changes_a_bit(always, looked_at, monkeypatch,
 def worked_out(monkeypatch) -> list[int]:
     """How many pairs were worked out exactly, time after time."""
     found: list[int] = []
-    of_pairs = Screen.of_pairs
+    of_pairs = BlockScreen.of_pairs
 
-    def noted(screen: Screen, quantity: str, query: Tensor, pattern: Tensor):
+    def noted(screen: BlockScreen, quantity: str, query: Tensor, pattern: Tensor):
         found.append(len(query))
         return of_pairs(screen, quantity, query, pattern)
 
-    monkeypatch.setattr(Screen, "of_pairs", noted)
+    monkeypatch.setattr(BlockScreen, "of_pairs", noted)
     return found
 
 
@@ -264,8 +265,8 @@ def test_all_threads_are_used_where_no_bit_depends_on_them(monkeypatch, real):
     asked, before, call, found = question(rows, query, direction), torch.get_num_threads(), Task.__call__, []
     monkeypatch.setattr("dualhook.query.screening._multiplies_short", lambda: True)
 
-    def noted(task: Task):
-        done = call(task)
+    def noted(task: Task, threads: int = 1):
+        done = call(task, threads)
         found.append(torch.get_num_threads())
         return done
 
@@ -275,9 +276,63 @@ def test_all_threads_are_used_where_no_bit_depends_on_them(monkeypatch, real):
         scan(Held(rows, [50]), asked, [TopPatterns(10, "weight", True)], outputs=False)
         scan(Held(rows, [50]), asked, [TopPatterns(10, "weight", True)])
         assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(2) as pool:  # in workers that were forked, more than one would wait for each other
+            pool.submit(torch.set_num_threads, 3).result()
+            scan(Held(rows, [50]), asked, [TopPatterns(10, "weight", True)], outputs=False, workers=Workers(pool))
     finally:
         torch.set_num_threads(before)
-    assert found == [3, 1]
+    assert found == [3, 1, 1]
+
+
+@pytest.mark.parametrize("by", ["weight", "contribution"])
+def test_sums_that_cancel_have_the_same_bits_too(always, monkeypatch, by):
+    """Their last bits depend on the order in which they are summed up: there is one."""
+    torch.manual_seed(0)
+    half, gradient = torch.randn(600, 100), torch.randn(600, 16)
+    rows = numbered(torch.cat([half, -half], 1), gradient - gradient.mean(1, keepdim=True))
+    query = torch.randn(40, 100)
+    asked = question(rows, torch.cat([query, query], 1), torch.randn(40, 1).expand(40, 16).clone(), bias=False)
+    found = []
+    for block_rows, threads, workers in [(2048, 1, None), (64, 2, None), (7, 1, 4), (64, 1, 4), (64, 1, 4)]:
+        monkeypatch.setattr("dualhook.query.streaming.BLOCK_ROWS", block_rows)
+        before, top = torch.get_num_threads(), TopPatterns(10, by, True)
+        torch.set_num_threads(threads)
+        try:
+            with ThreadPoolExecutor(workers or 1) as pool:
+                kind = Workers(pool if workers else None)
+                scan(Held(rows, [100, 200, 350]), asked, [top], outputs=False, workers=kind)
+        finally:
+            torch.set_num_threads(before)
+        found.append(top.result(40))
+    assert all(values.equal(found[0][name]) for one in found for name, values in one.items())
+
+
+@pytest.mark.parametrize("size", [1e-46, 2e-45, 1e-42, 1e-36])
+def test_coefficients_that_float32_does_not_hold(always, looked_at, monkeypatch, size):
+    """As long weight decay leaves them."""
+    monkeypatch.setattr("dualhook.query.streaming.BLOCK_ROWS", 100)
+    torch.manual_seed(0)
+    rows = numbered(torch.rand(400, 4) * 1e5, torch.rand(400, 3) * 1e5)
+    asked = question(rows, torch.rand(16, 4), -torch.rand(16, 3), bias=False)
+    asked = replace(asked, made_of=replace(asked.made_of, weight=asked.made_of.weight * size))
+    top = TopPatterns(5, "contribution", True)
+    scan(Held(rows, [200]), asked, [top], outputs=False)
+    assert looked_at
+    exact = scores(asked, rows)["contribution"].float()
+    assert top.result(16)["contribution"].equal(exact.gather(1, top.result(16)["pattern"].long()))
+    assert top.result(16)["pattern"].long().equal(exact.sort(dim=1, descending=True, stable=True).indices[:, :5])
+
+
+def test_bounds_that_say_nothing_put_nothing_first(always, looked_at):
+    """Sums that overflow on their way are NaN in the first look, and zero."""
+    key = torch.rand(50, 64) + 1.0
+    key[::5] = torch.cat([torch.full((32,), 3e38), torch.full((32,), -3e38)])
+    top, rows = TopPatterns(7, "weight", True), numbered(key, torch.rand(50, 2))
+    asked = question(rows, torch.full((16, 64), 2.0), torch.rand(16, 2), bias=False)
+    scan(Held(rows, []), asked, [top], outputs=False)
+    assert looked_at
+    exact = scores(asked, rows)["weight"].float()
+    assert top.result(16)["pattern"].long().equal(exact.sort(dim=1, descending=True, stable=True).indices[:, :7])
 
 
 def screened(monkeypatch, asked: LayerQuery, source: Held, collectors: list) -> bool:
@@ -286,9 +341,9 @@ def screened(monkeypatch, asked: LayerQuery, source: Held, collectors: list) -> 
     asked_for = []
     call = Task.__call__
 
-    def noted(task: Task):
+    def noted(task: Task, threads: int = 1):
         asked_for.append(task.screened)
-        return call(task)
+        return call(task, threads)
 
     monkeypatch.setattr(Task, "__call__", noted)
     scan(source, asked, collectors, outputs=False)

@@ -30,10 +30,10 @@ class Bar:
     def lift(self, rank: Tensor, pattern: Tensor, largest: bool) -> None:
         """Hear of the last of ``k``."""
         if (last := self._last) is not None:
-            ahead = rank > last[0] if largest else rank < last[0]
+            ahead = rank > last[0] if largest else (rank < last[0]) | last[0].isnan()
             ahead |= (rank == last[0]) & (pattern < last[1])
             rank, pattern = torch.where(ahead, rank, last[0]), torch.where(ahead, pattern, last[1])
-        self._last = rank, pattern
+        self._last = rank.clone(), pattern.clone()  # views would keep all of the best
 
     def least(self, first: int, largest: bool) -> Tensor | None:
         """What patterns from number ``first`` on must not be behind [q, 1]; None: all are welcome."""
@@ -85,7 +85,7 @@ class TopPatterns:
         self._keep({n: v.index_copy(0, chosen, best[n]) for n, v in self._best.items()} if full else best)
 
     def leaves_few(self, scores: Scores, among: Tensor | None = None) -> bool:
-        """Whether bounds alone tell most patterns of a block from the first."""
+        """Whether bounds alone leave few patterns of a block that may be among the first."""
         worst, best = self._bounds(scores, among)
         if worst.shape[1] <= self.k:
             return True
@@ -125,7 +125,9 @@ class TopPatterns:
         return (lower, upper) if self.largest else (upper, lower)
 
     def _last_of(self, worst: Tensor) -> Tensor:
-        """The last of the ``k`` first."""
+        """The last of the ``k`` first; a bound that is NaN says nothing."""
+        if self.largest:
+            worst = worst.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         return worst.topk(self.k, dim=1, largest=self.largest).values[:, -1:]
 
     def _not_behind(self, best: Tensor, last: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ class TopPatterns:
         rank, rows, index = scores.of_pairs(self.by, query, index).cpu(), scores.rows, index.cpu()
         found = {"rank": rank, "pattern": index + rows.first, NEW: torch.arange(len(index))}
         found |= {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
-        return found | {"weight": rank, "contribution": rank}  # one of them is to be completed
+        return found | {"weight": rank, "contribution": rank}  # what is not ranked by is completed later
 
     def _complete(self, best: dict[str, Tensor], scores: Scores, query: Tensor, index: Tensor, rank: Tensor) -> None:
         """Work out what is not known yet of the new ones that have stayed."""
@@ -187,7 +189,7 @@ class TopPatternsBy:
             self._top(group).add(scores, among)
 
     def leaves_few(self, scores: Scores) -> bool:
-        """Whether bounds alone tell most patterns of a block from the first of their group."""
+        """Whether bounds alone leave few patterns of a block that may be among the first of their group."""
         return all(TopPatterns(*self._settings).leaves_few(scores, among) for _, among in self._groups(scores))
 
     def found(self) -> dict[int, dict[str, Tensor]]:

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from dualhook.query.parts import Composition
-from dualhook.query.slots import constants, met, products
+from dualhook.query.slots import constants, dots, met, products
 from dualhook.records import Piece, Rows
 
-__all__ = ["CRITERIA", "FEW", "Criterion", "LayerQuery", "Scores", "Screen"]
+__all__ = ["CRITERIA", "Criterion", "LayerQuery", "Scores", "Screen"]
 
 Criterion = Literal["weight", "abs_weight", "contribution", "abs_contribution"]
 CRITERIA = ("weight", "abs_weight", "contribution", "abs_contribution")
-FEW = 64  # one pair of so many by itself takes about as long as the product of all
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ class Scores:
         known = self._replayed is not None or "contribution" in vars(self)
         if known or self._asked.query.shape[1] > 1 or not made_of.only_coefficients or made_of.sealed is not None:
             return self.contribution[query, pattern]
-        device, dtype, here = self._asked.query.device, self._dtype, pattern.to(self.rows.key.device)
+        dtype = self._dtype
         step = self._keys.step[pattern] - made_of.first_step
         attended = self._products[query, 0, pattern] * made_of.weight[step].to(dtype)
         if made_of.bias is not None:
@@ -230,9 +229,8 @@ class Scores:
             if constant is not None:
                 bias = bias * (constant[pattern] if constant.ndim == 1 else constant[query, 0, pattern])
             attended += bias
-        along = self._asked.direction[query, 0].to(dtype)
-        along *= self.rows.output_grad.index_select(0, here).to(device, dtype)
-        return along.sum(1).mul_(attended).neg_()
+        along = dots(self._asked.direction[:, 0].to(dtype), query, self.rows.output_grad, pattern)
+        return along.mul_(attended).neg_()
 
     def output(self) -> Tensor:
         """What the block's coefficients by step add to the layer's output [q, p, o]."""

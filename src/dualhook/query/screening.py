@@ -18,24 +18,24 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from dualhook.query.scores import FEW, LayerQuery
+from dualhook.query.scores import LayerQuery
+from dualhook.query.slots import dots
 from dualhook.records import Rows
 
-__all__ = ["Screen", "Screening", "pays"]
+__all__ = ["BlockScreen", "Screening", "pays"]
 
 LEAST_QUERIES, LEAST_FACTORS = 32, 3 * 2**13  # and components of all queries: less is answered sooner without
 ROUNDING = 2.0**-8  # of a number in bfloat16, as a share of it
 SLACK = 2.0**-50  # components so small that their squares underflow; a norm is never taken for less than of such
 OVERFLOWS = 2.0**126  # products that may be rounded to infinity say nothing
 TINY = 2.0**-126  # smaller numbers are not rounded to a share of themselves
-AT_A_TIME = 2**16  # components of pairs: with more the system hands out fresh memory, which takes six times as long
 SHORT = (torch.float32, torch.float16, torch.bfloat16)  # what rows are exact in float64 of, and their sums in float32
 
 
 def pays(queries: int, width: int, device: str) -> bool:
     """Whether a first look at a block takes less time than all scores of queries [q, d]."""
     much = queries >= LEAST_QUERIES and queries * width >= LEAST_FACTORS
-    return much and device == "cpu" and _multiplies_short()
+    return much and torch.device(device).type == "cpu" and _multiplies_short()
 
 
 @cache
@@ -60,7 +60,7 @@ class Room:
     def of(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor with whatever was left in it."""
         count, flat = math.prod(shape), self._flat.get(name)
-        if flat is None or len(flat) < count:
+        if flat is None or len(flat) < count or flat.dtype != dtype:
             flat = self._flat[name] = torch.empty(count, dtype=dtype)
         return flat[:count].view(*shape)
 
@@ -95,7 +95,8 @@ class _Short:
         shape = len(self.values), len(others.values)
         rough = torch.mm(self.values, others.values.T, out=room.of(f"{name} products", shape, torch.bfloat16))
         error = torch.outer(share * self.norm, others.norm, out=room.of(f"{name} errors", shape, torch.float32))
-        if not float(self.norm.max()) * float(others.norm.max()) < OVERFLOWS:
+        largest, other = float(self.norm.max()), float(others.norm.max())
+        if not max(largest, other, largest * other) < OVERFLOWS:
             error.fill_(torch.inf)
         return rough, error
 
@@ -121,10 +122,10 @@ class Screening:
             return None
         return cls(asked, contributions=plain)
 
-    def over(self, rows: Rows) -> Screen | None:
+    def over(self, rows: Rows) -> BlockScreen | None:
         """The look at a block; None: it cannot be had."""
         same = rows.slot is None and rows.constant is None
-        return Screen(self, rows) if same and {rows.key.dtype, rows.output_grad.dtype} <= set(SHORT) else None
+        return BlockScreen(self, rows) if same and {rows.key.dtype, rows.output_grad.dtype} <= set(SHORT) else None
 
     @cached_property
     def short_query(self) -> _Short:
@@ -135,7 +136,7 @@ class Screening:
         return _Short.of_queries(self.direction)
 
 
-class Screen:
+class BlockScreen:
     """What a question in 16 bits says of a block of rows, and exact scores of single pairs [m] in float32.
 
     It is good until there is one for the next block.
@@ -153,12 +154,12 @@ class Screen:
     def of_pairs(self, quantity: str, query: Tensor, pattern: Tensor) -> Tensor | None:
         """Exact ones [m] of some of the block's patterns [m], each to one query of [m]; None: unknown."""
         question, made_of = self._question, self._question.made_of
-        products = _dots(question.query, query, self._rows.key, pattern)
+        products = dots(question.query, query, self._rows.key, pattern)
         if quantity == "weight":
             return (products if made_of.bias is None else products + 1.0).float()
         if not question.contributions:
             return None
-        along = _dots(question.direction, query, self._rows.output_grad, pattern)
+        along = dots(question.direction, query, self._rows.output_grad, pattern)
         weight, bias = self._coefficients(pattern)
         products *= weight
         return (products if bias is None else products + bias).mul_(along).neg_().float()
@@ -178,18 +179,21 @@ class Screen:
 
     @cached_property
     def _contribution(self) -> tuple[Tensor, Tensor]:
-        weight, bias = (None if values is None else values.float() for values in self._coefficients(slice(None)))
+        weight, bias = self._coefficients(slice(None))
+        faint = _denormal(weight) if bias is None else _denormal(weight) | _denormal(bias)
+        weight = weight.float()
         products, error = self._products
         along, along_error = self._along
-        assert weight is not None
         attended = torch.mul(products, weight, out=self._room.of("attended", products.shape, torch.float32))
         if bias is not None:
-            attended += bias
+            attended += bias.float()
         rough = torch.mul(attended, along, out=self._room.of("rough", products.shape, torch.float32)).neg_()
         # (a + da) (g + dg) is off by up to (|a| + |da|) (|g| + |dg|) - |a g|
         size = self._room.of("size", products.shape, torch.float32).copy_(along).abs_()
         most = torch.mul(error, weight.abs(), out=self._room.of("most", products.shape, torch.float32))
         most.add_(attended.abs_()).mul_(size + along_error).addcmul_(attended, size, value=-1).add_(TINY)
+        if faint.any():
+            most[:, faint] = torch.inf
         return self._around("contribution", rough, most)
 
     def _around(self, name: str, rough: Tensor, error: Tensor, more: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -204,13 +208,6 @@ class Screen:
         return made_of.weight[step], None if made_of.bias is None else made_of.bias[step]
 
 
-def _dots(queries: Tensor, query: Tensor, rows: Tensor, pattern: Tensor) -> Tensor:
-    """Products [m] of some of ``queries`` [q, d], float64, with some of ``rows`` [n, d]."""
-    if len(query) * FEW > len(queries) * len(rows):
-        return (queries @ rows.double().T)[query, pattern]
-    found = torch.empty(len(query), dtype=torch.float64)
-    pairs = max(1, AT_A_TIME // rows.shape[1])
-    for own in (slice(start, start + pairs) for start in range(0, len(query), pairs)):
-        factors = queries.index_select(0, query[own]).mul_(rows.index_select(0, pattern[own]))
-        torch.sum(factors, 1, out=found[own])
-    return found
+def _denormal(coefficients: Tensor) -> Tensor:
+    """Which of them are not zero, but too small for float32 to hold them to their full precision."""
+    return (coefficients != 0) & (coefficients.abs() < TINY)

@@ -13,7 +13,9 @@ from torch import Tensor
 from dualhook.maps import gradient
 from dualhook.records import Rows
 
-__all__ = ["answered", "bias_gradient", "constants", "met", "products"]
+__all__ = ["answered", "bias_gradient", "constants", "dots", "met", "products"]
+
+AT_A_TIME = 2**16  # components of pairs: with more the system hands out fresh memory, which takes six times as long
 
 
 def products(query: Tensor, slot: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -25,6 +27,22 @@ def products(query: Tensor, slot: Tensor | None, rows: Rows, dtype: torch.dtype)
         found = query.to(dtype).flatten(0, 1) @ rows.key.to(dtype).T
     found = found.reshape(*query.shape[:2], -1)
     return found if slot is None or rows.slot is None else found.mul_(slot[..., None] == rows.slot)
+
+
+def dots(queries: Tensor, query: Tensor, rows: Tensor, pattern: Tensor) -> Tensor:
+    """Products [m] of some of ``queries`` [q, d] with some of ``rows`` [n, d], in the dtype and place of the queries.
+
+    Each is summed up by itself, in an order that nothing else has a part in.
+    """
+    found = queries.new_empty(len(query))
+    pairs = max(2, AT_A_TIME // rows.shape[1])
+    for own in (slice(start, start + pairs) for start in range(0, len(query), pairs)):
+        factors = queries.index_select(0, query[own])
+        factors *= rows.index_select(0, pattern[own].to(rows.device)).to(factors.device)
+        if len(factors) == 1:  # torch would share out the sum among its threads
+            factors = factors.expand(2, -1)
+        found[own] = factors.sum(1)[: len(found[own])]
+    return found
 
 
 def constants(slot: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -122,12 +123,12 @@ class Pass:
         return bias_output(self._asked, part) if is_bias else answered(self._asked.query, self._asked.slot, part)
 
     def _is_screened(self, collectors: Sequence[Collector]) -> bool:
-        """Whether a first look in 16 bits spares most scores, to judge by the block that is met first."""
+        """Whether a first look in 16 bits spares most scores, to judge by a block of new patterns and one of older."""
         query = self._asked.query
         if not self._only_ranks(collectors) or not pays(len(query), query.shape[-1], self._workers.device):
             return False
-        task = next(self._tasks(collectors, screened=True), None)
-        return task is not None and task.leaves_few(rankings(collectors))
+        tasks = list(islice(self._tasks(collectors, screened=True), 2))
+        return bool(tasks) and all(task.leaves_few(rankings(collectors)) for task in tasks)
 
     def _only_ranks(self, collectors: Sequence[Collector]) -> bool:
         return bool(rankings(collectors)) and not self._outputs

@@ -32,7 +32,7 @@ class Collector(Protocol):
     """Something that sees every block of a pass once, or has it seen by others and takes what they found."""
 
     def fresh(self) -> Collector:
-        """One that has seen nothing, for a task."""
+        """One that has seen nothing, for a task; it may know what others have found."""
         ...
 
     def add(self, scores: Scores) -> None:
@@ -44,7 +44,7 @@ class Collector(Protocol):
         ...
 
     def merge(self, found: Any) -> None:
-        """Take what a task has found in patterns after those seen so far."""
+        """Take what a task has found; tasks come oldest first, unless all collectors look for the best only."""
         ...
 
 
@@ -74,10 +74,13 @@ class Task:
     screened: bool = False
     """Whether a first look in 16 bits is to spare the collectors most scores."""
 
-    def __call__(self) -> Done:
-        """Read the pieces and show them to the collectors, on one processor or one accelerator."""
-        if torch.get_num_threads() > 1 and not self.screened:  # sums within a product would depend on them
-            torch.set_num_threads(1)
+    def __call__(self, threads: int = 1) -> Done:
+        """Read the pieces and show them to the collectors, on one accelerator or some ``threads``.
+
+        More than one is for tasks that are ``screened``: sums within a product would depend on them.
+        """
+        if torch.get_num_threads() > threads:
+            torch.set_num_threads(threads)
         asked, collectors = self.asked.on(torch.device(self.device)), [own.fresh() for own in self.collectors]
         screening = Screening.of(asked, replayed=self.replayed is not None) if self.screened else None
         start, output = 0, None
@@ -96,12 +99,14 @@ class Task:
         return Done(start, [own.found() for own in collectors], None if output is None else output.cpu())
 
     def leaves_few(self, collectors: Sequence[TopPatterns | TopPatternsBy]) -> bool:
-        """Whether a first look at the first block spares the collectors most of its scores; not if it cannot be."""
+        """Whether a first look at the first block leaves the collectors few of its scores; not if it cannot be."""
         asked = self.asked.on(torch.device(self.device))
         screening = Screening.of(asked, replayed=self.replayed is not None)
         if screening is None:
             return False
-        rows = next(iter(self.pieces[0].blocks(self.block_rows)))
+        rows = next(iter(self.pieces[0].blocks(self.block_rows)), None)
+        if rows is None:
+            return False
         replayed = None if self.replayed is None else self.replayed[:, : len(rows)]
         screen = screening.over(rows)
         scores = Scores(asked, rows, replayed, screen)
@@ -157,7 +162,7 @@ class Workers:
                 workers = 2 * threads  # half of them may wait for the disk
                 results = _ordered(stack.enter_context(ThreadPoolExecutor(workers)), tasks, 2 * workers)
             else:
-                results = (task() for task in tasks)
+                results = (task(threads) for task in tasks)
             yield stack.enter_context(closing(results))
 
 
