@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from held import Held, cases, dense, ranked
+from held import Held, HeldPiece, cases, dense, ranked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dualhook.errors import StoreError
 from dualhook.query import Composition, GroupSums, LayerQuery, TopPatterns, TopPatternsBy, Workers, scan
+from dualhook.query.collectors import Bar
 from dualhook.query.screening import ROUNDING, BlockScreen, Screening
 from dualhook.query.tasks import Task
 from dualhook.records import LayerSpec, Rows
@@ -276,8 +279,8 @@ def test_all_threads_are_used_where_no_bit_depends_on_them(monkeypatch, real):
         scan(Held(rows, [50]), asked, [TopPatterns(10, "weight", True)], outputs=False)
         scan(Held(rows, [50]), asked, [TopPatterns(10, "weight", True)])
         assert torch.get_num_threads() == 3
-        with ThreadPoolExecutor(2) as pool:  # in workers that were forked, more than one would wait for each other
-            pool.submit(torch.set_num_threads, 3).result()
+        with ThreadPoolExecutor(1) as pool:  # in workers that were forked, more than one would wait for each other
+            assert pool.submit(torch.get_num_threads).result() == 3
             scan(Held(rows, [50]), asked, [TopPatterns(10, "weight", True)], outputs=False, workers=Workers(pool))
     finally:
         torch.set_num_threads(before)
@@ -325,8 +328,8 @@ def test_coefficients_that_float32_does_not_hold(always, looked_at, monkeypatch,
 
 def test_bounds_that_say_nothing_put_nothing_first(always, looked_at):
     """Sums that overflow on their way are NaN in the first look, and zero."""
-    key = torch.rand(50, 64) + 1.0
-    key[::5] = torch.cat([torch.full((32,), 3e38), torch.full((32,), -3e38)])
+    key = (torch.rand(50, 64) + 1.0) * torch.linspace(1, 3, 50)[:, None]
+    key[::10] = torch.cat([torch.full((32,), 3e38), torch.full((32,), -3e38)])
     top, rows = TopPatterns(7, "weight", True), numbered(key, torch.rand(50, 2))
     asked = question(rows, torch.full((16, 64), 2.0), torch.rand(16, 2), bias=False)
     scan(Held(rows, []), asked, [top], outputs=False)
@@ -389,6 +392,52 @@ def test_many_that_are_alike_come_in_the_order_of_recording(always, looked_at, m
     scan(Held(rows, [90, 210]), question(rows, torch.randn(17, 20), torch.randn(17, 8)), [top], outputs=False)
     assert looked_at
     assert top.result(17)["pattern"].long().equal(torch.arange(7).expand(17, 7))
+
+
+def test_older_patterns_are_asked_too(monkeypatch, real):
+    """As where a layer's keys have been nearly alike before it was trained."""
+    rows, query, direction = real
+    key = torch.cat([rows.key, torch.zeros(len(rows), 1)], 1)
+    key[:900, -1] = 3e4
+    asked = question(rows := replace(rows, key=key), torch.cat([query, torch.ones(32, 1)], 1)[:30], direction[:30])
+    monkeypatch.setattr("dualhook.query.streaming.TASK_ROWS", 1)
+    monkeypatch.setattr("dualhook.query.screening.LEAST_QUERIES", 30)
+    monkeypatch.setattr("dualhook.query.screening.LEAST_FACTORS", 1)
+    newer = rows.part(900, len(rows))
+    assert screened(monkeypatch, asked, Held(replace(newer, first=0), []), [TopPatterns(10, "weight", True)])
+    assert not screened(monkeypatch, asked, Held(rows, [900]), [TopPatterns(10, "weight", True)])
+
+
+def test_a_piece_without_its_patterns_is_named(monkeypatch, real):
+    rows, query, direction = real
+    monkeypatch.setattr("dualhook.query.screening._multiplies_short", lambda: True)
+    monkeypatch.setattr(HeldPiece, "blocks", lambda piece, block_rows: iter(()))
+    with pytest.raises(StoreError, match="0 patterns of 'fc' were read where 3000 are"):
+        scan(Held(rows, []), question(rows, query, direction), [TopPatterns(10, "weight", True)], outputs=False)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_the_bar_goes_up_only(largest):
+    """NaN is the largest; the earlier one of equals stays."""
+    bar, sign = Bar(), 1.0 if largest else -1.0
+
+    def lifted(rank: float, pattern: int) -> float:
+        bar.lift(torch.tensor([[sign * rank]]), torch.tensor([[pattern]]), largest)
+        least = bar.least(0, largest)
+        assert least is not None
+        return sign * float(least)
+
+    assert bar.least(0, largest) is None
+    assert lifted(1.0, 70) == 1.0
+    assert lifted(0.5, 3) == 1.0
+    assert lifted(2.0, 60) == 2.0
+    assert lifted(2.0, 50) == 2.0
+    before, after = (sign * float(bar.least(first, largest)) for first in (50, 51))
+    assert before == 2.0 < after < 2.001
+    if not largest:
+        bar = Bar()
+        assert math.isnan(lifted(math.nan, 1))
+        assert lifted(1.0, 2) == 1.0
 
 
 def test_a_processor_is_asked_first(monkeypatch):

@@ -125,9 +125,7 @@ class TopPatterns:
         return (lower, upper) if self.largest else (upper, lower)
 
     def _last_of(self, worst: Tensor) -> Tensor:
-        """The last of the ``k`` first; a bound that is NaN says nothing."""
-        if self.largest:
-            worst = worst.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        """The last of the ``k`` first."""
         return worst.topk(self.k, dim=1, largest=self.largest).values[:, -1:]
 
     def _not_behind(self, best: Tensor, last: Tensor) -> Tensor:
