@@ -26,6 +26,7 @@ import dualhook
 from dualhook.errors import StoreError
 from dualhook.query import Composition, GroupSums, LayerQuery, Receipt, TopPatterns, Workers, scan
 from dualhook.query.parts import SealedRows
+from dualhook.query.tasks import Task
 from dualhook.records import FactorVectors, LayerSpec, Rows
 
 STEPS, BATCH = 16, 16
@@ -184,6 +185,64 @@ def test_top_and_sums_are_the_dense_ones(executors, case, by, largest, k, kind):
         assert torch.allclose(totals["abs_weight"][:, g], weight[:, member].abs().sum(1), rtol=1e-9, atol=1e-9)
     assert torch.allclose(through.parts["patterns"] + through.parts["origin"], output, rtol=1e-9, atol=1e-9)
     assert torch.allclose(receipt.sums.signed, contribution.sum(1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture
+def screened(monkeypatch) -> list[bool]:
+    """Every pass that can takes a first look in 16 bits; whether each task does."""
+    monkeypatch.setattr("dualhook.query.streaming.pays", lambda queries, width, device: True)
+    monkeypatch.setattr(Task, "leaves_few", lambda task, collectors: True)
+    found: list[bool] = []
+
+    def noted(*arguments) -> Task:
+        task = Task(*arguments)
+        found.append(task.screened)
+        return task
+
+    monkeypatch.setattr("dualhook.query.streaming.Task", noted)
+    return found
+
+
+def test_rankings_after_a_first_look_are_the_same_everywhere(recorded, executor, screened):
+    model, path = recorded
+    torch.manual_seed(1)
+    x, found = torch.randn(40, 7), []
+    for how in ({}, {"executor": executor}):
+        attention = dualhook.load(path).attend(model, x, **how)
+        assert float(attention.receipt["explained"].min()) > 0.9999  # from here on only the best are looked for
+        screened.clear()
+        tables = [attention.top(6), attention.top(9, by="weight"), attention.top(300, by="abs_weight", largest=False)]
+        tables.append(attention.top_by("label", 2, by="abs_contribution"))
+        assert screened
+        assert all(screened)
+        found.append([{name: table[name] for name in table.columns} for table in tables])
+    for one, other in zip(*found, strict=True):
+        assert all(one[name].tolist() == other[name].tolist() for name in one)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cases(), st.sampled_from(["weight", "abs_weight", "contribution", "abs_contribution"]), st.booleans(),
+    st.integers(1, 12), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([*KINDS, None]),
+)  # fmt: skip
+def test_rankings_after_a_first_look_are_the_dense_ones(executors, screened, case, by, largest, k, dtype, kind):
+    rows, made_of, query, direction, source, _ = case
+    rows = source.rows = replace(rows, key=rows.key.to(dtype), output_grad=rows.output_grad.to(dtype))
+    asked = LayerQuery(made_of, query[:, :1].float(), direction[:, :1].float(), direction)
+    top = TopPatterns(k, by, largest)
+    screened.clear()
+    scan(source, asked, [top], outputs=False, workers=Workers(None if kind is None else executors[kind]))
+    assert all(screened)
+    exact = replace(rows, key=rows.key.double(), output_grad=rows.output_grad.double())
+    weight, contribution, _ = dense(exact, made_of, asked.query.double(), asked.direction.double())
+    rank = {"weight": weight, "contribution": contribution}[by.removeprefix("abs_")].float()
+    rank = rank.abs() if by.startswith("abs_") else rank
+    found = top.result(len(asked))["pattern"].long()
+    order = rank.sort(dim=1, descending=largest, stable=True).indices[:, :k]
+    torch.testing.assert_close(rank.gather(1, found), rank.gather(1, order), rtol=2e-7, atol=1e-12)
+    if bool((rank == rank.round()).all()):  # else those that are alike may differ by a rounding, and either comes first
+        assert found.equal(order)
 
 
 def test_what_travels_is_small():
