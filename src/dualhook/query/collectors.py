@@ -81,7 +81,7 @@ class TopPatterns:
             table[at] = values
             best[name] = torch.cat([self._best[name][chosen], table], 1) if self._best else table
         best = self._first_of(best)
-        self._complete(best, scores, query, index, found["rank"])
+        self._complete(best, scores, query, index)
         self._keep({n: v.index_copy(0, chosen, best[n]) for n, v in self._best.items()} if full else best)
 
     def leaves_few(self, scores: Scores, among: Tensor | None = None) -> bool:
@@ -91,6 +91,7 @@ class TopPatterns:
             return True
         last = self._last_of(worst)
         left = best > last if self.largest else best < last  # scores that are exactly alike are told by their numbers
+        # a pair takes about as long as 30 scores of a product
         return int(left.sum()) <= len(worst) * (4 * self.k + worst.shape[1] // 32)
 
     def found(self) -> dict[str, Tensor]:
@@ -157,14 +158,14 @@ class TopPatterns:
         found |= {name: getattr(rows, name)[index] for name in ("sample", "step", "position")}
         return found | {"weight": rank, "contribution": rank}  # what is not ranked by is completed later
 
-    def _complete(self, best: dict[str, Tensor], scores: Scores, query: Tensor, index: Tensor, rank: Tensor) -> None:
+    def _complete(self, best: dict[str, Tensor], scores: Scores, query: Tensor, index: Tensor) -> None:
         """Work out what is not known yet of the new ones that have stayed."""
         new = best[NEW] != KNOWN
         chosen = best[NEW][new].to(query.device)
         best[NEW][new] = KNOWN
         for name in ("weight", "contribution"):
             if name != self.by:
-                best[name][new] = scores.of_pairs(name, query[chosen], index[chosen]).to(rank)
+                best[name][new] = scores.of_pairs(name, query[chosen], index[chosen]).to(best[name])
 
 
 class TopPatternsBy:

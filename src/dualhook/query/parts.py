@@ -233,6 +233,11 @@ class Composition:
         """Whether a pattern is multiplied with nothing but its step's coefficients."""
         return not self.replays and self.factor is None and not self.unknown
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether that holds of the rows as they were recorded."""
+        return self.only_coefficients and self.sealed is None
+
     def of(self, pieces: Sequence[Piece]) -> Composition:
         """What some consecutive pieces of the patterns are multiplied with; no origin, nothing to replay."""
         steps = slice(min(piece.first_step for piece in pieces), max(piece.last_step for piece in pieces) + 1)

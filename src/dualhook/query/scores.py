@@ -219,7 +219,7 @@ class Scores:
         """
         made_of = self._asked.made_of
         known = self._replayed is not None or "contribution" in vars(self)
-        if known or self._asked.query.shape[1] > 1 or not made_of.only_coefficients or made_of.sealed is not None:
+        if known or self._asked.query.shape[1] > 1 or not made_of.is_plain:
             return self.contribution[query, pattern]
         dtype = self._dtype
         step = self._keys.step[pattern] - made_of.first_step

@@ -116,7 +116,7 @@ class Screening:
     def of(cls, asked: LayerQuery, *, replayed: bool) -> Screening | None:
         """Of a question to patterns whose contributions a replay has found, or not; None: it cannot be."""
         made_of = asked.made_of
-        plain = made_of.only_coefficients and made_of.sealed is None and not replayed
+        plain = made_of.is_plain and not replayed
         several = asked.query.shape[1] > 1 or asked.slot is not None or asked.present is not None
         if several or not (plain or (replayed and made_of.only_replays)):
             return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dualhook.query.answers import Answer, Answers, Started, oldest_first
-from dualhook.query.collectors import rankings
+from dualhook.query.collectors import TopPatterns, TopPatternsBy, rankings
 from dualhook.query.parts import Composition
 from dualhook.query.preview import Preview
 from dualhook.query.replay import BLOCK_BYTES, Replay
@@ -124,14 +124,15 @@ class Pass:
 
     def _is_screened(self, collectors: Sequence[Collector]) -> bool:
         """Whether a first look in 16 bits spares most scores, to judge by a block of new patterns and one of older."""
-        query = self._asked.query
-        if not self._only_ranks(collectors) or not pays(len(query), query.shape[-1], self._workers.device):
+        query, ranked = self._asked.query, self._rankings(collectors)
+        if not ranked or not pays(len(query), query.shape[-1], self._workers.device):
             return False
         tasks = list(islice(self._tasks(collectors, screened=True), 2))
-        return bool(tasks) and all(task.leaves_few(rankings(collectors)) for task in tasks)
+        return bool(tasks) and all(task.leaves_few(ranked) for task in tasks)
 
-    def _only_ranks(self, collectors: Sequence[Collector]) -> bool:
-        return bool(rankings(collectors)) and not self._outputs
+    def _rankings(self, collectors: Sequence[Collector]) -> list[TopPatterns | TopPatternsBy]:
+        """The collectors, if nothing in the pass looks at more than the best."""
+        return [] if self._outputs else rankings(collectors)
 
     def _tasks(self, collectors: Sequence[Collector], *, screened: bool) -> Iterator[Task]:
         """The pass in runs of pieces, oldest first; if only the best are looked for, far apart."""
@@ -143,7 +144,7 @@ class Pass:
             rows = min(rows, SCREENED_ROWS)
         outputs = self._outputs and not asked.made_of.only_replays
         runs = _numbered(_runs(self._source.pieces(asked.name, last_step=asked.made_of.horizon)))
-        for start, pieces in _far_apart(list(runs)) if self._only_ranks(collectors) else runs:
+        for start, pieces in _far_apart(list(runs)) if self._rankings(collectors) else runs:
             replayed = None
             if self.answer is not None:
                 stop = start + sum(piece.count for piece in pieces)
