@@ -85,7 +85,7 @@ def refusing(number: int, *, of: str, path: Path):
 
 
 FAULTS = {
-    "full": (errno.ENOSPC, "write"),
+    "full": (errno.ENOSPC, "writev"),
     "read-only": (errno.EROFS, "open"),
     "failing fsync": (errno.EIO, "fsync"),
     "failing rename": (errno.EACCES, "replace"),
@@ -376,7 +376,7 @@ def test_an_error_of_our_own_stops_training_where_that_was_asked_for(tmp_path, m
 def test_a_disk_that_refuses_stops_training_where_that_was_asked_for(tmp_path, monkeypatch):
     model = loop.network()
     recorder = dualhook.instrument(model, tmp_path / "run", on_error="raise", verbose=False)
-    monkeypatch.setattr(os, "write", refusing(errno.ENOSPC, of="write", path=tmp_path))
+    monkeypatch.setattr(os, "writev", refusing(errno.ENOSPC, of="writev", path=tmp_path))
     with pytest.raises((StoreError, OSError), match="No space left"):
         trained(recorder, model, lambda step: recorder.flush())
 

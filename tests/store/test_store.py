@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -230,11 +231,12 @@ def test_direct_files_are_safetensors_files(tmp_path, monkeypatch, direct, count
 
 @pytest.mark.parametrize("count", [1, 4096, 70_000])
 def test_what_lies_in_blocks_is_written_without_a_copy(tmp_path, monkeypatch, count):
-    copied, write_all = [], durable.write_all
+    copied, calls, write_all = [], [], durable.write_all
 
-    def writing(handle: int, part: memoryview) -> None:
-        copied.append(len(part) if part.obj is file._view.obj else 0)
-        write_all(handle, part)
+    def writing(handle: int, parts: Sequence[memoryview]) -> None:
+        copied.extend(len(part) for part in parts if part.obj is file._view.obj)
+        calls.append(len(parts))
+        write_all(handle, parts)
 
     monkeypatch.setattr("dualhook.store.direct.write_all", writing)
     file = DirectFile()
@@ -251,19 +253,44 @@ def test_what_lies_in_blocks_is_written_without_a_copy(tmp_path, monkeypatch, co
         assert torch.equal(opened.get_tensor(name), value), name
     assert list(mismatches(opened, read_header(tmp_path / "x.safetensors", opened))) == []
     assert sum(copied) < tensors["c"].nbytes + 6 * 4096  # the header, what is left of blocks, and the small ones
+    assert len(calls) == 1  # each wakes the writing thread up again, and training waits for it
+
+
+@pytest.mark.parametrize("at_most", [1, 3, 4096, 10_000])
+def test_a_system_that_writes_less_than_it_was_given(tmp_path, monkeypatch, at_most):
+    calls = []
+
+    def some(handle: int, parts: Sequence[memoryview]) -> int:
+        calls.append(len(parts))
+        return os.write(handle, b"".join(parts)[:at_most])
+
+    monkeypatch.setattr(os, "writev", some)
+    monkeypatch.setattr(durable, "AT_ONCE", 3)
+    parts = [memoryview(bytes([number]) * size) for number, size in enumerate([5, 0, 1, 4096, 7, 0, 2])]
+    with (tmp_path / "x").open("wb") as file:
+        durable.write_all(file.fileno(), parts)
+    assert (tmp_path / "x").read_bytes() == b"".join(parts)
+    assert max(calls) == 3
+
+
+def test_a_system_that_takes_one_buffer_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "writev")
+    with (tmp_path / "x").open("wb") as file:
+        durable.write_all(file.fileno(), [memoryview(b"one"), memoryview(b""), memoryview(b"two")])
+    assert (tmp_path / "x").read_bytes() == b"onetwo"
 
 
 def test_file_systems_without_direct_writing(tmp_path, monkeypatch):
     refused = []
-    write = os.write
+    writev = os.writev
 
-    def refusing(handle: int, data: memoryview) -> int:
+    def refusing(handle: int, parts: Sequence[memoryview]) -> int:
         if fcntl.fcntl(handle, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0):
             refused.append(handle)
             raise OSError(errno.EINVAL, "Invalid argument")
-        return write(handle, data)
+        return writev(handle, parts)
 
-    monkeypatch.setattr(os, "write", refusing)
+    monkeypatch.setattr(os, "writev", refusing)
     file = DirectFile()
     for _ in range(2):
         file.write(tmp_path / "x.safetensors", {"a": torch.arange(5)}, {})

@@ -67,23 +67,24 @@ class DirectFile:
     def _write(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | self._direct, 0o666)
         try:
-            size = filled = 0
+            size = begin = filled = 0  # of the file; of the buffer what waits to be written
+            waiting: list[memoryview] = []  # for one call: each one blocks, and each wakes this thread up again
             for part in _parts(tensors, metadata):
                 size += len(part)
                 if filled % ALIGNMENT == 0 and _address(part) % ALIGNMENT == 0:
-                    write_all(handle, self._view[:filled])
-                    whole, filled = len(part) // ALIGNMENT * ALIGNMENT, 0
-                    write_all(handle, part[:whole])
-                    part = part[whole:]
+                    whole = len(part) // ALIGNMENT * ALIGNMENT
+                    waiting += [self._view[begin:filled], part[:whole]]
+                    begin, part = filled, part[whole:]
                 while part:
                     taken = min(len(part), BUFFER_BYTES - filled)
                     self._view[filled : filled + taken] = part[:taken]
                     part, filled = part[taken:], filled + taken
                     if filled == BUFFER_BYTES:
-                        write_all(handle, self._view)
-                        filled = 0
-            write_all(handle, self._view[: -(-filled // ALIGNMENT) * ALIGNMENT])  # up to a whole block, …
-            os.truncate(handle, size)  # … which the file then gives back
+                        write_all(handle, [*waiting, self._view[begin:]])
+                        waiting, begin, filled = [], 0, 0
+            end = -(-filled // ALIGNMENT) * ALIGNMENT  # up to a whole block, …
+            write_all(handle, [*waiting, self._view[begin:end]])
+            os.truncate(handle, size)  # … of which the file gives the rest back
             os.fsync(handle)
         finally:
             os.close(handle)
