@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -282,10 +282,15 @@ def used_rows(output_grad: Tensor) -> Tensor | None:
     output_grad = output_grad.detach().resolve_neg()
     shift = int(output_grad.dtype == torch.bfloat16)  # numpy has no such numbers: their bits but for the sign
     numbers = (output_grad.view(torch.int16) if shift else output_grad).numpy()
-    zero = np.arange(len(numbers))
-    for most in (1, MANY, numbers.shape[1]):
-        seen = numbers[zero, :most]
-        zero = zero[~(seen << shift if shift else seen).any(1)]
+
+    def are_zero(seen: np.ndarray) -> np.ndarray:
+        return cast(np.ndarray, ~(seen << shift if shift else seen).any(1))
+
+    zero = np.flatnonzero(are_zero(numbers[:, :1]))
+    for most in (MANY, numbers.shape[1]):
         if not len(zero):
             return None
-    return torch.from_numpy(np.delete(np.arange(len(numbers)), zero))
+        zero = zero[are_zero(numbers[zero, :most])]
+    used = np.ones(len(numbers), dtype=bool)
+    used[zero] = False
+    return torch.from_numpy(np.flatnonzero(used)) if len(zero) else None

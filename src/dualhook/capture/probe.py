@@ -29,6 +29,7 @@ from dualhook.records import LayerSpec, Rows
 __all__ = ["Corner", "LayerProbe", "Look", "looked"]
 
 GRID = (32, 16)  # outputs × inputs: some hundred entries for two thin gathers
+AT_ONCE = 1024  # rows of a product: of more of them numpy, too, calls threads in
 RUN = 16  # outputs side by side: what is gathered of a row is some cache lines, not as many as there are outputs
 # what may be off of the absolute parts of a sum, where it is more than the rounding of a dtype
 COMPUTED = 1e-4  # of a softmax that is computed again, whose logits may be large
@@ -311,19 +312,24 @@ class LayerProbe:
 
 
 def _products(d: Tensor, keys: Tensor, bounds: Sequence[tuple[int, int]]) -> tuple[Array, Array]:
-    """``dᵀ keys`` [b, o, c] of the rows within each of some bounds, and the same of absolute values."""
-    # a yardstick for rounding need not be exact
-    coarse = torch.promote_types(d.dtype, torch.float32)
-    rough = _within(d.abs().to(coarse), keys.abs().to(coarse), bounds)
-    return _within(d.double(), keys.double(), bounds), rough
+    """``dᵀ keys`` [b, o, c] of the rows within each of some bounds, and the same of absolute values.
+
+    By numpy: for products as thin as these torch would call threads in, which costs more than the products.
+    """
+    coarse = torch.promote_types(d.dtype, torch.float32)  # a yardstick for rounding need not be exact
+    left, right = d.to(coarse).numpy(), keys.to(coarse).numpy()
+    with np.errstate(all="ignore"):  # what is no number is reported as that
+        rough = _within(np.abs(left), np.abs(right), bounds)
+        return _within(left.astype(np.float64), right.astype(np.float64), bounds), rough
 
 
-def _within(d: Tensor, keys: Tensor, bounds: Sequence[tuple[int, int]]) -> Array:
-    steps, count = len(bounds), bounds[0][1]
-    if bounds == [(step * count, (step + 1) * count) for step in range(steps)]:  # nearly always
-        d, keys = d.reshape(steps, count, d.shape[1]), keys.reshape(steps, count, keys.shape[1])
-        return torch.bmm(d.transpose(1, 2), keys).double().numpy()
-    return torch.stack([d[start:stop].T @ keys[start:stop] for start, stop in bounds]).double().numpy()
+def _within(left: Array, right: Array, bounds: Sequence[tuple[int, int]]) -> Array:
+    found = np.zeros((len(bounds), left.shape[1], right.shape[1]))
+    for number, (start, stop) in enumerate(bounds):
+        for begin in range(start, stop, AT_ONCE):
+            part = slice(begin, min(stop, begin + AT_ONCE))
+            found[number] += left[part].T @ right[part]
+    return found
 
 
 def _with_sums(found: dict[str, Measurement], sums: Mapping[str, Measurement]) -> dict[str, Measurement]:

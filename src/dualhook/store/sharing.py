@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ __all__ = ["KEY_ROW", "SharedKey", "shared_keys"]
 KEY_ROW = "key_row"  # the tensor that says which rows of the holder's keys a layer's are
 WORTH_BYTES = 16  # of a key, from where on an index is clearly smaller
 LOOKED_AT = 16  # numbers of a key that tell rows apart, before all are compared
+PLACE = ("step", "sample", "position")  # of a row, by which it is told from others too
 BLOCK_BYTES = 2**22  # of keys, compared at a time
 
 
@@ -95,7 +96,14 @@ def _within(layers: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, S
 def _marked(name: str, tensors: Mapping[str, Tensor]) -> _Marked:
     bits = as_integers(tensors["key"]).numpy()
     middle = max(0, bits.shape[1] - LOOKED_AT) // 2  # side by side: of each row a cache line or two
-    looked_at = bits[:, middle : middle + LOOKED_AT].astype(np.int64)
-    parts = [looked_at, *(tensors[one].numpy()[:, None] for one in ("step", "sample", "position"))]
-    factors = np.random.default_rng(0).integers(-(2**62), 2**62, sum(part.shape[1] for part in parts))
-    return _Marked(name, bits, (np.concatenate(parts, 1) * factors).sum(1))  # wraps around
+    looked_at = bits[:, middle : middle + LOOKED_AT]
+    factors = _factors(len(PLACE) + looked_at.shape[1])
+    marks = np.einsum("nk,k->n", looked_at, factors[len(PLACE) :])  # wraps around, as below
+    for one, factor in zip(PLACE, factors, strict=False):
+        marks += tensors[one].numpy() * factor
+    return _Marked(name, bits, marks)
+
+
+@cache
+def _factors(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(-(2**62), 2**62, count)
