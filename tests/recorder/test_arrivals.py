@@ -39,11 +39,22 @@ class Plain(nn.Module):
         return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
-class Mixed(Plain):
-    """Beside one that is called twice, and has to be compared at once."""
+class Twice(Plain):
+    """One of them is called twice."""
 
     def forward(self, x):
         return self.last(torch.tanh(self.second(torch.tanh(self.second(torch.tanh(self.first(x)))))))
+
+
+class Mixed(Plain):
+    """Beside a convolution, which has to be compared at once: the step waits for what has not come yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x))[:, None])[:, 0]))
 
 
 def sgd(net):
@@ -152,7 +163,7 @@ def assert_same(one, other):
             assert torch.equal(values, others[name].state[key]), key
 
 
-@pytest.mark.parametrize(("model", "lag"), [*((Plain, lag) for lag in LAGS), (Mixed, 9)])
+@pytest.mark.parametrize(("model", "lag"), [*((Plain, lag) for lag in LAGS), (Twice, 9), (Mixed, 9), (Mixed, 1000)])
 @pytest.mark.parametrize(
     ("make", "backward"),
     [(sgd, plain), (sgd, clipped), (sgd, accumulated), (adam, clipped), (counting, plain), (one_of_each_layer, plain)],

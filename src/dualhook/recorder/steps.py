@@ -221,18 +221,19 @@ class StepBook:
         if not self._stepping:
             self.step += 1
         self._stepping.append(optimizer)
-        for spec in dict.fromkeys(watched.spec for watched, _, _ in step.stepped):
-            for layer in self.layers.uses(spec):
-                self.pending.commit(layer, self.step)
         for predicted in step.predicted.values():
             predicted.see(self.pending.bring)
         stepped = [watched for watched, _, _ in step.stepped]
         entries = zip(stepped, fingerprints(stepped, self.pending.bring), strict=True)
         left = [watched.remember(optimizer, own) for watched, own in entries]
+        # once these copies have begun: rows without their ledger entries would be sealed without them
+        for spec in dict.fromkeys(watched.spec for watched in stepped):
+            for layer in self.layers.uses(spec):
+                self.pending.commit(layer, self.step)
         self._broken -= {watched.name for watched in stepped}
         self._arriving.append(self.step)
-        fits, recording = self._fitting.of(step), self.recording
-        self.pending.then(partial(self._arrived, step, self.step, left, fits, recording=recording))
+        fits = self._fitting.of(step)
+        self.pending.then(partial(self._arrived, step, self.step, left, fits, recording=self.recording))
         self.snapshots.stepped(optimizer, step.name, stepped)
         self._whole, self._moves = self.step, False
         self.pending.arrive()
@@ -323,8 +324,11 @@ class StepBook:
             self._seal_if_full()
 
     def _seal_if_full(self) -> None:
-        """Between two steps: of what has come to the host so far."""
+        """Between two steps: whole ones, of what has come to the host so far."""
         if self.writer.full:
+            _, last = self.writer.builder.steps or (0, 0)
+            if self._arriving and self._arriving[0] <= last:  # of its optimisers some are in the ledger already
+                self.pending.settle()
             self.writer.seal()
 
     def _give_up(self, layers: Sequence[str], why: str) -> None:
@@ -340,8 +344,7 @@ class StepBook:
         """Compare every gradient of the step with what the rows rebuild; of plain layers see it only, most times."""
         layers: dict[str, dict[str, Tensor]] = {}
         for watched, _, _ in step.stepped:
-            gradient = gradient_of(watched)
-            if gradient is not None:
+            if (gradient := gradient_of(watched)) is not None:
                 layers.setdefault(watched.spec.name, {})[watched.name] = gradient
         whole = is_whole(self.step)
         seen = dict(self._glances(layers, whole=whole))
@@ -383,10 +386,8 @@ class StepBook:
         if isinstance(rule, FittedRule) or not is_due(self.step + 1, rule):
             return
         for watched, _, mark in step.stepped:
-            gradient = step.gradient_of(watched)
-            if gradient is not None:
-                is_fresh = bool(mark & Mark.FRESH)
-                found = predict(watched, step.optimizer, rule, gradient, is_fresh, self.pending.bring)
+            if (gradient := step.gradient_of(watched)) is not None:
+                found = predict(watched, step.optimizer, rule, gradient, bool(mark & Mark.FRESH), self.pending.bring)
                 if found is not None:
                     step.predicted[watched.name] = found
 
