@@ -147,7 +147,8 @@ def test_another_dtype_is_the_one_that_recording_would_have_written(run, origina
         for name in FIELDS:
             assert torch.equal(getattr(rows(memory, layer), name), getattr(rows(expected, layer), name)), (layer, name)
     assert memory.nbytes < before.nbytes
-    assert not memory.verify(model)["exact"].all()  # of a run in float64
+    off, rounding = (one.verify(model)["error"].max() for one in (memory, before))
+    assert off > 1e4 * rounding  # of a run in float64
     lost, least = (answers(one, model)[2]["explained"].min() for one in (memory, before))
     assert 0.5 < lost < least - 1e-9
 
