@@ -312,6 +312,25 @@ def test_a_dead_corner_of_the_grid_is_left_for_the_largest_entries():
     assert not fit.explained
 
 
+@pytest.mark.parametrize("counts", [[1], [1024], [1025], [3000], [2, 2500, 1, 0, 700], [8, 8, 8]])
+def test_steps_of_many_rows_are_rebuilt_from_all_of_them(counts):
+    spec = LayerSpec("layer", 40, 50, "layer.weight", "layer.bias")
+    probe, count = LayerProbe(spec), sum(counts)
+    rows = Rows(torch.randn(count, 40), torch.randn(count, 50), *(torch.zeros(count, dtype=torch.int64),) * 3)
+    seen, bounds, start = [], [], 0
+    for own in counts:
+        bounds.append((start, start := start + own))
+        d, x = rows.output_grad[slice(*bounds[-1])].double(), rows.key[slice(*bounds[-1])].double()
+        gradients = {"layer.weight": 0.5 * (d.T @ x), "layer.bias": 0.5 * d.sum(0)}
+        seen.append(probe.glance({name: own.float() for name, own in gradients.items()}))
+    told = [(one, within) for one, within in zip(seen, bounds, strict=True) if one is not None]
+    assert len(told) == sum(own > 0 for own in counts)
+    for found in probe.later([one for one, _ in told], rows, [within for _, within in told]):
+        for name, one in found.items():
+            np.testing.assert_allclose(0.5 * one.rebuilt, one.gradient, rtol=1e-5, atol=1e-5, err_msg=name)
+            assert (one.absolute >= abs(one.rebuilt) * (1 - 1e-5)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("parameter", ["layer.weight", "layer.bias"])
 def test_the_whole_gradient_is_looked_at(dtype, parameter):

@@ -216,7 +216,8 @@ def test_direct_files_are_safetensors_files(tmp_path, monkeypatch, direct, count
     if not direct:
         file._direct = 0
     given_tensors = {
-        "a/key": torch.randn(count, 3), "b": torch.arange(count), "c": torch.randn(count, 1).bfloat16(),
+        "blocks": empty_in_blocks((count, 3), torch.float32).fill_(1.5), "a/key": torch.randn(count, 3),
+        "b": torch.arange(count), "c": torch.randn(count, 1).bfloat16(),
         "d": torch.randn(2, 5).double(), "e": torch.randn(count, 3).half(),
     }  # fmt: skip
     for _ in range(2):  # the buffer is used again
