@@ -51,6 +51,13 @@ class Text(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
+def model_of(width: int) -> GPT2LMHeadModel:
+    """The model, four layers deep."""
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=WORDS, n_positions=LENGTH, n_embd=width, n_layer=4, n_head=width // 64)
+    )
+
+
 class Clock(TrainerCallback):
     """Seconds from the end of the first steps to the end of the last one, and until everything is on disk."""
 
@@ -74,9 +81,7 @@ def block(
     """Seconds of ``steps`` of a training, behind its first ones."""
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=WORDS, n_positions=LENGTH, n_embd=width, n_layer=4, n_head=width // 64)
-    )
+    model = model_of(width)
     recording = []
     if settings is not None:
         recording = [DualMemoryCallback(folder / "memory", verbose=False, **settings)]

@@ -5,7 +5,8 @@ had of a processor. A part that is set in lies within the one above it. What is 
 are hooks, timers, and what the writing thread and the disk take from training: processors, memory bandwidth, Python's
 lock.
 
-``paper`` is the network of 784-800-800-10 under SGD, ``gpt2`` one of 4 layers under AdamW with clipped gradients.
+``paper`` is the network of 784-800-800-10 under SGD, ``gpt2`` the model of ``trainer.py`` under AdamW, in a loop of its
+own that clips gradients.
 
     python benchmarks/where.py [paper | gpt2] [--width 256] [--dtype bfloat16] [--warm 40] [--steps 64] [--threads N]
 """
@@ -19,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.nn import functional as F
+from turns import spread
 
 import dualhook
 from dualhook.capture.intake import Intake
@@ -86,20 +88,14 @@ class Timers:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """A block in which every part is timed."""
-        patches = [
-            mock.patch.object(owner, name, self.timed(label, getattr(owner, name)))
-            for _, label, owner, name in TRAINING + WRITING
-        ]
-        for patch in patches:
-            patch.start()
-        try:
+        with ExitStack() as stack:
+            for _, label, owner, name in TRAINING + WRITING:
+                stack.enter_context(mock.patch.object(owner, name, self.timed(label, getattr(owner, name))))
             yield
-        finally:
-            mock.patch.stopall()
 
 
-def paper(width: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
-    """The paper's network, which has its own width."""
+def paper() -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+    """The paper's network, and what trains it."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=3e-3)
     batches = [(torch.rand(128, 784), torch.randint(0, 10, (128,))) for _ in range(20)]
@@ -114,13 +110,12 @@ def paper(width: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
 
 
 def gpt2(width: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
-    """A GPT-2-style model as in ``trainer.py``, in a loop of its own."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    """A GPT-2-style model, and what trains it."""
+    from trainer import BATCH, LENGTH, WORDS, model_of
 
-    config = GPT2Config(vocab_size=2000, n_positions=128, n_embd=width, n_layer=4, n_head=width // 64)
-    model = GPT2LMHeadModel(config).train()
+    model = model_of(width).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
-    batches = [torch.randint(0, 2000, (8, 128)) for _ in range(20)]
+    batches = [torch.randint(0, WORDS, (BATCH, LENGTH)) for _ in range(20)]
 
     def step(number: int) -> None:
         ids = batches[number % len(batches)]
@@ -151,7 +146,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", FutureWarning)
-    make = partial({"paper": paper, "gpt2": gpt2}[options.model], options.width)
+    make = {"paper": paper, "gpt2": partial(gpt2, options.width)}[options.model]
     timers, settings = Timers(), {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
     with timers.watching(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -166,10 +161,10 @@ def main() -> None:
         seconds = [(block(bare), block(recorded)) for _ in range(rounds)]
         spent = {key: list(own) for key, own in timers.spent.items()}
         recorder.discard()
-    ratio = statistics.median(own / base for base, own in seconds)
-    base, own = (1000 * statistics.median(one) for one in zip(*seconds, strict=True))
+    base, own = zip(*seconds, strict=True)
     print(f"{options.model}, {options.threads} threads, torch {torch.__version__}, {rounds} rounds of {BLOCK} steps")
-    print(f"bare {base:.1f} ms a step, recorded {own:.1f}: {ratio:.2f} times (medians)")
+    before, after = (1000 * statistics.median(one) for one in (base, own))
+    print(f"bare {before:.1f} ms a step, recorded {after:.1f} (medians); ratio {spread(own, base)}")
     for title, parts, in_training in (("training thread", TRAINING, True), ("writing thread", WRITING, False)):
         print(f"\n{title:36} {'ms/step':>8} {'on a processor':>15}")
         for depth, label, _, _ in parts:

@@ -318,13 +318,13 @@ def test_steps_of_many_rows_are_rebuilt_from_all_of_them(counts):
     probe, count = LayerProbe(spec), sum(counts)
     rows = Rows(torch.randn(count, 40), torch.randn(count, 50), *(torch.zeros(count, dtype=torch.int64),) * 3)
     seen, bounds, start = [], [], 0
-    for own in counts:
-        bounds.append((start, start := start + own))
+    for size in counts:
+        bounds.append((start, start := start + size))
         d, x = rows.output_grad[slice(*bounds[-1])].double(), rows.key[slice(*bounds[-1])].double()
         gradients = {"layer.weight": 0.5 * (d.T @ x), "layer.bias": 0.5 * d.sum(0)}
         seen.append(probe.glance({name: own.float() for name, own in gradients.items()}))
     told = [(one, within) for one, within in zip(seen, bounds, strict=True) if one is not None]
-    assert len(told) == sum(own > 0 for own in counts)
+    assert len(told) == sum(size > 0 for size in counts)
     for found in probe.later([one for one, _ in told], rows, [within for _, within in told]):
         for name, one in found.items():
             np.testing.assert_allclose(0.5 * one.rebuilt, one.gradient, rtol=1e-5, atol=1e-5, err_msg=name)
