@@ -19,6 +19,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import dualhook
 
 DDP, FSDP = SCENARIOS["ddp"], SCENARIOS["fsdp"]
+HELD: list[object] = []
+"""What is still in use when the process ends."""
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, count: int = 3) -> None:
@@ -74,12 +76,22 @@ def by_itself(rank: int, folder: Path) -> dict:
     return {"error": memory.verify().max_error, "columns": memory.columns, "ranks": manifest.get("ranks")}
 
 
+def left_open(rank: int, folder: Path) -> dict:
+    """Each process ends without having closed a recorder of its own."""
+    model = network(torch.float64)
+    HELD.append(dualhook.instrument(model, folder / f"open-{rank}", verbose=False))
+    steps(model, sgd(model), rank)
+    HELD.append(model)
+    return {}
+
+
 def temporary(rank: int, folder: Path) -> dict:
     model = wrapped(DDP, network(torch.float64))
     with dualhook.instrument(model, verbose=False) as recorder:
         steps(model, sgd(model), rank)
     memory = recorder.close()
     kept = recorder.save(folder / "kept")
+    HELD.append(memory)
     found = {"path": str(memory.path), "error": memory.verify().max_error, "kept": kept.patterns("0")}
     dist.barrier()
     return found
@@ -229,6 +241,7 @@ def every_case(rank: int, folder: Path) -> None:
     cases = {
         "refusals": lambda: refusals(rank, folder),
         "by_itself": lambda: by_itself(rank, folder),
+        "left_open": lambda: left_open(rank, folder),
         "temporary": lambda: temporary(rank, folder),
         "stopped": lambda: stopped(rank, folder),
         "broken": lambda: broken(rank, folder),

@@ -9,6 +9,7 @@ import pytest
 from process_cases import every_case
 from processes import BATCH, WORLD, together
 
+import dualhook
 from dualhook.records import Mark
 
 
@@ -43,6 +44,13 @@ def test_an_initialised_process_group_alone_changes_nothing(found):
     assert found["by_itself"]["error"] < 1e-9
     assert found["by_itself"]["columns"] == ["step", "sample", "position"]
     assert found["by_itself"]["ranks"] is None
+
+
+def test_a_recorder_that_is_open_when_its_process_ends_has_lost_nothing(folder):
+    for rank in range(WORLD):
+        memory = dualhook.load(folder / f"open-{rank}")
+        assert (memory.steps, memory.patterns("0")) == (3, 3 * BATCH)
+        assert memory.verify().max_error < 1e-9
 
 
 def test_a_memory_without_a_path_is_one_and_goes_with_process_0(folder, found):

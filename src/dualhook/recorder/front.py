@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 import warnings
@@ -10,6 +9,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,8 +109,8 @@ class Recorder:
             self._writer.close(discard=True)
             raise
         self._closed = False
-        self._at_exit = weakly(self.close_alone)  # a script that forgets to close loses nothing
-        atexit.register(self._at_exit)
+        # a script that forgets to close loses nothing; by multiprocessing, as in TemporaryRoot, which goes later
+        self._at_exit = Finalize(None, weakly(self.close_alone), exitpriority=1)
         OPEN[layout.root] = self
 
     def _begin(
@@ -392,7 +392,7 @@ class Recorder:
     def _detach(self) -> None:
         self._attached.remove()
         self._book.recording = False
-        atexit.unregister(self._at_exit)
+        self._at_exit.cancel()
 
     def _check_open(self, what: str) -> None:
         if self._closed:

@@ -5,11 +5,11 @@ And what lets a directory outlive it: a copy.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,8 @@ class TemporaryRoot:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or Path(tempfile.mkdtemp(prefix="dualhook-"))
-        if path is None:
-            weakref.finalize(self, _remove, self.path, os.getpid())
-
-
-def _remove(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not in a forked DataLoader worker
-        shutil.rmtree(path, ignore_errors=True)
+        if path is None:  # by multiprocessing: a process that it has forked ends without Python's own finalizers
+            Finalize(self, shutil.rmtree, (self.path, True), exitpriority=0)
 
 
 def copied(root: Path, target: Path) -> str:
