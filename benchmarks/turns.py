@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 __all__ = ["in_turns", "spread"]
 
 
-def in_turns(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The seconds that each way returns for its block, round by round; a first round warms up and is not counted."""
+def in_turns(ways: Mapping[str, Callable[[], float]], rounds: int, *, warm: bool = True) -> dict[str, list[float]]:
+    """The seconds that each way returns for its block, round by round; with ``warm`` behind a first that counts not."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for number in range(-1 if warm else 0, rounds):
         for name, block in ways.items():
             spent = block()
-            if number:
+            if number >= 0:
                 seconds[name].append(spent)
     return seconds
 

@@ -111,11 +111,12 @@ def paper() -> tuple[nn.Module, torch.optim.Optimizer, Step]:
 
 def gpt2(width: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
     """A GPT-2-style model, and what trains it."""
-    from trainer import BATCH, LENGTH, WORDS, model_of
+    from trainer import Size
 
-    model = model_of(width).train()
+    size = Size(width)
+    model = size.model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
-    batches = [torch.randint(0, WORDS, (BATCH, LENGTH)) for _ in range(20)]
+    batches = [size.tokens(size.batch) for _ in range(20)]
 
     def step(number: int) -> None:
         ids = batches[number % len(batches)]

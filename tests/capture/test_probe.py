@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import numpy as np
@@ -16,6 +17,8 @@ from dualhook.capture import Use
 from dualhook.capture.measurement import Measurement, fit_scales
 from dualhook.capture.precision import is_reduced, operation_of
 from dualhook.capture.probe import LayerProbe, looked
+from dualhook.capture.uses import signed_sums
+from dualhook.packing import pack_softmax
 from dualhook.records import LayerSpec, Mark, Rows
 
 B, I, O = 16, 20, 4
@@ -351,6 +354,59 @@ def test_the_whole_gradient_is_looked_at(dtype, parameter):
         found = measured(probe, gradients, [Use(spec, spec, rows)], whole=whole)
         (fit,) = fit_scales([found[parameter]])
         assert fit.explained is explained
+
+
+@pytest.mark.parametrize(("parameter", "times"), [("layer.weight", 1), ("layer.bias", 4)])
+def test_the_whole_of_a_wide_gradient_is_looked_at_in_parts(monkeypatch, parameter, times):
+    """One entry off the grid: of the 5 × 4 blocks one has that of the weight, of the bias all 4 of its outputs."""
+    monkeypatch.setattr("dualhook.capture.probe.SEEN", 64)
+    spec = LayerSpec("layer", 200, 300, "layer.weight", "layer.bias")
+    probe = LayerProbe(spec)
+    key, output_grad = torch.randn(32, 200).double(), torch.randn(32, 300).double()
+    rows = Rows(key, output_grad, *(torch.zeros(32, dtype=torch.int64) for _ in range(3)))
+    gradients = {"layer.weight": output_grad.T @ key, "layer.bias": output_grad.sum(0)}
+    off = next(o for o in range(200, 300) if o not in set(probe._outputs.tolist()))
+    gradients[parameter][(off, 177) if parameter == "layer.weight" else off] *= 0.9
+    looks = [measured(probe, gradients, [Use(spec, spec, rows)], whole=True) for _ in range(2 * 20)]
+    explained = [all(fit.explained for fit in fit_scales(list(found.values()))) for found in looks]
+    assert explained.count(False) == 2 * times
+    assert explained[:20] == explained[20:]
+
+
+HEAD = LayerSpec("head", 24, 50, "weight", None)
+LOOKUP = LayerSpec("lookup", 50, 24, "weight", None, kind="embedding", slots=50)
+
+
+@pytest.mark.parametrize("asked", [HEAD, LOOKUP], ids=["head", "lookup"])
+@pytest.mark.parametrize("own", ["whole head", "computed head", "lookup"])
+@pytest.mark.parametrize("outputs", [None, torch.arange(16, 24)], ids=["all", "some"])
+@pytest.mark.parametrize("inputs", [slice(None), slice(8, 19)], ids=["all", "some"])
+def test_signed_sums_of_a_part_of_a_shared_weight(asked, own, outputs, inputs):
+    n, nothing = 70, torch.zeros(70, dtype=torch.int64)
+    key, weight, target = torch.randn(n, 24).double(), torch.randn(50, 24).double(), torch.randint(0, 50, (n,))
+    if own == "lookup":
+        spec, values = LOOKUP, torch.randn(n, 24).double()
+        rows = Rows(torch.ones(n, 1).double(), values, nothing, nothing, nothing, slot=target.int())
+        single = F.one_hot(target, 50).double()[:, :, None] * values[:, None]
+    else:
+        spec, grads = HEAD, (key @ weight.T).softmax(1) - F.one_hot(target, 50)
+        rows = Rows(key, grads, nothing, nothing, nothing)
+        single = grads[:, :, None] * key[:, None]
+        if own == "computed head":
+            packed = pack_softmax(key, grads, weight, 0)
+            assert packed is not None
+            rows = dataclasses.replace(rows, output_grad=grads[:, :0], packed=packed)
+    if asked is LOOKUP:
+        single = single.transpose(1, 2)
+    signs = torch.zeros(asked.in_features)
+    signs[inputs] = torch.randn(asked.in_features)[inputs].sign()
+    chosen = slice(None) if outputs is None else outputs
+    expected = (single.sum(0) * signs).sum(1)[chosen]
+    size = (single.abs().sum(0) * signs.abs()).sum(1)[chosen]
+    found = signed_sums(asked, [Use(asked, spec, rows)], signs, 1, outputs)
+    assert found.weight.shape == (len(expected), 1)
+    torch.testing.assert_close(found.weight[:, 0], expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found.size[:, 0], size, rtol=1e-9, atol=1e-11)
 
 
 PRECISIONS = pytest.mark.skipif(

@@ -3,7 +3,8 @@
 A grid of some hundred entries of every weight's gradient is rebuilt from the rows and regressed against ``p.grad``.
 The slope is the scale between the two, however it came about (clipping, loss scaling, averaging over ranks); the
 residual says whether the rows explain the gradient at all. Now and then the whole gradient is looked at through one sum
-of random signs per output, which sees what happens to entries off the grid.
+of random signs per output, which sees what happens to entries off the grid; of a very wide layer that is packed or shared
+a part, the next time another one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dualhook.records import LayerSpec, Rows
 __all__ = ["Corner", "LayerProbe", "Look", "looked"]
 
 GRID = (32, 16)  # outputs × inputs: some hundred entries for two thin gathers
+SEEN = 2048  # outputs, and inputs, that one look at the whole gradient takes in: the next one goes on behind them
 AT_ONCE = 1024  # rows of a product: of more of them numpy, too, calls threads in
 RUN = 16  # outputs side by side: what is gathered of a row is some cache lines, not as many as there are outputs
 # what may be off of the absolute parts of a sum, where it is more than the rounding of a dtype
@@ -81,6 +83,14 @@ class Corner:
     inputs: Tensor
 
 
+@dataclass(frozen=True)
+class Part:
+    """What of a gradient is summed up: some outputs (None: all), with ``signs`` for their inputs that may be 0."""
+
+    outputs: Tensor | None
+    signs: Tensor
+
+
 class LayerProbe:
     """The probed entries of one layer's parameters; ``others`` use its weight as well.
 
@@ -108,11 +118,13 @@ class LayerProbe:
         self.is_plain = spec.kind in ("linear", "transposed") and spec.slots == 1 and list(others) in ([], [spec])
         """Whether its gradients can be looked at before its rows are: :meth:`glance`."""
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
+        self._all = Part(None, self._signs)
+        self._looks = 0  # at the whole gradient, a part of it each; as many in every process
 
     def measure(self, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool = False) -> Look:
         """Compare the gradients of the layer's parameters, by name, with what the rows of its ``uses`` rebuild.
 
-        ``whole`` looks at every entry of the gradients, if only in sums.
+        ``whole`` looks at every entry of the gradients, if only in sums; of a very wide layer at the next part of them.
         """
         if not any(len(use.rows) for use in uses):
             return (yield from self.without_rows(gradients))
@@ -129,7 +141,8 @@ class LayerProbe:
         """The same in one corner; of sharded gradients what is in this process."""
         computed, sums = _computed(gradients), dict[str, Measurement]()
         if whole:
-            sums = self._compared_sums((yield self._sums_of(gradients)), computed, uses)
+            part = self._next_part()
+            sums = self._compared_sums((yield self._sums_of(gradients, part)), computed, uses, part)
         seen = yield [self._seen(corner, name, own) for name, own in gradients.items()]
         rebuilt, absolute = self._rebuilt(corner, uses)
         return _with_sums(self._compared(seen, computed, uses, rebuilt, absolute), sums)
@@ -160,7 +173,7 @@ class LayerProbe:
         entries = [torch.take(own.detach(), self._entries_of(name, own.device)) for name, own in gradients.items()]
         if are_here and not all(0 < float(vector_norm(own, math.inf)) < math.inf for own in entries):
             return None
-        return Seen(_computed(gradients), entries, [] if are_here else self._sums_of(gradients), whole)
+        return Seen(_computed(gradients), entries, [] if are_here else self._sums_of(gradients, self._all), whole)
 
     def later(
         self, seen: Sequence[Seen], rows: Rows, bounds: Sequence[tuple[int, int]]
@@ -172,8 +185,8 @@ class LayerProbe:
         for own, (start, stop), made, size in zip(seen, bounds, rebuilt, absolute, strict=True):
             measured = self._compared(list(map(_numpy, own.entries)), own.computed, [use], made, size)
             if own.sums and (own.is_whole or self.is_dead(measured)):
-                part = Use(self.spec, self.spec, rows.part(start, stop))
-                sums = self._compared_sums(list(map(_numpy, own.sums)), own.computed, [part])
+                within = Use(self.spec, self.spec, rows.part(start, stop))
+                sums = self._compared_sums(list(map(_numpy, own.sums)), own.computed, [within], self._all)
                 measured = sums if self.is_dead(measured) else _with_sums(measured, sums)
             found.append(measured)
         return found
@@ -281,8 +294,21 @@ class LayerProbe:
             gradient = spread(local(gradient), gradient)
         return self._map.matrix(name, gradient)
 
-    def _sums_of(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
-        """Every output's sum over all inputs, of every slot or of all, with random signs: of each gradient."""
+    def _next_part(self) -> Part:
+        """What a look at the whole gradient sees of it."""
+        of_outputs, of_inputs = -(-self.spec.out_features // SEEN), -(-self.spec.in_features // SEEN)
+        look, self._looks, outputs, signs = self._looks, self._looks + 1, None, self._signs
+        if of_outputs > 1:
+            begin = look % of_outputs * SEEN
+            outputs = torch.arange(begin, min(begin + SEEN, self.spec.out_features))
+        if of_inputs > 1 and self._sums_per == 1:
+            begin = look // of_outputs % of_inputs * SEEN
+            signs = torch.zeros_like(signs)
+            signs[begin : begin + SEEN] = self._signs[begin : begin + SEEN]
+        return Part(outputs, signs)
+
+    def _sums_of(self, gradients: Mapping[str, Tensor], part: Part) -> list[Tensor]:
+        """Every output's sum over inputs, of every slot or of all, with random signs: of each gradient."""
         found = []
         for name, own in gradients.items():
             matrix, dtype = self._matrix(name, own.detach()), torch.promote_types(own.dtype, torch.float32)
@@ -290,7 +316,7 @@ class LayerProbe:
             width = held.shape[1:].numel() // self._sums_per
             held = held.reshape(len(held), self._sums_per, width).to(dtype)
             if name == self.spec.weight:
-                signs = self._on(held.device, self._signs).reshape(self._sums_per, -1).to(dtype)
+                signs = self._on(held.device, part.signs).reshape(self._sums_per, -1).to(dtype)
                 sums = (held[:, 0] @ signs[0])[:, None] if len(signs) == 1 else (held * signs).sum(2)
             else:  # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
                 sums = held.sum(2)
@@ -298,13 +324,15 @@ class LayerProbe:
         return found
 
     def _compared_sums(
-        self, seen: Sequence[Array], computed: Mapping[str, Computed], uses: Sequence[Use]
+        self, seen: Sequence[Array], computed: Mapping[str, Computed], uses: Sequence[Use], part: Part
     ) -> dict[str, Measurement]:
-        """Such sums beside those that the rows rebuild."""
-        made, found = signed_sums(self.spec, uses, self._signs, self._sums_per), {}
+        """Such sums, those of all outputs, beside what the rows rebuild of a part of them."""
+        made, found = signed_sums(self.spec, uses, part.signs, self._sums_per, part.outputs), {}
         for (name, own), there in zip(computed.items(), seen, strict=True):
             pair = (made.weight, made.size) if name == self.spec.weight else (made.bias, made.ones)
-            rebuilt, absolute = (_numpy(part).ravel() for part in pair)
+            rebuilt, absolute = (_numpy(values).ravel() for values in pair)
+            if part.outputs is not None:
+                there = there.reshape(self.spec.out_features, -1)[part.outputs.numpy()]
             found[name] = Measurement(
                 there.ravel(), rebuilt, absolute, _dtype_of(own, uses), None, self._rounding(own, uses)
             )

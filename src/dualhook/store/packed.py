@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dualhook.packing import FORMS, Largest, Packed, Scaled, Softmax
+from dualhook.store.direct import empty_in_blocks
 
 __all__ = ["PER_STEP", "WEIGHT_STEP", "StepWeights", "form_of", "packed_rows", "packed_width", "unpacked"]
 
@@ -30,7 +31,7 @@ class StepWeights:
             return
         self._is_pending, count = True, len(self._steps)
         if self._values is None or len(self._values) == count:
-            grown = torch.empty((count + 1 + count // 2, *weight.shape), dtype=weight.dtype)
+            grown = empty_in_blocks((count + 1 + count // 2, *weight.shape), weight.dtype)
             if self._values is not None:
                 grown[:count] = self._values
             self._values = grown
