@@ -20,6 +20,7 @@ import dualhook
 from dualhook.capture import LayerProbe
 from dualhook.errors import InexactWarning
 from dualhook.recorder.front import OPEN
+from dualhook.recorder.measuring import Measuring
 from dualhook.records import LayerSpec, Mark
 from dualhook.store.layout import Layout, open_tensors, read_header
 from dualhook.store.reader import Store
@@ -46,15 +47,42 @@ class Twice(Plain):
         return self.last(torch.tanh(self.second(torch.tanh(self.second(torch.tanh(self.first(x)))))))
 
 
+class Waiting(Plain):
+    """Of one of them it is told at once what its rows say: the step waits for what has not come yet."""
+
+
 class Mixed(Plain):
-    """Beside a convolution, which has to be compared at once: the step waits for what has not come yet."""
+    """Between them convolutions and a bilinear map."""
 
     def __init__(self):
         super().__init__()
-        self.second = nn.Conv1d(1, 1, 3, padding=1)
+        self.second = nn.Conv1d(2, 3, 3, padding=1)
+        self.third = nn.ConvTranspose1d(3, 1, 2, stride=2)
+        self.pair = nn.Bilinear(40, 40, 40)
 
     def forward(self, x):
-        return self.last(torch.tanh(self.second(torch.tanh(self.first(x))[:, None])[:, 0]))
+        h = torch.tanh(self.first(x))
+        maps = torch.tanh(self.third(torch.tanh(self.second(h.view(-1, 2, 20)))))
+        return self.last(torch.tanh(self.pair(h, maps[:, 0])))
+
+
+class Spoken(nn.Module):
+    """A head that is tied to a lookup, and computed from keys and weights; another lookup beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Embedding(600, 16), nn.Linear(16, 600, bias=False)
+        self.place = nn.Embedding(6, 16)
+
+    def to(self, device):
+        moved = super().to(device)
+        moved.last.weight = moved.first.weight  # a played device makes two of one parameter
+        return moved
+
+    def loss(self, size):
+        tokens = torch.randint(0, 600, (8 * size, 6)).to(self.place.weight.device)
+        h = self.first(tokens) + self.place(torch.arange(6).to(tokens.device))
+        return F.cross_entropy(self.last(torch.tanh(h)).flatten(0, 1), tokens.roll(-1, 1).flatten())
 
 
 def sgd(net):
@@ -66,7 +94,8 @@ def adam(net):
 
 
 def one_of_each_layer(net):
-    return [torch.optim.SGD(layer.parameters(), lr=0.05) for layer in net.children()]
+    layers = {layer.weight: layer for layer in net.children()}  # of two that are tied one
+    return [torch.optim.SGD(layer.parameters(), lr=0.05) for layer in layers.values()]
 
 
 def counting(net):
@@ -118,7 +147,8 @@ def trained(
             x, y = torch.randn(size, 12).double(), torch.randint(0, 3, (size,))
             return F.cross_entropy(net(x.to(device)), y.to(device))
 
-        net.loss = loss
+        if model is not Spoken:
+            net.loss = loss
         optimizers = make(net)
         recorder = dualhook.instrument(net, path, layers="all", verbose=False)
         if segment_bytes is not None:
@@ -163,13 +193,23 @@ def assert_same(one, other):
             assert torch.equal(values, others[name].state[key]), key
 
 
-@pytest.mark.parametrize(("model", "lag"), [*((Plain, lag) for lag in LAGS), (Twice, 9), (Mixed, 9), (Mixed, 1000)])
+@pytest.mark.parametrize(
+    ("model", "lag"),
+    [
+        *((Plain, lag) for lag in LAGS),
+        (Twice, 9),
+        *((model, lag) for model in (Waiting, Mixed, Spoken) for lag in (9, 1000)),
+    ],
+)
 @pytest.mark.parametrize(
     ("make", "backward"),
     [(sgd, plain), (sgd, clipped), (sgd, accumulated), (adam, clipped), (counting, plain), (one_of_each_layer, plain)],
     ids=lambda way: way.__name__,
 )
-def test_a_memory_is_that_of_the_same_training_in_host_memory(tmp_path, model, lag, make, backward):
+def test_a_memory_is_that_of_the_same_training_in_host_memory(tmp_path, monkeypatch, model, lag, make, backward):
+    if model is Waiting:
+        late = Measuring.late_probe
+        monkeypatch.setattr(Measuring, "late_probe", lambda own, name: None if name == "second" else late(own, name))
     settings = {"make": make, "backward": backward, "model": model, "segment_bytes": 20_000}
     weights, here = trained(tmp_path / "here", torch.device("cpu"), **settings)
     others, there = trained(tmp_path / "there", DEVICE, lag=lag, **settings)
@@ -289,20 +329,22 @@ def test_what_users_ask_for_in_between_is_whole(tmp_path, lag):
     assert found == [(step, 3 * 6 * step, True) for step in (1, 17)]
 
 
+@pytest.mark.parametrize("model", [Plain, Mixed, Spoken])
 @pytest.mark.parametrize(
     ("make", "backward"), [(sgd, plain), (sgd, clipped), (sgd, accumulated), (adam, clipped), (counting, plain)],
     ids=lambda way: way.__name__,
 )  # fmt: skip
-def test_no_step_waits_for_the_device(tmp_path, make, backward):
-    """But for the first ones, and for a snapshot of the optimiser's state, which is kept ever more rarely."""
+def test_no_step_waits_for_the_device(tmp_path, model, make, backward):
+    """But for the first ones, to pack a head, and for a snapshot of the optimiser's state, kept ever more rarely."""
     waits = {}
 
     def after_step(net, step, recorder):
-        waits[step] = [places for places in WAITS if places and not any("snapshots.py" in place for place in places)]
+        at_times = ("snapshots.py", "heads.py")
+        waits[step] = [own for own in WAITS if own and not any(name in place for place in own for name in at_times)]
         WAITS.clear()
 
     WAITS.clear()
-    trained(tmp_path / "run", DEVICE, lag=9, make=make, backward=backward, after_step=after_step)
+    trained(tmp_path / "run", DEVICE, lag=9, make=make, model=model, backward=backward, after_step=after_step)
     assert waits[1]  # else nothing is counted
     assert {step: found for step, found in waits.items() if step > 1 and found} == {}
 

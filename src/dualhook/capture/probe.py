@@ -3,8 +3,8 @@
 A grid of some hundred entries of every weight's gradient is rebuilt from the rows and regressed against ``p.grad``.
 The slope is the scale between the two, however it came about (clipping, loss scaling, averaging over ranks); the
 residual says whether the rows explain the gradient at all. Now and then the whole gradient is looked at through one sum
-of random signs per output, which sees what happens to entries off the grid; of a very wide layer that is packed or shared
-a part, the next time another one.
+of random signs per output, which sees what happens to entries off the grid; of very wide layers, where that would take
+long, at a part of it, the next time at another one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from dualhook.capture.measurement import Array, Computed, Measurement, Seen, tolerance
+from dualhook.capture.measurement import Array, Computed, Measurement, Part, Seen, tolerance
 from dualhook.capture.precision import Operation, is_reduced
 from dualhook.capture.sharded import is_sharded, local, rows_at, spread
 from dualhook.capture.uses import Use, are_alike, signed_sums
@@ -37,6 +37,7 @@ RUN = 16  # outputs side by side: what is gathered of a row is some cache lines,
 COMPUTED = 1e-4  # of a softmax that is computed again, whose logits may be large
 REDUCED = 1e-2  # where float32 products may be made of fewer digits
 
+MATRICES = ("linear", "transposed", "embedding")  # kinds whose parameter is their matrix, or that lying down
 BY_MATRICES = frozenset[Operation]({"matmul"})
 
 Look = Generator[Sequence[Tensor], Sequence[Array], dict[str, Measurement]]
@@ -83,14 +84,6 @@ class Corner:
     inputs: Tensor
 
 
-@dataclass(frozen=True)
-class Part:
-    """What of a gradient is summed up: some outputs (None: all), with ``signs`` for their inputs that may be 0."""
-
-    outputs: Tensor | None
-    signs: Tensor
-
-
 class LayerProbe:
     """The probed entries of one layer's parameters; ``others`` use its weight as well.
 
@@ -108,6 +101,7 @@ class LayerProbe:
         self.is_slotted = spec.slots > 1 and all(are_alike(spec, other) for other in others)
         """Whether every pattern fills one of several slots."""
         self._map = map_of(spec)
+        self.uses = tuple(others) or (spec,)
         # a slot of an embedding is one column, of which a sum tells no more than the entry itself
         self._sums_per = spec.slots if self.is_slotted and self._map.columns > 1 else 1
         generator = torch.Generator().manual_seed(0)  # its own: training's random numbers stay as they are
@@ -116,7 +110,7 @@ class LayerProbe:
         self._inputs = self._map.grid_inputs(GRID[1], generator)
         self._entries: dict[tuple[str, torch.device], Tensor] = {}
         self.is_plain = spec.kind in ("linear", "transposed") and spec.slots == 1 and list(others) in ([], [spec])
-        """Whether its gradients can be looked at before its rows are: :meth:`glance`."""
+        """Whether the rows of several steps can be compared with :meth:`glance` in one go."""
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
         self._all = Part(None, self._signs)
         self._looks = 0  # at the whole gradient, a part of it each; as many in every process
@@ -164,45 +158,61 @@ class LayerProbe:
         return found
 
     def glance(self, gradients: Mapping[str, Tensor], *, whole: bool = False) -> Seen | None:
-        """The probed entries of gradients, as copies where these are; :meth:`later` goes on.
+        """The probed entries of gradients, as copies where these are; :meth:`later` or :meth:`apart` goes on.
 
         None where that would not do: the corner is dead, or has no numbers. Of gradients elsewhere than in host memory
-        that shows later: of them sums are taken too, which say as much. ``whole`` as in :meth:`measure`.
+        that shows later: of them sums are taken too, which say as much. ``whole`` as in :meth:`measure`; a corner of
+        one slot of several says too little by itself.
         """
         are_here = all(own.is_cpu for own in gradients.values())
-        entries = [torch.take(own.detach(), self._entries_of(name, own.device)) for name, own in gradients.items()]
-        if are_here and not all(0 < float(vector_norm(own, math.inf)) < math.inf for own in entries):
-            return None
-        return Seen(_computed(gradients), entries, [] if are_here else self._sums_of(gradients, self._all), whole)
+        entries = [torch.take(own.detach(), self._entries_of(name, own)) for name, own in gradients.items()]
+        if are_here:
+            is_alive = all(0 < float(vector_norm(own, math.inf)) < math.inf for own in entries)
+            return Seen(_computed(gradients), entries, [], self._all, whole) if is_alive else None
+        part = self._next_part() if whole else self._all
+        return Seen(_computed(gradients), entries, self._sums_of(gradients, part), part, whole or self.spec.slots > 1)
 
     def later(
         self, seen: Sequence[Seen], rows: Rows, bounds: Sequence[tuple[int, int]]
     ) -> list[dict[str, Measurement]]:
-        """What glances at the gradients of several steps say, whose rows lie within ``bounds`` of ``rows``."""
+        """What glances at the gradients of several steps say, whose rows lie within ``bounds`` of ``rows``.
+
+        Of a layer that :attr:`is_plain`, with rows that are not packed.
+        """
         use = Use(self.spec, self.spec, rows)
         rebuilt, absolute = _products(*self._columns(self.usual(0), use), bounds)
         found = []
         for own, (start, stop), made, size in zip(seen, bounds, rebuilt, absolute, strict=True):
-            measured = self._compared(list(map(_numpy, own.entries)), own.computed, [use], made, size)
-            if own.sums and (own.is_whole or self.is_dead(measured)):
-                within = Use(self.spec, self.spec, rows.part(start, stop))
-                sums = self._compared_sums(list(map(_numpy, own.sums)), own.computed, [within], self._all)
-                measured = sums if self.is_dead(measured) else _with_sums(measured, sums)
-            found.append(measured)
+            within = [Use(self.spec, self.spec, rows.part(start, stop))] if own.sums else [use]
+            found.append(self._told(own, within, made, size))
         return found
 
-    def _entries_of(self, name: str, device: torch.device) -> Tensor:
-        """Which numbers of a plain parameter are its probed entries [k]."""
-        if (name, device) not in self._entries:
+    def apart(self, seen: Seen, uses: Sequence[Use]) -> dict[str, Measurement]:
+        """What a glance at the gradients of one step says, with its rows of all uses of the weight."""
+        return self._told(seen, uses, *self._rebuilt(self.usual(0), uses))
+
+    def _told(self, seen: Seen, uses: Sequence[Use], rebuilt: Array, absolute: Array) -> dict[str, Measurement]:
+        """What a glance says, with what the rows of its step rebuild of the usual corner."""
+        found = self._compared(list(map(_numpy, seen.entries)), seen.computed, uses, rebuilt, absolute)
+        is_dead = self.is_dead(found)
+        if not seen.sums or not (seen.is_whole or is_dead):
+            return found
+        part = replace(seen.part, outputs=None) if is_dead else seen.part
+        sums = self._compared_sums(list(map(_numpy, seen.sums)), seen.computed, uses, part)
+        return sums if is_dead else _with_sums(found, sums)
+
+    def _entries_of(self, name: str, gradient: Tensor) -> Tensor:
+        """Which numbers of a parameter are its probed entries [k], where its gradient is."""
+        key = name, gradient.device
+        if key not in self._entries:
             outputs, inputs = self._outputs[:, None], self._inputs
-            if name != self.spec.weight:
-                index = self._outputs
-            elif self._map.is_transposed:
-                index = inputs * self.spec.out_features + outputs
+            if name == self.spec.weight and self.spec.kind in MATRICES:  # without an index of all of a vocabulary
+                width = gradient.shape[1]
+                index = inputs * width + outputs if self._map.is_transposed else outputs * width + inputs
             else:
-                index = outputs * self.spec.in_features + inputs
-            self._entries[name, device] = index.flatten().to(device)
-        return self._entries[name, device]
+                index = self._seen(self.usual(0), name, torch.arange(gradient.numel()).view(gradient.shape))
+            self._entries[key] = index.flatten().to(gradient.device)
+        return self._entries[key]
 
     def _seen(self, corner: Corner, name: str, gradient: Tensor) -> Tensor:
         """What a corner has of a parameter's gradient."""

@@ -6,6 +6,7 @@ they are written, so that those of several steps can be compared with what was s
 
 from __future__ import annotations
 
+from dualhook.capture import LayerProbe, Use
 from dualhook.recorder.notices import Notices
 from dualhook.recorder.ranks import Ranks
 from dualhook.recorder.step import Glance, TakenStep
@@ -59,6 +60,10 @@ class Backlog:
             for glance in step.glances:
                 layers.setdefault(glance.probe.spec.name, []).append((step, glance))
         for layer, own in layers.items():
+            if not (own[0][1].probe.is_plain and self._writer.builder.is_plain(layer)):
+                for step, glance in own:
+                    step.measured.update(glance.probe.apart(glance.seen, self._uses(glance.probe, step.number)))
+                continue
             rows, bounds = self._writer.builder.of_steps(layer, [step.number for step, _ in own])
             at_once = max(1, ROWS * len(own) // max(1, len(rows)))
             for begin in range(0, len(own), at_once):
@@ -70,3 +75,8 @@ class Backlog:
                     step.measured.update(measured)
         for step in self._steps:
             step.glances.clear()
+
+    def _uses(self, probe: LayerProbe, step: int) -> list[Use]:
+        """The rows of a step, of all uses of a weight."""
+        rows = {spec: self._writer.builder.of_step(spec.name, step) for spec in probe.uses}
+        return [Use(probe.spec, spec, own) for spec, own in rows.items() if own is not None]

@@ -47,10 +47,9 @@ class Measuring:
             return None if self._writer.error is None else str(self._writer.error)
         return str(self._writer.error or "another process failed") if self._told[1] else None
 
-    def plain_probe(self, layer: str) -> LayerProbe | None:
+    def late_probe(self, layer: str) -> LayerProbe | None:
         """The probe of a layer whose rows may be looked at later than its gradients; None: only together."""
-        probe = self._probes[layer]
-        return probe if probe.is_plain and not (self._ranks.several or self._ranks.sharded) else None
+        return None if self._ranks.several or self._ranks.sharded else self._probes[layer]
 
     def measure(
         self, gradients: Mapping[str, Mapping[str, Tensor]], uses: Mapping[str, Sequence[Use]], *, whole: bool

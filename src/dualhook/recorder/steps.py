@@ -341,7 +341,7 @@ class StepBook:
             )
 
     def _measure(self, step: Step) -> None:
-        """Compare every gradient of the step with what the rows rebuild; of plain layers see it only, most times."""
+        """Compare every gradient of the step with what the rows rebuild, or see some of it: that can be done later."""
         layers: dict[str, dict[str, Tensor]] = {}
         for watched, _, _ in step.stepped:
             if (gradient := gradient_of(watched)) is not None:
@@ -360,17 +360,20 @@ class StepBook:
     def _glances(self, layers: Mapping[str, Mapping[str, Tensor]], *, whole: bool) -> Iterator[tuple[LayerProbe, Seen]]:
         """Those of the gradients, by layer, that can be compared with the rows later."""
         for layer, gradients in layers.items():
-            probe = self.measuring.plain_probe(layer)
-            are_elsewhere = any(map(is_elsewhere, gradients.values()))
-            if probe is None or (whole and not are_elsewhere):
+            probe, seen = self.measuring.late_probe(layer), None
+            if probe is None:
                 continue
-            if not are_elsewhere:  # to look there would make training wait; rows of zeroed gradients have the scale 0
+            if any(map(is_elsewhere, gradients.values())):
+                # whether they were zeroed is not asked, which would make training wait: such rows have the scale 0
+                if any(map(self.pending.holds, self.layers.uses(probe.spec))):
+                    seen = probe.glance(gradients, whole=whole)
+            elif probe.is_plain and not whole:
                 for intake in self.layers.intakes_of(probe.spec):
                     intake.discard_if_zeroed()
-            if self.pending.has_plain(layer):
-                seen = probe.glance(gradients, whole=whole)
-                if seen is not None:
-                    yield probe, seen
+                if self.pending.has_plain(layer):
+                    seen = probe.glance(gradients, whole=whole)
+            if seen is not None:
+                yield probe, seen
 
     def _uses_of(self, spec: LayerSpec) -> list[Use]:
         """The rows that a step on a layer uses, of all uses of its weight."""

@@ -192,12 +192,12 @@ class SegmentBuilder:
         return buffer.view(buffer.committed, buffer.filled) if buffer is not None and self.holds(layer) else None
 
     def of_step(self, layer: str, step: int) -> Rows | None:
-        """The layer's rows that ``step``, the newest, has committed, or None."""
+        """The layer's rows that ``step`` has committed, or None."""
         buffer = self.layers.get(layer)
-        if buffer is None or not buffer.committed or int(buffer.tensors["step"][buffer.committed - 1]) != step:
+        if buffer is None or not buffer.committed:
             return None
-        start = int(torch.searchsorted(buffer.tensors["step"][: buffer.committed], step))
-        return buffer.view(start, buffer.committed)
+        start, stop = np.searchsorted(buffer.tensors["step"][: buffer.committed].numpy(), [step, step + 1]).tolist()
+        return None if start == stop else buffer.view(start, stop)
 
     def of_steps(self, layer: str, steps: Sequence[int]) -> tuple[Rows, list[tuple[int, int]]]:
         """The layer's committed rows from the first to the last of ``steps``, and where in them those of each lie."""
