@@ -36,6 +36,7 @@ WHOLE_ROWS = 8  # rows of which all outputs are
 OFF_BY = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 2e-2}
 # by which share of their norm these may differ: an exponent carries the rounding of a logit
 SOME_OFF_BY = 4  # times as much at some outputs: there one large entry may be most of it
+FEW = 64  # outputs that are found one by one
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class Largest:
 
     def dense(self, key: Tensor, outputs: Tensor | None = None) -> Tensor:
         """The output gradients [n, o], or those of some ``outputs``; zero where nothing is kept."""
-        if outputs is not None:
+        if outputs is not None and len(outputs) <= FEW:
             return torch.stack([(self.value * (self.index == output)).sum(1) for output in outputs.tolist()], 1)
-        return self.value.new_zeros(len(self.value), self.width).scatter_(1, self.index.long(), self.value)
+        found = self.value.new_zeros(len(self.value), self.width).scatter_(1, self.index.long(), self.value)
+        return found if outputs is None else columns_at(found, outputs)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "Computed", "Fit", "Measurement", "Part", "Seen", "fit_scales", "tolerance"]
+__all__ = ["Array", "Computed", "Fit", "Measurement", "Seen", "fit_scales", "tolerance"]
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # of the sum of absolute row contributions: near-null gradients make the gradient's own size a wrong yardstick
@@ -33,14 +33,6 @@ class Computed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
-    """What of a gradient is summed up: some outputs (None: all), with ``signs`` for their inputs that may be 0."""
-
-    outputs: Tensor | None
-    signs: Tensor
-
-
-@dataclass(frozen=True)
 class Seen:
     """What has been seen of the gradients of a layer, each as ``computed`` by its parameter's name."""
 
@@ -48,11 +40,11 @@ class Seen:
     entries: list[Tensor]
     """The probed ones [k] of each."""
     sums: list[Tensor]
-    """Every output's sums [o, s] over inputs, with signs, of each; empty: not taken."""
-    part: Part
-    """What of these is to be compared."""
+    """Every output's sums [o, s] over all inputs, with signs, of each; empty: not taken."""
+    outputs: Tensor | None
+    """Of which outputs they are to be compared; None: all."""
     is_whole: bool
-    """Whether it is in any case: nothing may go on in other entries."""
+    """Whether they are in any case: nothing may go on in other entries."""
 
     @property
     def tensors(self) -> list[Tensor]:

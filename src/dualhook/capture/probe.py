@@ -3,8 +3,8 @@
 A grid of some hundred entries of every weight's gradient is rebuilt from the rows and regressed against ``p.grad``.
 The slope is the scale between the two, however it came about (clipping, loss scaling, averaging over ranks); the
 residual says whether the rows explain the gradient at all. Now and then the whole gradient is looked at through one sum
-of random signs per output, which sees what happens to entries off the grid; of very wide layers, where that would take
-long, at a part of it, the next time at another one.
+of random signs per output, which sees what happens to entries off the grid; of a layer with as many outputs as a
+vocabulary at some of them, the next time at others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from dualhook.capture.measurement import Array, Computed, Measurement, Part, Seen, tolerance
+from dualhook.capture.measurement import Array, Computed, Measurement, Seen, tolerance
 from dualhook.capture.precision import Operation, is_reduced
 from dualhook.capture.sharded import is_sharded, local, rows_at, spread
 from dualhook.capture.uses import Use, are_alike, signed_sums
@@ -30,14 +30,15 @@ from dualhook.records import LayerSpec, Rows
 __all__ = ["Corner", "LayerProbe", "Look", "looked"]
 
 GRID = (32, 16)  # outputs × inputs: some hundred entries for two thin gathers
-SEEN = 2048  # outputs, and inputs, that one look at the whole gradient takes in: the next one goes on behind them
+MANY, SEEN = 4096, 2048  # of more outputs than these so many are looked at as a whole, the next time those behind them
 AT_ONCE = 1024  # rows of a product: of more of them numpy, too, calls threads in
 RUN = 16  # outputs side by side: what is gathered of a row is some cache lines, not as many as there are outputs
 # what may be off of the absolute parts of a sum, where it is more than the rounding of a dtype
 COMPUTED = 1e-4  # of a softmax that is computed again, whose logits may be large
 REDUCED = 1e-2  # where float32 products may be made of fewer digits
 
-MATRICES = ("linear", "transposed", "embedding")  # kinds whose parameter is their matrix, or that lying down
+UPRIGHT, LYING = ("linear", "experts"), ("transposed", "embedding", "transposed_experts")
+"""Kinds whose parameter is their matrix, or one for every slot; or these with rows for columns."""
 BY_MATRICES = frozenset[Operation]({"matmul"})
 
 Look = Generator[Sequence[Tensor], Sequence[Array], dict[str, Measurement]]
@@ -101,7 +102,8 @@ class LayerProbe:
         self.is_slotted = spec.slots > 1 and all(are_alike(spec, other) for other in others)
         """Whether every pattern fills one of several slots."""
         self._map = map_of(spec)
-        self.uses = tuple(others) or (spec,)
+        self.sharing = tuple(others) or (spec,)
+        """The layers that use the weight, this one among them."""
         # a slot of an embedding is one column, of which a sum tells no more than the entry itself
         self._sums_per = spec.slots if self.is_slotted and self._map.columns > 1 else 1
         generator = torch.Generator().manual_seed(0)  # its own: training's random numbers stay as they are
@@ -112,20 +114,34 @@ class LayerProbe:
         self.is_plain = spec.kind in ("linear", "transposed") and spec.slots == 1 and list(others) in ([], [spec])
         """Whether the rows of several steps can be compared with :meth:`glance` in one go."""
         self._signs = 1.0 - 2.0 * torch.randint(0, 2, (spec.in_features,), generator=generator)
-        self._all = Part(None, self._signs)
-        self._looks = 0  # at the whole gradient, a part of it each; as many in every process
+        self._looks = -1  # the number of the last one at the whole gradient; in every process the same
 
     def measure(self, gradients: Mapping[str, Tensor], uses: Sequence[Use], *, whole: bool = False) -> Look:
         """Compare the gradients of the layer's parameters, by name, with what the rows of its ``uses`` rebuild.
 
-        ``whole`` looks at every entry of the gradients, if only in sums; of a very wide layer at the next part of them.
+        ``whole`` looks at every entry of the gradients, if only in sums; where there are many outputs at the next ones.
         """
         if not any(len(use.rows) for use in uses):
             return (yield from self.without_rows(gradients))
+        if whole:
+            self.turn()
         slot, _ = self.busiest_slot(uses)
         found = yield from self.at(self.usual(slot), gradients, uses, whole=whole)
         corner = self.largest(slot, *self.sizes(uses, slot)) if self.is_dead(found) else None
         return found if corner is None else (yield from self.at(corner, gradients, uses, whole=whole))
+
+    def turn(self) -> None:
+        """Look at other outputs from now on, where they are too many for one look at the whole gradient."""
+        self._looks += 1
+
+    @property
+    def _in_turn(self) -> Tensor | None:
+        """The outputs that a look at the whole gradient sees; None: all."""
+        count = self.spec.out_features
+        if count <= MANY:
+            return None
+        begin = self._looks % -(-count // SEEN) * SEEN
+        return torch.arange(begin, min(begin + SEEN, count))
 
     def usual(self, slot: int) -> Corner:
         """Where a slot is probed unless nothing is there."""
@@ -135,8 +151,7 @@ class LayerProbe:
         """The same in one corner; of sharded gradients what is in this process."""
         computed, sums = _computed(gradients), dict[str, Measurement]()
         if whole:
-            part = self._next_part()
-            sums = self._compared_sums((yield self._sums_of(gradients, part)), computed, uses, part)
+            sums = self._compared_sums((yield self._sums_of(gradients)), computed, uses, self._in_turn)
         seen = yield [self._seen(corner, name, own) for name, own in gradients.items()]
         rebuilt, absolute = self._rebuilt(corner, uses)
         return _with_sums(self._compared(seen, computed, uses, rebuilt, absolute), sums)
@@ -161,24 +176,21 @@ class LayerProbe:
         """The probed entries of gradients, as copies where these are; :meth:`later` or :meth:`apart` goes on.
 
         None where that would not do: the corner is dead, or has no numbers. Of gradients elsewhere than in host memory
-        that shows later: of them sums are taken too, which say as much. ``whole`` as in :meth:`measure`; a corner of
-        one slot of several says too little by itself.
+        that shows later: of them sums are taken too, which say as much. ``whole`` as in :meth:`measure`.
         """
         are_here = all(own.is_cpu for own in gradients.values())
         entries = [torch.take(own.detach(), self._entries_of(name, own)) for name, own in gradients.items()]
         if are_here:
             is_alive = all(0 < float(vector_norm(own, math.inf)) < math.inf for own in entries)
-            return Seen(_computed(gradients), entries, [], self._all, whole) if is_alive else None
-        part = self._next_part() if whole else self._all
-        return Seen(_computed(gradients), entries, self._sums_of(gradients, part), part, whole or self.spec.slots > 1)
+            return Seen(_computed(gradients), entries, [], None, whole) if is_alive else None
+        if whole:
+            self.turn()
+        return Seen(_computed(gradients), entries, self._sums_of(gradients), self._in_turn if whole else None, whole)
 
     def later(
         self, seen: Sequence[Seen], rows: Rows, bounds: Sequence[tuple[int, int]]
     ) -> list[dict[str, Measurement]]:
-        """What glances at the gradients of several steps say, whose rows lie within ``bounds`` of ``rows``.
-
-        Of a layer that :attr:`is_plain`, with rows that are not packed.
-        """
+        """What glances at several steps say, whose rows within ``bounds`` are not packed; if it :attr:`is_plain`."""
         use = Use(self.spec, self.spec, rows)
         rebuilt, absolute = _products(*self._columns(self.usual(0), use), bounds)
         found = []
@@ -192,24 +204,29 @@ class LayerProbe:
         return self._told(seen, uses, *self._rebuilt(self.usual(0), uses))
 
     def _told(self, seen: Seen, uses: Sequence[Use], rebuilt: Array, absolute: Array) -> dict[str, Measurement]:
-        """What a glance says, with what the rows of its step rebuild of the usual corner."""
+        """What a glance says, with what the rows of its step rebuild of the usual corner.
+
+        Sums stand for a dead one, and for one of a single column, as a lookup has for each of its tokens.
+        """
         found = self._compared(list(map(_numpy, seen.entries)), seen.computed, uses, rebuilt, absolute)
-        is_dead = self.is_dead(found)
-        if not seen.sums or not (seen.is_whole or is_dead):
+        by_sums = self._map.columns == 1 or self.is_dead(found)
+        if not seen.sums or not (seen.is_whole or by_sums):
             return found
-        part = replace(seen.part, outputs=None) if is_dead else seen.part
-        sums = self._compared_sums(list(map(_numpy, seen.sums)), seen.computed, uses, part)
-        return sums if is_dead else _with_sums(found, sums)
+        outputs = None if by_sums else seen.outputs
+        sums = self._compared_sums(list(map(_numpy, seen.sums)), seen.computed, uses, outputs)
+        return sums if by_sums else _with_sums(found, sums)
 
     def _entries_of(self, name: str, gradient: Tensor) -> Tensor:
         """Which numbers of a parameter are its probed entries [k], where its gradient is."""
         key = name, gradient.device
         if key not in self._entries:
             outputs, inputs = self._outputs[:, None], self._inputs
-            if name == self.spec.weight and self.spec.kind in MATRICES:  # without an index of all of a vocabulary
-                width = gradient.shape[1]
-                index = inputs * width + outputs if self._map.is_transposed else outputs * width + inputs
-            else:
+            kind, width = self.spec.kind if name == self.spec.weight else "", gradient.shape[-1]
+            if kind in UPRIGHT:  # the first slot's come first
+                index = outputs * width + inputs
+            elif kind in LYING:
+                index = inputs * width + outputs
+            else:  # small ones: an index of all of a vocabulary would not be
                 index = self._seen(self.usual(0), name, torch.arange(gradient.numel()).view(gradient.shape))
             self._entries[key] = index.flatten().to(gradient.device)
         return self._entries[key]
@@ -304,21 +321,8 @@ class LayerProbe:
             gradient = spread(local(gradient), gradient)
         return self._map.matrix(name, gradient)
 
-    def _next_part(self) -> Part:
-        """What a look at the whole gradient sees of it."""
-        of_outputs, of_inputs = -(-self.spec.out_features // SEEN), -(-self.spec.in_features // SEEN)
-        look, self._looks, outputs, signs = self._looks, self._looks + 1, None, self._signs
-        if of_outputs > 1:
-            begin = look % of_outputs * SEEN
-            outputs = torch.arange(begin, min(begin + SEEN, self.spec.out_features))
-        if of_inputs > 1 and self._sums_per == 1:
-            begin = look // of_outputs % of_inputs * SEEN
-            signs = torch.zeros_like(signs)
-            signs[begin : begin + SEEN] = self._signs[begin : begin + SEEN]
-        return Part(outputs, signs)
-
-    def _sums_of(self, gradients: Mapping[str, Tensor], part: Part) -> list[Tensor]:
-        """Every output's sum over inputs, of every slot or of all, with random signs: of each gradient."""
+    def _sums_of(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
+        """Every output's sum over all inputs, of every slot or of all, with random signs: of each gradient."""
         found = []
         for name, own in gradients.items():
             matrix, dtype = self._matrix(name, own.detach()), torch.promote_types(own.dtype, torch.float32)
@@ -326,7 +330,7 @@ class LayerProbe:
             width = held.shape[1:].numel() // self._sums_per
             held = held.reshape(len(held), self._sums_per, width).to(dtype)
             if name == self.spec.weight:
-                signs = self._on(held.device, part.signs).reshape(self._sums_per, -1).to(dtype)
+                signs = self._on(held.device, self._signs).reshape(self._sums_per, -1).to(dtype)
                 sums = (held[:, 0] @ signs[0])[:, None] if len(signs) == 1 else (held * signs).sum(2)
             else:  # a copy: torch's foreach step with Nesterov momentum adds to the gradients in place
                 sums = held.sum(2)
@@ -334,15 +338,19 @@ class LayerProbe:
         return found
 
     def _compared_sums(
-        self, seen: Sequence[Array], computed: Mapping[str, Computed], uses: Sequence[Use], part: Part
+        self,
+        seen: Sequence[Array],
+        computed: Mapping[str, Computed],
+        uses: Sequence[Use],
+        outputs: Tensor | None,
     ) -> dict[str, Measurement]:
-        """Such sums, those of all outputs, beside what the rows rebuild of a part of them."""
-        made, found = signed_sums(self.spec, uses, part.signs, self._sums_per, part.outputs), {}
+        """Such sums of some outputs, or all, beside those that the rows rebuild."""
+        made, found = signed_sums(self.spec, uses, self._signs, self._sums_per, outputs), {}
         for (name, own), there in zip(computed.items(), seen, strict=True):
             pair = (made.weight, made.size) if name == self.spec.weight else (made.bias, made.ones)
             rebuilt, absolute = (_numpy(values).ravel() for values in pair)
-            if part.outputs is not None:
-                there = there.reshape(self.spec.out_features, -1)[part.outputs.numpy()]
+            if outputs is not None:
+                there = there.reshape(self.spec.out_features, -1)[outputs.numpy()]
             found[name] = Measurement(
                 there.ravel(), rebuilt, absolute, _dtype_of(own, uses), None, self._rounding(own, uses)
             )

@@ -21,7 +21,7 @@ from dualhook.records import LayerSpec, Rows
 __all__ = ["Sums", "Use", "are_alike", "signed_sums"]
 
 BLOCK_BYTES = 2**20  # of rows that are looked at together: they stay in a processor's cache
-MADE_AT_ONCE = 2**10  # rows whose output gradients are computed together: the weights are read for each block of them
+MADE_BYTES = 2**24  # of output gradients that are computed together: the weights are read for each block of them
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,24 @@ class Use:
         d, x, _ = self.some(slot, *every)
         return d.abs().sum(0), x.abs().sum(0)
 
-    def add_to(self, sums: Sums, signs: Tensor, outputs: Tensor | None, inputs: Tensor | None) -> None:
-        """Add the sums of all patterns; see :func:`signed_sums`."""
+    def add_to(self, sums: Sums, signs: Tensor, outputs: Tensor | None) -> None:
+        """Add the sums of all patterns, with ``signs`` [i] for the asked inputs, at some outputs or all."""
         rows, dtype = self.rows, torch.promote_types(self.rows.output_grad.dtype, torch.float32)
-        signs, seen = signs.to(dtype), inputs if self._is_swapped else outputs  # of the stored output gradients
+        signs, seen = signs.to(dtype), None if self._is_swapped else outputs
         for part in self._map.patterns(rows, self._at_once(seen, dtype)):
             d, x = part.grads(seen).to(dtype), part.key.to(dtype)
             if self._is_swapped:
-                own, width = signs if seen is None else signs[seen], self._own.in_features
-                for values, keys, total in ((d @ own, x, sums.weight), (d.abs().sum(1), x.abs(), sums.size)):
-                    added = gradient(values[:, None], keys, part.slot, width).T
+                for values, keys, total in ((d @ signs, x, sums.weight), (d.abs().sum(1), x.abs(), sums.size)):
+                    added = gradient(values[:, None], keys, part.slot, self._own.in_features).T
                     total.add_(added if outputs is None else added[outputs])
                 continue
             own = signs if part.slot is None else signs.reshape(self._own.slots, -1)[part.slot.long()]
-            signed, size = (
-                keys @ factor if part.slot is None else (keys * factor).sum(1)
-                for keys, factor in ((x, own), (x.abs(), own.abs()))
-            )
+            signed = x @ own if part.slot is None else (x * own).sum(1)
             constant = self._constants(part, len(d)).to(dtype)
             per_slot, sizes = part.slot if sums.weight.shape[1] > 1 else None, d.abs()
             for values, factor, total in (
                 (d, signed, sums.weight),
-                (sizes, size, sums.size),
+                (sizes, x.abs().sum(1), sums.size),
                 (d, constant, sums.bias),
                 (sizes, constant.abs(), sums.ones),
             ):
@@ -109,11 +105,10 @@ class Use:
 
     def _at_once(self, seen: Tensor | None, dtype: torch.dtype) -> int:
         """How many rows to look at together, at some of their output gradients or all."""
-        if isinstance(self.rows.packed, Softmax):
-            return MADE_AT_ONCE
         outputs = self.rows.output_grad.shape[1] or self._own.out_features
         width = self.rows.key.shape[1] + (outputs if seen is None else len(seen))
-        return max(16, BLOCK_BYTES // max(1, width * dtype.itemsize))
+        most = MADE_BYTES if isinstance(self.rows.packed, Softmax) else BLOCK_BYTES
+        return max(16, most // max(1, width * dtype.itemsize))
 
     def _keys(self, columns: Tensor) -> Tensor:
         """Keys at some columns of the use's whole matrix [n, columns]."""
@@ -138,13 +133,9 @@ def are_alike(a: LayerSpec, b: LayerSpec) -> bool:
 def signed_sums(
     asked: LayerSpec, uses: Iterable[Use], signs: Tensor, columns: int, outputs: Tensor | None = None
 ) -> Sums:
-    """The sums over the patterns of all uses, with ``signs`` [i]; per slot, or in 1 of ``columns``.
-
-    Of some ``outputs``, or all; signs that are 0 leave inputs out.
-    """
+    """The sums over the patterns of all uses, with ``signs`` [i], at some outputs or all; per slot, or in 1 column."""
     count = asked.out_features if outputs is None else len(outputs)
     found = Sums(*(torch.zeros(count, columns, dtype=torch.float64) for _ in range(4)))
-    inputs = None if bool(signs.all()) else signs.nonzero().squeeze(1)
     for use in uses:
-        use.add_to(found, signs, outputs, inputs)
+        use.add_to(found, signs, outputs)
     return found

@@ -78,5 +78,5 @@ class Backlog:
 
     def _uses(self, probe: LayerProbe, step: int) -> list[Use]:
         """The rows of a step, of all uses of a weight."""
-        rows = {spec: self._writer.builder.of_step(spec.name, step) for spec in probe.uses}
+        rows = {spec: self._writer.builder.of_step(spec.name, step) for spec in probe.sharing}
         return [Use(probe.spec, spec, own) for spec, own in rows.items() if own is not None]

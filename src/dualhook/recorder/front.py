@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +28,7 @@ from dualhook.recorder.folding import folding_to
 from dualhook.recorder.heads import Heads
 from dualhook.recorder.notices import tell_of_costs, tell_of_failure, tell_of_latest, used_up
 from dualhook.recorder.ranks import Ranks
-from dualhook.recorder.scope import BatchScope, TemporaryRoot, copied, weakly
+from dualhook.recorder.scope import AtExit, BatchScope, TemporaryRoot, copied, weakly
 from dualhook.recorder.settings import HeadGrads, OnError, OnFull, pool_bytes
 from dualhook.recorder.steps import StepBook
 from dualhook.records import Batch
@@ -109,8 +108,7 @@ class Recorder:
             self._writer.close(discard=True)
             raise
         self._closed = False
-        # a script that forgets to close loses nothing; by multiprocessing, as in TemporaryRoot, which goes later
-        self._at_exit = Finalize(None, weakly(self.close_alone), exitpriority=1)
+        self._at_exit = AtExit(weakly(self.close_alone))  # a script that forgets to close loses nothing
         OPEN[layout.root] = self
 
     def _begin(

@@ -64,6 +64,8 @@ class Measuring:
                 [self._probes[layer].measure(own, uses[layer], whole=whole) for layer, own in gradients.items()]
             )
             return {name: one for own in found for name, one in own.items()}
+        for layer in gradients if whole else ():
+            self._probes[layer].turn()
         told = np.array([self._writer.recorded_bytes, self._writer.error is not None], dtype=np.float64)
         corners = {layer: self._probes[layer].usual(slot) for layer, slot in self._slots(uses).items()}
 

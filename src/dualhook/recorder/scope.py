@@ -5,6 +5,7 @@ And what lets a directory outlive it: a copy.
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
 import weakref
@@ -16,7 +17,7 @@ from typing import Any
 from dualhook.errors import StoreError
 from dualhook.records import Batch
 
-__all__ = ["BatchScope", "TemporaryRoot", "copied", "weakly"]
+__all__ = ["AtExit", "BatchScope", "TemporaryRoot", "copied", "weakly"]
 
 
 class BatchScope:
@@ -33,12 +34,29 @@ class BatchScope:
         self._announce(self._before)
 
 
+class AtExit:
+    """An action for the end of this process, unless it is cancelled; it must do no harm when it is called twice.
+
+    Python's own list is worked through from its end; processes that multiprocessing has forked leave it out.
+    """
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self._action = action
+        atexit.register(action)
+        self._if_forked = Finalize(None, action, exitpriority=1)
+
+    def cancel(self) -> None:
+        """Forget it."""
+        atexit.unregister(self._action)
+        self._if_forked.cancel()
+
+
 class TemporaryRoot:
     """A directory that is removed when nothing refers to this object any more; one of another process stays its own."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or Path(tempfile.mkdtemp(prefix="dualhook-"))
-        if path is None:  # by multiprocessing: a process that it has forked ends without Python's own finalizers
+        if path is None:  # by multiprocessing, see AtExit, and behind it
             Finalize(self, shutil.rmtree, (self.path, True), exitpriority=0)
 
 

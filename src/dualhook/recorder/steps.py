@@ -186,7 +186,7 @@ class StepBook:
             for intake in self.layers.intakes_of(watched.spec):
                 intake.settle()
         stepped = [
-            (watched, group, self._mark(watched, optimizer, rule))
+            (watched, group, watched.mark_before(optimizer, rule))
             for watched, group in members
             if has_closure or gradient_of(watched) is not None  # torch skips the others
         ]
@@ -360,20 +360,20 @@ class StepBook:
     def _glances(self, layers: Mapping[str, Mapping[str, Tensor]], *, whole: bool) -> Iterator[tuple[LayerProbe, Seen]]:
         """Those of the gradients, by layer, that can be compared with the rows later."""
         for layer, gradients in layers.items():
-            probe, seen = self.measuring.late_probe(layer), None
-            if probe is None:
-                continue
-            if any(map(is_elsewhere, gradients.values())):
-                # whether they were zeroed is not asked, which would make training wait: such rows have the scale 0
-                if any(map(self.pending.holds, self.layers.uses(probe.spec))):
-                    seen = probe.glance(gradients, whole=whole)
-            elif probe.is_plain and not whole:
-                for intake in self.layers.intakes_of(probe.spec):
-                    intake.discard_if_zeroed()
-                if self.pending.has_plain(layer):
-                    seen = probe.glance(gradients, whole=whole)
-            if seen is not None:
+            probe = self.measuring.late_probe(layer)
+            if probe is not None and (seen := self._glance(probe, gradients, whole=whole)) is not None:
                 yield probe, seen
+
+    def _glance(self, probe: LayerProbe, gradients: Mapping[str, Tensor], *, whole: bool) -> Seen | None:
+        if any(map(is_elsewhere, gradients.values())):
+            # whether they were zeroed is not asked, which would make training wait: such rows have the scale 0
+            held = any(map(self.pending.holds, self.layers.uses(probe.spec)))
+            return probe.glance(gradients, whole=whole) if held else None
+        if whole or not probe.is_plain:
+            return None
+        for intake in self.layers.intakes_of(probe.spec):
+            intake.discard_if_zeroed()
+        return probe.glance(gradients, whole=whole) if self.pending.has_plain(probe.spec.name) else None
 
     def _uses_of(self, spec: LayerSpec) -> list[Use]:
         """The rows that a step on a layer uses, of all uses of its weight."""
@@ -393,10 +393,3 @@ class StepBook:
                 found = predict(watched, step.optimizer, rule, gradient, bool(mark & Mark.FRESH), self.pending.bring)
                 if found is not None:
                     step.predicted[watched.name] = found
-
-    @staticmethod
-    def _mark(watched: Watched, optimizer: Optimizer, rule: Rule) -> Mark:
-        """What is known of a parameter's optimiser state before a step."""
-        if rule.is_fresh(state_of(optimizer, watched.parameter)):
-            return Mark.FRESH
-        return Mark.CHANGED if watched.state_changed_since(optimizer) else Mark(0)

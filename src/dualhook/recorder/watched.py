@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dualhook.capture import Place, local
-from dualhook.optimizers import fit_synchronization
+from dualhook.optimizers import Rule, fit_synchronization
 from dualhook.recorder.staging import Bring, at_once, in_one_go, is_elsewhere
-from dualhook.records import LayerSpec
+from dualhook.records import LayerSpec, Mark
 
 __all__ = ["Left", "Watched", "fingerprints", "gradient_of", "state_of"]
 
@@ -86,6 +86,12 @@ class Watched:
     def state_changed_since(self, optimizer: Optimizer) -> bool:
         """Whether the optimiser's state is another one than its last step has left."""
         return self.stepped and self.state is not None and self._state(optimizer) != self.state
+
+    def mark_before(self, optimizer: Optimizer, rule: Rule) -> Mark:
+        """What is known of the optimiser's state before a step."""
+        if rule.is_fresh(state_of(optimizer, self.parameter)):
+            return Mark.FRESH
+        return Mark.CHANGED if self.state_changed_since(optimizer) else Mark(0)
 
     def _state(self, optimizer: Optimizer) -> tuple[tuple[str, int, int], ...]:
         """Which tensors the optimiser holds for the parameter, and how often they have been written to."""
