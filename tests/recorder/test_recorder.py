@@ -255,9 +255,11 @@ def test_flush_shows_the_finished_steps_to_a_reader(tmp_path):
 
 
 def test_a_script_that_forgets_to_close_loses_nothing(tmp_path):
+    """Nor what it has asked for at its end before: that comes after."""
     script = f"""
-        import torch, dualhook
+        import atexit, shutil, torch, dualhook
         from torch import nn
+        atexit.register(shutil.copytree, {str(tmp_path / "run")!r}, {str(tmp_path / "copy")!r})
         model = nn.Linear(4, 2)
         recorder = dualhook.instrument(model, {str(tmp_path / "run")!r}, verbose=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -267,9 +269,10 @@ def test_a_script_that_forgets_to_close_loses_nothing(tmp_path):
             optimizer.zero_grad()
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
-    memory = dualhook.load(tmp_path / "run")
-    assert memory.steps == 3
-    assert memory.verify().max_error < 1e-6
+    for name in ("run", "copy"):
+        memory = dualhook.load(tmp_path / name)
+        assert memory.steps == 3
+        assert memory.verify().max_error < 1e-6
 
 
 def test_a_recorder_that_nobody_holds_closes_itself(tmp_path):
