@@ -80,7 +80,9 @@ def at_the_corner(part: Rows, probe: LayerProbe) -> Rows:
 CORNER = LayerProbe(SPEC)
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("whole", "many"), [(False, 4096), (True, 4096), (True, 80)], ids=["some", "whole", "of many outputs"]
+)
 @pytest.mark.parametrize(
     "both",
     [
@@ -93,7 +95,9 @@ CORNER = LayerProbe(SPEC)
     ],
     ids=["both", "first", "second", "one-corner-dead", "dead", "dead-and-none"],
 )
-def test_two_processes_measure_what_one_with_all_rows_does(tmp_path, both, whole):
+def test_two_processes_measure_what_one_with_all_rows_does(tmp_path, monkeypatch, both, whole, many):
+    monkeypatch.setattr("dualhook.capture.probe.MANY", many)
+    monkeypatch.setattr("dualhook.capture.probe.SEEN", 32)
     of = gradients(both)
     first, second = together(tmp_path, both, of, whole)
     there = [part for part in both if part is not None]
