@@ -12,7 +12,7 @@ __all__ = ["in_turns", "spread"]
 
 
 def in_turns(ways: Mapping[str, Callable[[], float]], rounds: int, *, warm: bool = True) -> dict[str, list[float]]:
-    """The seconds that each way returns for its block, round by round; with ``warm`` behind a first that counts not."""
+    """The seconds that each way returns for its block, round by round; with ``warm`` after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-1 if warm else 0, rounds):
         for name, block in ways.items():
