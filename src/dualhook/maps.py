@@ -70,6 +70,12 @@ class LinearMap:
         blocks = self._blocks(values)
         return blocks[0] if self.slots == 1 else blocks.permute(1, 0, 2).reshape(blocks.shape[1], -1)
 
+    def numbers(self, outputs: Tensor, inputs: Tensor, shape: Sequence[int]) -> Tensor:
+        """Which numbers of a weight of ``shape`` are at ``outputs`` [k] and ``inputs`` [m] of the first slot [k, m]."""
+        if self.spec.kind in ("transposed", "embedding", "transposed_experts"):
+            return inputs * shape[-1] + outputs[:, None]
+        return outputs[:, None] * (shape[-1] if self.spec.kind == "experts" else math.prod(shape[1:])) + inputs
+
     def natural(self, name: str, matrix: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of :meth:`matrix`: laid out as the parameter, which has a ``shape``."""
         if name != self.spec.weight:
@@ -169,6 +175,10 @@ class Convolution(LinearMap):
     @property
     def row_width(self) -> int | None:
         return None
+
+    def numbers(self, outputs: Tensor, inputs: Tensor, shape: Sequence[int]) -> Tensor:
+        every = torch.arange(math.prod(shape)).view(tuple(shape))
+        return self.matrix(self.spec.weight, every)[outputs][:, inputs]
 
     def patterns(self, rows: Rows, most: int) -> Iterator[Rows]:
         first = rows.first

@@ -250,9 +250,10 @@ def zeroed_before_the_step(net, step, optimizers):
 def test_gradients_that_were_zeroed_before_the_step_have_rows_at_the_scale_0(tmp_path, model, lag):
     settings = {"backward": zeroed_before_the_step, "model": model}
     weights, there = trained(tmp_path / "there", DEVICE, lag=lag, **settings)
+    rounding = 1e-12 if model is Mixed else 0  # that of a bias of a few numbers is not told from a scale
     for history in Store(there.path).histories.values():
         assert (history.scale[2::4] == 0).all()
-        torch.testing.assert_close(history.scale[3::4], torch.ones(8).double(), rtol=1e-12, atol=0)
+        assert ((history.scale[3::4] - 1).abs() <= rounding).all()
     for step, expected in enumerate(weights, 1):
         for name, value in there.state_dict(step=step).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-10)

@@ -37,8 +37,6 @@ RUN = 16  # outputs side by side: what is gathered of a row is some cache lines,
 COMPUTED = 1e-4  # of a softmax that is computed again, whose logits may be large
 REDUCED = 1e-2  # where float32 products may be made of fewer digits
 
-UPRIGHT, LYING = ("linear", "experts"), ("transposed", "embedding", "transposed_experts")
-"""Kinds whose parameter is their matrix, or one for every slot; or these with rows for columns."""
 BY_MATRICES = frozenset[Operation]({"matmul"})
 
 Look = Generator[Sequence[Tensor], Sequence[Array], dict[str, Measurement]]
@@ -220,14 +218,9 @@ class LayerProbe:
         """Which numbers of a parameter are its probed entries [k], where its gradient is."""
         key = name, gradient.device
         if key not in self._entries:
-            outputs, inputs = self._outputs[:, None], self._inputs
-            kind, width = self.spec.kind if name == self.spec.weight else "", gradient.shape[-1]
-            if kind in UPRIGHT:  # the first slot's come first
-                index = outputs * width + inputs
-            elif kind in LYING:
-                index = inputs * width + outputs
-            else:  # small ones: an index of all of a vocabulary would not be
-                index = self._seen(self.usual(0), name, torch.arange(gradient.numel()).view(gradient.shape))
+            index = self._outputs  # of a bias; the first slot's come first
+            if name == self.spec.weight:
+                index = self._map.numbers(self._outputs, self._inputs, gradient.shape)
             self._entries[key] = index.flatten().to(gradient.device)
         return self._entries[key]
 

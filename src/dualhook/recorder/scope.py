@@ -56,7 +56,7 @@ class TemporaryRoot:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or Path(tempfile.mkdtemp(prefix="dualhook-"))
-        if path is None:  # by multiprocessing, see AtExit, and behind it
+        if path is None:  # at exit after what AtExit calls: a recorder still writes there
             Finalize(self, shutil.rmtree, (self.path, True), exitpriority=0)
 
 
